@@ -1,0 +1,1 @@
+"""What operator and pods exchange: values only, no behaviour that needs a clock or a wire."""

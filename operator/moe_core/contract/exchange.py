@@ -1,0 +1,107 @@
+"""The wish the operator puts and the state the coordinator answers with (HTTP, JSON, bearer token).
+
+PUT  /v1/wish                       RuntimeWish            -> 204; an older generation -> 409
+GET  /v1/state?after=V&wait_s=S     long poll              -> RuntimeState with version > V, or the same after S seconds
+POST /v1/faults                     FaultRequest           -> 202; 403 when faults are not enabled
+GET  /healthz, /metrics             no token
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from moe_core.contract.base import WireModel
+from moe_core.contract.expert_map import ExpertMap
+
+
+class RuntimeWish(WireModel):
+    """What the operator wants of the running group. Idempotent; the highest generation wins."""
+
+    generation: int = Field(ge=0)
+    ranks: tuple[int, ...]
+    """Rank ids that shall take part; a member not named here drains and leaves."""
+    expert_map: ExpertMap
+    dead_pod_uids: tuple[str, ...] = ()
+    """Pods that are proven gone (process reaped, or the API server has removed them): the coordinator may vouch for it."""
+
+
+RankPhase = Literal["Starting", "Loading", "Ready", "Active", "Draining", "Left", "Failed"]
+
+
+class RankState(WireModel):
+    rank: int
+    pod_uid: str
+    phase: RankPhase
+    """Active: a committed member. Left: drained and out of the epoch, its pod may go."""
+    memory_bytes: int = 0
+    tokens: int = 0
+    message: str = ""
+
+
+class Coverage(WireModel):
+    """How many (layer, logical expert) pairs have a live copy under the committed membership."""
+
+    covered: int
+    total: int
+
+    @property
+    def is_full(self) -> bool:
+        return self.covered == self.total
+
+
+class TrainingProgress(WireModel):
+    step: int
+    max_steps: int | None = None
+    loss: float | None = None
+    heldout_bits_per_byte: float | None = None
+    order2_bits_per_byte: float | None = None
+    tokens_per_s: float = 0.0
+    seconds: float = 0.0
+    restored_from_step: int | None = None
+    done: bool = False
+    checkpoint_path: str | None = None
+
+
+class ServingProgress(WireModel):
+    requests_ok: int = 0
+    requests_failed: int = 0
+    requests_replayed: int = 0
+    tokens_out: int = 0
+    degraded_tokens: dict[str, int] = Field(default_factory=dict)
+    """Routed (token, expert) picks answered otherwise than by a live copy, by reason: generalist, drop."""
+
+
+class Recovery(WireModel):
+    """One fault as the ranks saw it; times are wall clock seconds since the Unix epoch."""
+
+    epoch: int
+    lost_ranks: tuple[int, ...]
+    detected_at: float
+    agreed_at: float
+    rebuilt_at: float
+    resumed_at: float
+
+
+class RuntimeState(WireModel):
+    version: int
+    wish_generation: int | None = None
+    """Generation of the wish that is fully in force (map applied, members as wished)."""
+    epoch: int = 0
+    map_digest: str = ""
+    ranks: tuple[RankState, ...] = ()
+    coverage: Coverage | None = None
+    training: TrainingProgress | None = None
+    serving: ServingProgress | None = None
+    recoveries: tuple[Recovery, ...] = ()
+    """The newest sixteen."""
+    load: tuple[tuple[int, ...], ...] = ()
+    """[L][E] tokens per logical expert over the window that ended at this version; empty when none was recorded."""
+    failure: str = ""
+    """A failure that no restart can mend, such as a model that cannot be loaded."""
+
+
+class FaultRequest(WireModel):
+    """A fault for a drill: kill (SIGKILL), hang (SIGSTOP), exit (orderly exit with a code)."""
+
+    pod_uid: str
+    fault: Literal["kill", "hang", "exit"]

@@ -1,0 +1,71 @@
+"""The assignment: which logical expert lives in which slot of which rank, per MoE layer.
+
+Slots are numbered globally: rank r owns the slots `slot_range(r)`. A rank that left keeps its number and has no slots,
+so rank ids stay stable over a resize. -1 marks an empty slot.
+"""
+
+from functools import cached_property
+from itertools import accumulate
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from moe_core.contract.base import WireModel, digest_of
+
+EMPTY_SLOT = -1
+
+
+class ExpertMap(WireModel):
+    """logical_of_slot for every MoE layer, and how the slots fall to ranks.
+
+    Shapes: slots_of_rank [ranks]; logical_of_slot [L][S] with S = sum(slots_of_rank), values in -1..E-1.
+    """
+
+    generation: int = Field(ge=0)
+    num_logical_experts: int = Field(ge=1)
+    slots_of_rank: tuple[int, ...]
+    logical_of_slot: tuple[tuple[int, ...], ...]
+
+    @model_validator(mode="after")
+    def _shapes_agree(self) -> Self:
+        num_slots = sum(self.slots_of_rank)
+        for layer_idx, row in enumerate(self.logical_of_slot):
+            if len(row) != num_slots:
+                raise ValueError(f"layer {layer_idx} has {len(row)} slots, ranks own {num_slots}")
+            if row and not (min(row) >= EMPTY_SLOT and max(row) < self.num_logical_experts):
+                raise ValueError(f"layer {layer_idx} names expert {max(row)} of {self.num_logical_experts}")
+        return self
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.logical_of_slot)
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.slots_of_rank)
+
+    @cached_property
+    def first_slot_of_rank(self) -> tuple[int, ...]:
+        return (0, *accumulate(self.slots_of_rank))[:-1]
+
+    def slot_range(self, rank: int) -> range:
+        """Global slot ids that `rank` owns."""
+        first = self.first_slot_of_rank[rank]
+        return range(first, first + self.slots_of_rank[rank])
+
+    @cached_property
+    def rank_of_slot(self) -> tuple[int, ...]:
+        return tuple(rank for rank, count in enumerate(self.slots_of_rank) for _ in range(count))
+
+    def slots_of_logical(self, layer_idx: int) -> tuple[tuple[int, ...], ...]:
+        """[E] tuples of global slot ids, ascending."""
+        slots: list[list[int]] = [[] for _ in range(self.num_logical_experts)]
+        for slot_id, logical_id in enumerate(self.logical_of_slot[layer_idx]):
+            if logical_id != EMPTY_SLOT:
+                slots[logical_id].append(slot_id)
+        return tuple(tuple(s) for s in slots)
+
+    @cached_property
+    def digest(self) -> str:
+        """Names the assignment; the generation does not take part, equal assignments have equal digests."""
+        return digest_of(self.model_copy(update={"generation": 0}).canonical())

@@ -1,0 +1,117 @@
+"""What a pod is told when it starts: rendered from a spec by the brain, read once by the pod's entry point.
+
+The file is mounted from a ConfigMap (or lies in the local shell's run folder); the token comes from a Secret beside it.
+What differs per pod comes from the environment (`PodEnv`), which a kubelet fills by the downward API.
+"""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from moe_core.contract.base import WireModel
+
+# Environment of every pod's entry point (`moe-pod`), the same in a container and in the local shell.
+ENV_ROLE = "MOERATOR_ROLE"  # coordinator | rank | gateway
+ENV_RANK = "MOERATOR_RANK"  # rank id, for role=rank
+ENV_POD_NAME = "MOERATOR_POD_NAME"
+ENV_POD_UID = "MOERATOR_POD_UID"
+ENV_POD_IP = "MOERATOR_POD_IP"  # 127.0.0.1 in the local shell
+ENV_CONFIG = "MOERATOR_CONFIG"  # path of the RuntimeConfig JSON
+ENV_TOKEN_FILE = "MOERATOR_TOKEN_FILE"  # path of the bearer token of the control faces; Ray's token is derived from it
+ENV_STATE_DIR = "MOERATOR_STATE_DIR"  # scratch that outlives a container restart (Ray's embedded store)
+ENV_SHARED_RAY = "MOERATOR_SHARED_RAY"  # local shell: "1" when pods of ranks share one Ray node that already runs
+
+
+class ModelShape(WireModel):
+    """A model built from a config, not downloaded. Names are transformers' config attributes."""
+
+    family: str
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+
+
+class ModelSource(WireModel):
+    """Exactly one of a checkpoint folder and a shape."""
+
+    path: str | None = None
+    shape: ModelShape | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if (self.path is None) == (self.shape is None):
+            raise ValueError("exactly one of path and shape must be given")
+        return self
+
+
+class TrainingConfig(WireModel):
+    data: str
+    """`stdlib` (source text of Python's own standard library) or a folder of text files."""
+    sequence_length: int
+    sequences_per_rank: int
+    max_steps: int | None
+    max_seconds: int | None
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    aux_loss_coefficient: float
+    seed: int
+    snapshot_every_steps: int
+    output_path: str
+
+
+class ServingConfig(WireModel):
+    max_sequences: int
+    """Sequences one rank decodes side by side."""
+    max_context: int
+    """Tokens of prompt plus completion that a sequence may hold."""
+    served_name: str
+    fallback: Literal["Generalist", "Drop", "Refuse"]
+    gateway_port: int
+    """Port of the OpenAI face; in the local shell gateways share it (SO_REUSEPORT)."""
+
+
+class Deadlines(WireModel):
+    """Bounds on waiting, in milliseconds."""
+
+    step_ms: int = 3000
+    """One collective inside a step; a rank silent for longer is taken for hung."""
+    probe_ms: int = 700
+    """A peer's answer to a membership probe."""
+    agree_ms: int = 5000
+    """One round of the agreement on a next epoch."""
+
+
+class RuntimeConfig(WireModel):
+    owner_kind: Literal["MoEJob", "MoEService"]
+    namespace: str
+    name: str
+    uid: str
+    mode: Literal["train", "serve"]
+    model: ModelSource
+    num_ranks: int = Field(ge=1)
+    coordinator_host: str
+    """Name or address of the coordinator's Service; 127.0.0.1 in the local shell."""
+    coordinator_port: int
+    ray_port: int
+    faults_enabled: bool = False
+    """Whether the fault face (drills) answers at all."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    training: TrainingConfig | None = None
+    serving: ServingConfig | None = None
+    deadlines: Deadlines = Deadlines()
+
+    @model_validator(mode="after")
+    def _mode_matches(self) -> Self:
+        if (self.training is not None) != (self.mode == "train") or (self.serving is not None) != (
+            self.mode == "serve"
+        ):
+            raise ValueError(f"mode {self.mode!r} needs its own section and no other")
+        return self

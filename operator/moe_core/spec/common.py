@@ -1,0 +1,116 @@
+"""Parts that MoEJob and MoEService share."""
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from moe_core.spec.base import SpecModel
+
+DnsLabel = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
+Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$", max_length=32)]
+Decimal = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?$", max_length=32)]
+
+
+class Parallelism(SpecModel):
+    """Degrees of parallelism. Only expert parallelism (dense layers data-parallel over the same ranks) works today."""
+
+    expert: int = Field(ge=1, le=1024, description="EP degree: the number of ranks that share one full set of experts.")
+
+
+class Pack(SpecModel):
+    """Levels, by name, that the gang must or should lie inside."""
+
+    required: str | None = Field(
+        default=None, min_length=1, max_length=63, description="All ranks inside one domain of this level."
+    )
+    preferred: str | None = Field(
+        default=None, min_length=1, max_length=63, description="As few domains of this level as possible."
+    )
+
+
+class TopologyConstraint(SpecModel):
+    topology_name: DnsLabel = Field(description="Name of the ClusterTopology whose levels are meant.")
+    pack: Pack
+
+
+class FailurePolicy(SpecModel):
+    max_restarts: int = Field(
+        default=10, ge=0, le=10000, description="Rank pods that may be replaced before the object fails."
+    )
+
+
+class EnvVar(SpecModel):
+    name: str = Field(min_length=1, max_length=253)
+    value: str = ""
+
+
+class VolumeMount(SpecModel):
+    name: DnsLabel
+    mount_path: str = Field(min_length=1, max_length=1024)
+    read_only: bool = False
+    sub_path: str | None = None
+
+
+class Resources(SpecModel):
+    requests: dict[str, Quantity] = Field(default_factory=dict, description="Per rank; GPUs as an extended resource.")
+    limits: dict[str, Quantity] = Field(default_factory=dict)
+
+
+class Toleration(SpecModel):
+    key: str | None = None
+    operator: str | None = Field(default=None, pattern="^(Exists|Equal)$")
+    value: str | None = None
+    effect: str | None = Field(default=None, pattern="^(NoSchedule|PreferNoSchedule|NoExecute)$")
+    toleration_seconds: int | None = Field(default=None, ge=0)
+
+
+class ObjectMeta(SpecModel):
+    labels: dict[str, str] = Field(default_factory=dict)
+    annotations: dict[str, str] = Field(default_factory=dict)
+
+
+class PodSpec(SpecModel):
+    """The part of a pod that is the user's; scheduling gates, names, ports and probes are moerator's."""
+
+    image: str = Field(
+        default="", max_length=1024, description="Image of the runtime; empty takes the operator's default."
+    )
+    image_pull_policy: str | None = Field(default=None, pattern="^(Always|IfNotPresent|Never)$")
+    image_pull_secrets: tuple[DnsLabel, ...] = ()
+    resources: Resources = Resources()
+    env: tuple[EnvVar, ...] = ()
+    volume_mounts: tuple[VolumeMount, ...] = ()
+    volumes: tuple[dict[str, Any], ...] = Field(default=(), description="Kubernetes volumes, as in a pod.")
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    tolerations: tuple[Toleration, ...] = ()
+    priority_class_name: str | None = None
+    runtime_class_name: str | None = None
+
+
+class PodTemplate(SpecModel):
+    metadata: ObjectMeta = ObjectMeta()
+    spec: PodSpec = PodSpec()
+
+
+class ModelShapeSpec(SpecModel):
+    """A model built from a config instead of a checkpoint."""
+
+    family: str = Field(description="Model type of transformers, e.g. qwen3_moe.", min_length=1, max_length=63)
+    hidden_size: int = Field(ge=8, le=65536)
+    num_hidden_layers: int = Field(ge=1, le=512)
+    num_attention_heads: int = Field(ge=1, le=1024)
+    num_key_value_heads: int = Field(ge=1, le=1024)
+    head_dim: int = Field(ge=2, le=1024)
+    num_experts: int = Field(ge=2, le=4096)
+    num_experts_per_tok: int = Field(ge=1, le=256)
+    moe_intermediate_size: int = Field(ge=1, le=262144)
+    vocab_size: int = Field(default=256, ge=256, le=1048576)
+    max_position_embeddings: int = Field(default=2048, ge=16, le=16777216)
+
+    cel_rules: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("self.numExpertsPerTok <= self.numExperts", "numExpertsPerTok must not exceed numExperts"),
+        (
+            "self.numAttentionHeads % self.numKeyValueHeads == 0",
+            "numAttentionHeads must be a multiple of numKeyValueHeads",
+        ),
+    )

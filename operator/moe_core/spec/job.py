@@ -1,0 +1,77 @@
+"""MoEJob: train a Mixture-of-Experts model and write a checkpoint."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from moe_core.spec.base import SpecModel
+from moe_core.spec.common import Decimal, FailurePolicy, ModelShapeSpec, Parallelism, PodTemplate, TopologyConstraint
+
+
+class JobModel(SpecModel):
+    shape: ModelShapeSpec = Field(description="Build the model from this shape.")
+
+
+class TrainingData(SpecModel):
+    """Exactly one source of text."""
+
+    source: Literal["PythonStdlib"] | None = Field(
+        default=None, description="Source text of Python's own standard library."
+    )
+    path: str | None = Field(
+        default=None, min_length=1, max_length=1024, description="Folder of text files inside the pod."
+    )
+
+    cel_rules: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("has(self.source) != has(self.path)", "exactly one of source and path must be given"),
+    )
+
+
+class Training(SpecModel):
+    data: TrainingData
+    sequence_length: int = Field(default=128, ge=8, le=1048576)
+    sequences_per_rank: int = Field(default=8, ge=1, le=65536)
+    max_steps: int | None = Field(default=None, ge=1, le=100000000)
+    max_seconds: int | None = Field(
+        default=None,
+        ge=1,
+        le=31536000,
+        description="Training time; the learning rate follows whichever bound is nearer.",
+    )
+    learning_rate: Decimal = "3e-3"
+    warmup_steps: int = Field(default=20, ge=0, le=1000000)
+    weight_decay: Decimal = "0.1"
+    aux_loss_coefficient: Decimal = "0.01"
+    seed: int = Field(default=0, ge=0, le=2147483647)
+    snapshot_every_steps: int = Field(
+        default=50, ge=1, le=1000000, description="A lost rank costs at most this many steps."
+    )
+
+    cel_rules: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("has(self.maxSteps) || has(self.maxSeconds)", "give maxSteps, maxSeconds or both"),
+    )
+
+
+class JobOutput(SpecModel):
+    path: str = Field(min_length=1, max_length=1024, description="Folder the safetensors checkpoint is written to.")
+
+
+class MoEJobSpec(SpecModel):
+    suspend: bool = Field(default=False, description="True removes the pods and keeps the object.")
+    managed_by: str | None = Field(
+        default=None,
+        max_length=63,
+        description="Another value than moerator.dev/operator leaves the object to that controller.",
+    )
+    model: JobModel
+    training: Training
+    output: JobOutput
+    parallelism: Parallelism
+    topology_constraint: TopologyConstraint | None = None
+    failure_policy: FailurePolicy = FailurePolicy()
+    active_deadline_seconds: int | None = Field(default=None, ge=1)
+    ttl_seconds_after_finished: int | None = Field(default=None, ge=0)
+    drills: Literal["Allowed", "Forbidden"] = Field(
+        default="Forbidden", description="Whether a MoEDrill may injure this object."
+    )
+    template: PodTemplate = PodTemplate()

@@ -1,0 +1,72 @@
+"""MoEService: serve a checkpoint behind the OpenAI API."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from moe_core.spec.base import SpecModel
+from moe_core.spec.common import FailurePolicy, Parallelism, PodTemplate, TopologyConstraint
+
+
+class ServiceModel(SpecModel):
+    path: str = Field(min_length=1, max_length=1024, description="Folder of a safetensors checkpoint inside the pod.")
+    served_name: str | None = Field(
+        default=None, min_length=1, max_length=253, description="Name in the OpenAI API; the object's name by default."
+    )
+    num_experts: int | None = Field(
+        default=None,
+        ge=2,
+        le=4096,
+        description="Logical experts per layer, where the operator cannot read the checkpoint.",
+    )
+    num_moe_layers: int | None = Field(
+        default=None, ge=1, le=512, description="MoE layers, where the operator cannot read the checkpoint."
+    )
+
+
+class Experts(SpecModel):
+    redundant_per_rank: int = Field(
+        default=0, ge=0, le=4096, description="Slots per rank and layer beyond an even share."
+    )
+    min_copies: int = Field(default=1, ge=1, le=64, description="Live copies every logical expert must have by plan.")
+    policy: Literal["Linear", "DeepSeek"] = Field(default="Linear", description="How experts are assigned to slots.")
+    fallback: Literal["Generalist", "Drop", "Refuse"] = Field(
+        default="Generalist",
+        description="What answers for an expert without a live copy; Refuse fails the request instead.",
+    )
+
+
+class Serving(SpecModel):
+    max_sequences: int = Field(default=8, ge=1, le=4096, description="Sequences one rank decodes side by side.")
+    max_context: int = Field(
+        default=512, ge=16, le=16777216, description="Tokens of prompt and completion of one sequence."
+    )
+
+
+class Gateway(SpecModel):
+    replicas: int = Field(default=2, ge=1, le=64)
+    port: int = Field(default=8000, ge=1, le=65535)
+
+
+class MoEServiceSpec(SpecModel):
+    suspend: bool = False
+    managed_by: str | None = Field(
+        default=None,
+        max_length=63,
+        description="Another value than moerator.dev/operator leaves the object to that controller.",
+    )
+    model: ServiceModel
+    parallelism: Parallelism
+    experts: Experts = Experts()
+    serving: Serving = Serving()
+    gateway: Gateway = Gateway()
+    topology_constraint: TopologyConstraint | None = None
+    failure_policy: FailurePolicy = FailurePolicy(max_restarts=1000)
+    drills: Literal["Allowed", "Forbidden"] = Field(
+        default="Forbidden", description="Whether a MoEDrill may injure this object."
+    )
+    template: PodTemplate = PodTemplate()
+
+    cel_rules: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("self.model == oldSelf.model", "the model of a service cannot be changed; create another MoEService"),
+    )

@@ -1,0 +1,26 @@
+"""Errors of the data plane.
+
+RuntimeFault
+├── GroupFault      a collective failed or ran past its deadline: a peer died, hangs or is cut off
+└── MinorityStop    too few living members to decide the next epoch, and nobody vouches for the others' death
+"""
+
+
+class RuntimeFault(RuntimeError):
+    """Root of the faults that the step loop knows how to handle."""
+
+
+class GroupFault(RuntimeFault):
+    """A collective of this epoch cannot finish; the step must be rolled back and the membership agreed anew.
+
+    >>> GroupFault("all_to_all", suspects=(2,)).suspects
+    (2,)
+    """
+
+    def __init__(self, what: str, *, suspects: tuple[int, ...] = ()) -> None:
+        self.suspects = suspects
+        super().__init__(what + (f" (suspected ranks: {list(suspects)})" if suspects else ""))
+
+
+class MinorityStop(RuntimeFault):
+    """This side holds no quorum of its epoch and must not serve on its own."""
