@@ -1,4 +1,4 @@
 """The pure brain of moerator: facts and a wish in, actions, conditions and reasons out.
 
-No clock, randomness, logging, environment or I/O lives here; shells observe, apply and report (import-linter checks it).
+No clock, randomness, logging, environment or I/O lives here; shells observe, apply and report.
 """

@@ -92,7 +92,7 @@ class ModelFact:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Everything observed about one wish. `topologies` maps the name of a ClusterTopology to its (name, nodeLabel) levels."""
+    """Everything observed about one wish. `topologies`: name of a ClusterTopology -> its (name, nodeLabel) levels."""
 
     nodes: tuple[NodeFact, ...] = ()
     pods: tuple[PodFact, ...] = ()

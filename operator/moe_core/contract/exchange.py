@@ -84,6 +84,8 @@ class Recovery(WireModel):
 
 class RuntimeState(WireModel):
     version: int
+    wish_put: int | None = None
+    """Generation of the newest wish that this coordinator has taken; None after it restarted and was not told yet."""
     wish_generation: int | None = None
     """Generation of the wish that is fully in force (map applied, members as wished)."""
     epoch: int = 0

@@ -1,0 +1,35 @@
+"""Conditions as Kubernetes keeps them: a list keyed by type, whose transition time moves only when the status flips."""
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from moe_core.facts import Condition
+
+
+def timestamp(now: float) -> str:
+    """RFC 3339 in UTC with whole seconds, as Kubernetes writes it.
+
+    >>> timestamp(0)
+    '1970-01-01T00:00:00Z'
+    """
+    return datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def merge_conditions(
+    old: Sequence[Mapping[str, Any]], new: Sequence[Condition], *, generation: int, now: float
+) -> list[dict[str, Any]]:
+    """Set `new` over `old` by type. Types that are not decided any more stay as they were."""
+    merged = {str(c["type"]): dict(c) for c in old}
+    for condition in new:
+        before = merged.get(condition.type)
+        flipped = before is None or before["status"] != condition.status
+        merged[condition.type] = {
+            "type": condition.type,
+            "status": condition.status,
+            "reason": condition.reason.value,
+            "message": condition.message[:32768],
+            "observedGeneration": generation,
+            "lastTransitionTime": timestamp(now) if flipped or before is None else before["lastTransitionTime"],
+        }
+    return list(merged.values())

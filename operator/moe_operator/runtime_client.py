@@ -1,0 +1,114 @@
+"""The operator's side of the coordinator's HTTP face, one per owner, the same for both shells.
+
+A long poll keeps `state` fresh and calls `on_change`; while the coordinator is away `state` is None and the operator says so.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+
+import aiohttp
+
+from moe_core.contract.exchange import FaultRequest, RuntimeState, RuntimeWish
+from moe_core.outcome import InvalidInput
+from moe_operator.cluster.protocol import Conflict, Unavailable
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 20.0
+AWAY_AFTER_S = 3.0
+RETRY_S = 0.3
+
+
+class RuntimeClient:
+    """Talks to the coordinator at `url` (http://host:port). `token` is asked for anew at each connection attempt."""
+
+    def __init__(self, url: str, *, token: Callable[[], str | None], on_change: Callable[[], None]) -> None:
+        self._url = url
+        self._token = token
+        self._on_change = on_change
+        self._state: RuntimeState | None = None
+        self._put_generation: int | None = None
+        self._session: aiohttp.ClientSession | None = None
+        self._poll: asyncio.Task[None] | None = None
+
+    @property
+    def state(self) -> RuntimeState | None:
+        return self._state
+
+    @property
+    def put_generation(self) -> int | None:
+        return self._put_generation
+
+    def start(self) -> None:
+        if self._poll is None:
+            self._poll = asyncio.create_task(self._follow(), name=f"poll {self._url}")
+
+    async def close(self) -> None:
+        if self._poll is not None:
+            self._poll.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._poll
+            self._poll = None
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def put_wish(self, wish: RuntimeWish) -> None:
+        await self._send("PUT", "/v1/wish", wish.canonical())
+        self._put_generation = wish.generation  # until the next state says what the coordinator itself knows
+
+    async def inject(self, fault: FaultRequest) -> None:
+        await self._send("POST", "/v1/faults", fault.canonical())
+
+    def _headers(self) -> dict[str, str]:
+        token = self._token()
+        if token is None:
+            raise Unavailable(f"coordinator {self._url}: its token does not exist yet")
+        return {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession()
+        return self._session
+
+    async def _send(self, method: str, path: str, body: str) -> None:
+        try:
+            async with self._open().request(
+                method, self._url + path, data=body, headers=self._headers(), timeout=aiohttp.ClientTimeout(total=10)
+            ) as answer:
+                if answer.status == 409:
+                    raise Conflict(f"coordinator {self._url}{path}: {await answer.text()}")
+                if answer.status >= 400:
+                    raise Unavailable(f"coordinator {self._url}{path}: {answer.status} {await answer.text()}")
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise Unavailable(f"coordinator {self._url}{path}: {error!r}") from error
+
+    async def _follow(self) -> None:
+        loop = asyncio.get_running_loop()
+        last_seen = loop.time()
+        version = 0
+        while True:
+            try:
+                state = await self._poll_once(version)
+            except (aiohttp.ClientError, TimeoutError, Unavailable, InvalidInput) as error:
+                if self._state is not None and loop.time() - last_seen > AWAY_AFTER_S:
+                    logger.warning("coordinator %s is away: %r", self._url, error)
+                    self._state, self._put_generation, version = None, None, 0
+                    self._on_change()
+                await asyncio.sleep(RETRY_S)
+                continue
+            last_seen = loop.time()
+            if state != self._state:
+                version = state.version
+                self._state, self._put_generation = state, state.wish_put
+                self._on_change()
+
+    async def _poll_once(self, version: int) -> RuntimeState:
+        url = f"{self._url}/v1/state?after={version}&wait_s={POLL_S:g}"
+        timeout = aiohttp.ClientTimeout(total=POLL_S + 10, connect=3)
+        async with self._open().get(url, headers=self._headers(), timeout=timeout) as answer:
+            if answer.status != 200:
+                raise Unavailable(f"{answer.status} {await answer.text()}")
+            return RuntimeState.parse(await answer.read())
