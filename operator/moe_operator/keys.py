@@ -1,6 +1,6 @@
 """Dirty keys: any number of marks become one reconcile, and one key is never reconciled twice at once.
 
-Not a queue of events: an event is only a hint that facts may have changed, and the facts are read when the key's turn comes.
+Not a queue of events: an event is only a hint that facts may have changed; they are read when the key's turn comes.
 """
 
 import asyncio

@@ -38,7 +38,7 @@ FIRST_RETRY_S, LAST_RETRY_S = 0.2, 30.0
 class Reconciler:
     """Drives every marked key to its wish.
 
-    `may_apply` says whether this process holds the lease; without it nothing is changed, and the key is looked at again.
+    `may_apply` says whether this process holds the lease; without it nothing is changed and the key is looked at later.
     `clock` gives seconds since the Unix epoch.
     """
 

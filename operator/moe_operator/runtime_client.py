@@ -1,6 +1,6 @@
 """The operator's side of the coordinator's HTTP face, one per owner, the same for both shells.
 
-A long poll keeps `state` fresh and calls `on_change`; while the coordinator is away `state` is None and the operator says so.
+A long poll keeps `state` fresh and calls `on_change`; while the coordinator is away `state` is None.
 """
 
 import asyncio

@@ -22,7 +22,7 @@ class RuntimeWish(WireModel):
     """Rank ids that shall take part; a member not named here drains and leaves."""
     expert_map: ExpertMap
     dead_pod_uids: tuple[str, ...] = ()
-    """Pods that are proven gone (process reaped, or the API server has removed them): the coordinator may vouch for it."""
+    """Pods proven gone (process reaped, or removed by the API server): the coordinator may vouch for it."""
 
 
 RankPhase = Literal["Starting", "Loading", "Ready", "Active", "Draining", "Left", "Failed"]
