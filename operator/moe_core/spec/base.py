@@ -1,16 +1,39 @@
 """How a custom resource is modelled: camelCase on the wire, snake_case here, closed and frozen.
 
-Rules that CEL can check are written next to the model (`cel_rules`), so that the CRD and `moerator validate` agree.
+A rule that crosses fields is written as CEL for the API server and as a predicate for everybody else, side by side, so
+that `kubectl apply` and `moerator validate` refuse the same things with the same words.
 """
 
-from typing import ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 from pydantic.alias_generators import to_camel
 
 
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`cel` as in x-kubernetes-validations; `holds` says the same of the parsed model.
+
+    A rule about a change (`oldSelf`) has no predicate: one document alone cannot break it.
+    """
+
+    cel: str
+    message: str
+    holds: Callable[[Any], bool] | None = None
+
+
+def unchangeable(field: str, *, lever: str = "create another object") -> Rule:
+    """The optional or required `field` (wire name) must stay as it was created."""
+    return Rule(
+        cel=f"has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || self.{field} == oldSelf.{field})",
+        message=f"{field} cannot be changed; {lever}",
+    )
+
+
 class SpecModel(BaseModel):
-    """Base of every part of a spec. `cel_rules` become x-kubernetes-validations of the part: (rule, message)."""
+    """Base of every part of a spec."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=to_camel, populate_by_name=True, strict=True)
-    cel_rules: ClassVar[tuple[tuple[str, str], ...]] = ()
+    rules: ClassVar[tuple[Rule, ...]] = ()

@@ -2,12 +2,21 @@
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from moe_core.spec.base import SpecModel
+from moe_core.spec.base import Rule, SpecModel
 
 DnsLabel = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
-Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$", max_length=32)]
+Quantity = Annotated[
+    str,
+    Field(
+        pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$",
+        max_length=32,
+        json_schema_extra={"x-kubernetes-int-or-string": True},
+    ),
+    BeforeValidator(lambda given: str(given) if isinstance(given, int) and not isinstance(given, bool) else given),
+]
+"""A Kubernetes quantity; a bare whole number is taken as well, as everywhere in Kubernetes."""
 Decimal = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?$", max_length=32)]
 
 
@@ -19,6 +28,14 @@ class Parallelism(SpecModel):
 
 class Pack(SpecModel):
     """Levels, by name, that the gang must or should lie inside."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "has(self.required) || has(self.preferred)",
+            "give required, preferred or both",
+            lambda pack: pack.required is not None or pack.preferred is not None,
+        ),
+    )
 
     required: str | None = Field(
         default=None, min_length=1, max_length=63, description="All ranks inside one domain of this level."
@@ -35,7 +52,7 @@ class TopologyConstraint(SpecModel):
 
 class FailurePolicy(SpecModel):
     max_restarts: int = Field(
-        default=10, ge=0, le=10000, description="Rank pods that may be replaced before the object fails."
+        default=100, ge=0, le=10000, description="Rank pods that may be replaced before the object fails."
     )
 
 
@@ -52,8 +69,10 @@ class VolumeMount(SpecModel):
 
 
 class Resources(SpecModel):
-    requests: dict[str, Quantity] = Field(default_factory=dict, description="Per rank; GPUs as an extended resource.")
-    limits: dict[str, Quantity] = Field(default_factory=dict)
+    requests: dict[str, Quantity] = Field(
+        default_factory=dict, max_length=64, description="Per rank; GPUs as an extended resource."
+    )
+    limits: dict[str, Quantity] = Field(default_factory=dict, max_length=64)
 
 
 class Toleration(SpecModel):
@@ -65,8 +84,8 @@ class Toleration(SpecModel):
 
 
 class ObjectMeta(SpecModel):
-    labels: dict[str, str] = Field(default_factory=dict)
-    annotations: dict[str, str] = Field(default_factory=dict)
+    labels: dict[str, str] = Field(default_factory=dict, max_length=64)
+    annotations: dict[str, str] = Field(default_factory=dict, max_length=64)
 
 
 class PodSpec(SpecModel):
@@ -76,13 +95,15 @@ class PodSpec(SpecModel):
         default="", max_length=1024, description="Image of the runtime; empty takes the operator's default."
     )
     image_pull_policy: str | None = Field(default=None, pattern="^(Always|IfNotPresent|Never)$")
-    image_pull_secrets: tuple[DnsLabel, ...] = ()
+    image_pull_secrets: tuple[DnsLabel, ...] = Field(default=(), max_length=64)
     resources: Resources = Resources()
-    env: tuple[EnvVar, ...] = ()
-    volume_mounts: tuple[VolumeMount, ...] = ()
-    volumes: tuple[dict[str, Any], ...] = Field(default=(), description="Kubernetes volumes, as in a pod.")
-    node_selector: dict[str, str] = Field(default_factory=dict)
-    tolerations: tuple[Toleration, ...] = ()
+    env: tuple[EnvVar, ...] = Field(default=(), max_length=64)
+    volume_mounts: tuple[VolumeMount, ...] = Field(default=(), max_length=64)
+    volumes: tuple[dict[str, Any], ...] = Field(
+        default=(), max_length=64, description="Kubernetes volumes, as in a pod."
+    )
+    node_selector: dict[str, str] = Field(default_factory=dict, max_length=64)
+    tolerations: tuple[Toleration, ...] = Field(default=(), max_length=64)
     priority_class_name: str | None = None
     runtime_class_name: str | None = None
 
@@ -107,10 +128,15 @@ class ModelShapeSpec(SpecModel):
     vocab_size: int = Field(default=256, ge=256, le=1048576)
     max_position_embeddings: int = Field(default=2048, ge=16, le=16777216)
 
-    cel_rules: ClassVar[tuple[tuple[str, str], ...]] = (
-        ("self.numExpertsPerTok <= self.numExperts", "numExpertsPerTok must not exceed numExperts"),
-        (
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "self.numExpertsPerTok <= self.numExperts",
+            "numExpertsPerTok must not exceed numExperts",
+            lambda shape: shape.num_experts_per_tok <= shape.num_experts,
+        ),
+        Rule(
             "self.numAttentionHeads % self.numKeyValueHeads == 0",
             "numAttentionHeads must be a multiple of numKeyValueHeads",
+            lambda shape: shape.num_attention_heads % shape.num_key_value_heads == 0,
         ),
     )

@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from moe_core.spec.base import SpecModel
+from moe_core.spec.base import Rule, SpecModel, unchangeable
 from moe_core.spec.common import Decimal, FailurePolicy, ModelShapeSpec, Parallelism, PodTemplate, TopologyConstraint
 
 
@@ -22,8 +22,12 @@ class TrainingData(SpecModel):
         default=None, min_length=1, max_length=1024, description="Folder of text files inside the pod."
     )
 
-    cel_rules: ClassVar[tuple[tuple[str, str], ...]] = (
-        ("has(self.source) != has(self.path)", "exactly one of source and path must be given"),
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "has(self.source) != has(self.path)",
+            "exactly one of source and path must be given",
+            lambda data: (data.source is None) != (data.path is None),
+        ),
     )
 
 
@@ -47,8 +51,12 @@ class Training(SpecModel):
         default=50, ge=1, le=1000000, description="A lost rank costs at most this many steps."
     )
 
-    cel_rules: ClassVar[tuple[tuple[str, str], ...]] = (
-        ("has(self.maxSteps) || has(self.maxSeconds)", "give maxSteps, maxSeconds or both"),
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "has(self.maxSteps) || has(self.maxSeconds)",
+            "give maxSteps, maxSeconds or both",
+            lambda training: training.max_steps is not None or training.max_seconds is not None,
+        ),
     )
 
 
@@ -57,6 +65,8 @@ class JobOutput(SpecModel):
 
 
 class MoEJobSpec(SpecModel):
+    """Train a Mixture-of-Experts model with expert parallelism and write a checkpoint."""
+
     suspend: bool = Field(default=False, description="True removes the pods and keeps the object.")
     managed_by: str | None = Field(
         default=None,
@@ -75,3 +85,8 @@ class MoEJobSpec(SpecModel):
         default="Forbidden", description="Whether a MoEDrill may injure this object."
     )
     template: PodTemplate = PodTemplate()
+
+    rules: ClassVar[tuple[Rule, ...]] = tuple(
+        unchangeable(field, lever="create another MoEJob")
+        for field in ("model", "training", "output", "parallelism", "topologyConstraint", "drills", "template")
+    )

@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from moe_core.spec.base import SpecModel
+from moe_core.spec.base import Rule, SpecModel
 from moe_core.spec.common import DnsLabel
 
 
@@ -14,7 +14,22 @@ class TopologyLevel(SpecModel):
 
 
 class ClusterTopologySpec(SpecModel):
+    """The levels of a cluster's network, broad to narrow, as node labels."""
+
     levels: tuple[TopologyLevel, ...] = Field(min_length=1, max_length=16, description="Broad to narrow.")
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "self.levels.all(a, self.levels.exists_one(b, b.name == a.name))",
+            "levels must have distinct names",
+            lambda spec: len({level.name for level in spec.levels}) == len(spec.levels),
+        ),
+        Rule(
+            "self.levels.all(a, self.levels.exists_one(b, b.nodeLabel == a.nodeLabel))",
+            "levels must have distinct node labels",
+            lambda spec: len({level.node_label for level in spec.levels}) == len(spec.levels),
+        ),
+    )
 
 
 class DrillTarget(SpecModel):
@@ -33,13 +48,13 @@ class DrillSlo(SpecModel):
 
 
 class MoEDrillSpec(SpecModel):
+    """One failure drill: injure one rank and hold the recovery against a bound."""
+
     target: DrillTarget
     fault: DrillFault
     slo: DrillSlo = DrillSlo()
 
-    cel_rules: ClassVar[tuple[tuple[str, str], ...]] = (
-        ("self == oldSelf", "a drill cannot be changed; create another MoEDrill"),
-    )
+    rules: ClassVar[tuple[Rule, ...]] = (Rule("self == oldSelf", "a drill cannot be changed; create another MoEDrill"),)
 
 
 class MapLayer(SpecModel):
@@ -49,12 +64,12 @@ class MapLayer(SpecModel):
 
 
 class ExpertMapSpec(SpecModel):
-    """Written by the operator only."""
+    """The assignment in force, logical experts to slots; written by the operator only."""
 
     generation: int = Field(ge=0)
     digest: str
     num_logical_experts: int = Field(ge=1)
-    slots_of_rank: tuple[int, ...]
+    slots_of_rank: tuple[int, ...] = Field(max_length=1024)
     first_layer: int = Field(default=0, ge=0, description="Large maps are sliced by layer; this slice starts here.")
     layers: tuple[MapLayer, ...] = Field(max_length=512)
     policy: str = ""

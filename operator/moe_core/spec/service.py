@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from moe_core.spec.base import SpecModel
+from moe_core.spec.base import Rule, SpecModel, unchangeable
 from moe_core.spec.common import FailurePolicy, Parallelism, PodTemplate, TopologyConstraint
 
 
@@ -21,6 +21,14 @@ class ServiceModel(SpecModel):
     )
     num_moe_layers: int | None = Field(
         default=None, ge=1, le=512, description="MoE layers, where the operator cannot read the checkpoint."
+    )
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "has(self.numExperts) == has(self.numMoeLayers)",
+            "give numExperts and numMoeLayers together, or neither",
+            lambda model: (model.num_experts is None) == (model.num_moe_layers is None),
+        ),
     )
 
 
@@ -49,6 +57,8 @@ class Gateway(SpecModel):
 
 
 class MoEServiceSpec(SpecModel):
+    """Serve a Mixture-of-Experts checkpoint over ranks, behind the OpenAI API."""
+
     suspend: bool = False
     managed_by: str | None = Field(
         default=None,
@@ -61,12 +71,22 @@ class MoEServiceSpec(SpecModel):
     serving: Serving = Serving()
     gateway: Gateway = Gateway()
     topology_constraint: TopologyConstraint | None = None
-    failure_policy: FailurePolicy = FailurePolicy(max_restarts=1000)
+    failure_policy: FailurePolicy = FailurePolicy()
     drills: Literal["Allowed", "Forbidden"] = Field(
         default="Forbidden", description="Whether a MoEDrill may injure this object."
     )
     template: PodTemplate = PodTemplate()
 
-    cel_rules: ClassVar[tuple[tuple[str, str], ...]] = (
-        ("self.model == oldSelf.model", "the model of a service cannot be changed; create another MoEService"),
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "self.experts.minCopies <= self.parallelism.expert",
+            "experts.minCopies must not exceed parallelism.expert: copies of one expert live on distinct ranks",
+            lambda spec: spec.experts.min_copies <= spec.parallelism.expert,
+        ),
+        *(
+            unchangeable(field, lever="create another MoEService")
+            for field in ("model", "serving", "topologyConstraint", "drills", "template")
+        ),
+        Rule("self.experts.fallback == oldSelf.experts.fallback", "experts.fallback cannot be changed"),
+        Rule("self.gateway.port == oldSelf.gateway.port", "gateway.port cannot be changed"),
     )

@@ -1,0 +1,123 @@
+"""The five kinds: what the API server calls them, what their columns show, which model holds their spec."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moe_core.spec.base import SpecModel
+from moe_core.spec.job import MoEJobSpec
+from moe_core.spec.others import ClusterTopologySpec, ExpertMapSpec, MoEDrillSpec
+from moe_core.spec.service import MoEServiceSpec
+
+MAX_NAME = 40
+"""Pods are named after their owner; their names must stay valid host names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A printer column; `wide` ones show only under `-o wide`."""
+
+    name: str
+    path: str
+    type: Literal["string", "integer", "date"] = "string"
+    wide: bool = False
+
+
+def _condition(name: str, type_: str) -> Column:
+    return Column(name, f'.status.conditions[?(@.type=="{type_}")].status')
+
+
+def _reason(type_: str) -> Column:
+    return Column("Reason", f'.status.conditions[?(@.type=="{type_}")].message', wide=True)
+
+
+AGE = Column("Age", ".metadata.creationTimestamp", "date")
+
+
+@dataclass(frozen=True, slots=True)
+class ResourceKind:
+    kind: str
+    plural: str
+    short_name: str
+    model: type[SpecModel]
+    columns: tuple[Column, ...]
+    namespaced: bool = True
+    scale_path: str | None = None
+    """Field of the spec that `kubectl scale` sets."""
+
+    @property
+    def singular(self) -> str:
+        return self.kind.lower()
+
+
+KINDS: tuple[ResourceKind, ...] = (
+    ResourceKind(
+        "MoEJob",
+        "moejobs",
+        "moej",
+        MoEJobSpec,
+        (
+            Column("Ranks", ".spec.parallelism.expert", "integer"),
+            Column("Active", ".status.ranks.active", "integer"),
+            Column("Step", ".status.training.step", "integer"),
+            _condition("Complete", "Complete"),
+            AGE,
+            Column("Restarts", ".status.restarts", "integer", wide=True),
+            Column("Epoch", ".status.epoch", "integer", wide=True),
+            _reason("Ready"),
+        ),
+    ),
+    ResourceKind(
+        "MoEService",
+        "moeservices",
+        "moesvc",
+        MoEServiceSpec,
+        (
+            Column("Ranks", ".spec.parallelism.expert", "integer"),
+            Column("Active", ".status.ranks.active", "integer"),
+            _condition("Ready", "Ready"),
+            _condition("Coverage", "ExpertCoverage"),
+            AGE,
+            Column("Restarts", ".status.restarts", "integer", wide=True),
+            Column("Epoch", ".status.epoch", "integer", wide=True),
+            _reason("Ready"),
+        ),
+        scale_path=".spec.parallelism.expert",
+    ),
+    ResourceKind(
+        "ExpertMap",
+        "expertmaps",
+        "emap",
+        ExpertMapSpec,
+        (
+            Column("Generation", ".spec.generation", "integer"),
+            Column("Digest", ".spec.digest"),
+            Column("Experts", ".spec.numLogicalExperts", "integer"),
+            AGE,
+            Column("Policy", ".spec.policy", wide=True),
+        ),
+    ),
+    ResourceKind(
+        "ClusterTopology",
+        "clustertopologies",
+        "ctopo",
+        ClusterTopologySpec,
+        (Column("Levels", ".spec.levels[*].name"), AGE),
+        namespaced=False,
+    ),
+    ResourceKind(
+        "MoEDrill",
+        "moedrills",
+        "drill",
+        MoEDrillSpec,
+        (
+            Column("Target", ".spec.target.name"),
+            Column("Fault", ".spec.fault.type"),
+            Column("Verdict", ".status.verdict"),
+            AGE,
+            Column("Detected", ".status.detectedSeconds", wide=True),
+            Column("Restored", ".status.restoredSeconds", wide=True),
+        ),
+    ),
+)
+
+KIND_OF_NAME = {kind.kind: kind for kind in KINDS}

@@ -1,0 +1,221 @@
+"""Reading custom resources: text to typed values at the border, with every problem found and where it stands.
+
+`parse_spec` is what `decide` uses on an object from the API server; `read_documents` is what `moerator validate` and
+`moerator run` use on a file. Both refuse the same things.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from moe_core.contract.names import API_VERSION
+from moe_core.outcome import InvalidSpec, Problem
+from moe_core.spec.base import SpecModel
+from moe_core.spec.kinds import KIND_OF_NAME, MAX_NAME
+
+Model = TypeVar("Model", bound=SpecModel)
+_NAME = re.compile(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
+_TOP_LEVEL = ("apiVersion", "kind", "metadata", "spec", "status")
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One custom resource of a file, parsed. `raw` is what was written."""
+
+    kind: str
+    name: str
+    namespace: str
+    spec: SpecModel
+    raw: Mapping[str, Any]
+    line: int
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as Kubernetes reads it: an unquoted date stays text, a key may not stand twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str | int | bool | float) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(str(key) if isinstance(key, dict | list) else key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def parse_spec(model: type[Model], spec: Mapping[str, Any]) -> Model:
+    """Parse one spec. Raises InvalidSpec with every Problem."""
+    try:
+        parsed = model.model_validate_json(json.dumps(spec, default=str))
+    except ValidationError as error:
+        raise InvalidSpec([_problem(model, detail) for detail in error.errors()]) from error
+    if broken := _broken_rules(parsed, "spec"):
+        raise InvalidSpec(broken)
+    return parsed
+
+
+def read_documents(text: str) -> list[Document]:
+    """Parse every document of a YAML (or JSON) text.
+
+    Raises InvalidSpec with the problems of all documents; a field reads `line 12: spec.parallelism.expert`.
+    """
+    documents: list[Document] = []
+    problems: list[Problem] = []
+    loader = _Loader(text)
+    try:
+        while loader.check_node():
+            node = loader.get_node()
+            if node is None or (isinstance(node, yaml.ScalarNode) and node.value == ""):
+                continue
+            found = _read_one(loader.construct_document(node), node)
+            if isinstance(found, Document):
+                documents.append(found)
+            else:
+                problems.extend(found)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark is not None else "document"
+        what = getattr(error, "problem", None) or str(error)
+        raise InvalidSpec([Problem(where, _line(text, mark), f"this is not YAML: {what}")]) from error
+    finally:
+        loader.dispose()
+    if not documents and not problems:
+        problems.append(Problem("document", "", "the file holds no resource"))
+    if problems:
+        raise InvalidSpec(problems)
+    return documents
+
+
+def _line(text: str, mark: Any) -> str:
+    lines = text.splitlines()
+    return lines[mark.line].strip() if mark is not None and mark.line < len(lines) else ""
+
+
+def _read_one(value: Any, node: yaml.Node) -> Document | list[Problem]:
+    problems = _envelope_problems(value)
+    if not problems:
+        try:
+            spec = parse_spec(KIND_OF_NAME[value["kind"]].model, value["spec"])
+        except InvalidSpec as invalid:
+            problems = list(invalid.problems)
+        else:
+            metadata = value["metadata"]
+            namespace = str(metadata.get("namespace", "default"))
+            return Document(value["kind"], metadata["name"], namespace, spec, value, node.start_mark.line + 1)
+    lines = _lines_of(node)
+    return [
+        Problem(f"line {_nearest(lines, problem.field)}: {problem.field}", problem.value, problem.message, problem.hint)
+        for problem in problems
+    ]
+
+
+def _envelope_problems(value: Any) -> list[Problem]:
+    if not isinstance(value, dict):
+        return [Problem("document", value, "must be a mapping with apiVersion, kind, metadata and spec")]
+    problems = [
+        Problem(str(key), value[key], "unknown field", _did_you_mean(str(key), _TOP_LEVEL))
+        for key in value
+        if key not in _TOP_LEVEL
+    ]
+    if value.get("apiVersion") != API_VERSION:
+        problems.append(Problem("apiVersion", value.get("apiVersion"), f"must be {API_VERSION}"))
+    kind = value.get("kind")
+    if not isinstance(kind, str) or kind not in KIND_OF_NAME:
+        hint = _did_you_mean(str(kind), tuple(KIND_OF_NAME))
+        problems.append(Problem("kind", kind, f"must be one of {', '.join(KIND_OF_NAME)}", hint))
+    problems.extend(_metadata_problems(value.get("metadata")))
+    if not isinstance(value.get("spec"), dict):
+        problems.append(Problem("spec", value.get("spec"), "is required and must be a mapping"))
+    return problems
+
+
+def _metadata_problems(metadata: Any) -> list[Problem]:
+    if not isinstance(metadata, dict) or "name" not in metadata:
+        return [Problem("metadata.name", None, "is required")]
+    name = metadata["name"]
+    if not isinstance(name, str) or not _NAME.match(name):
+        return [Problem("metadata.name", name, "must be lower case letters, digits and '-'")]
+    if len(name) > MAX_NAME:
+        return [Problem("metadata.name", name, f"must have at most {MAX_NAME} characters: pods are named after it")]
+    return []
+
+
+def _problem(model: type[SpecModel], detail: ErrorDetails) -> Problem:
+    path = "spec" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"])
+    match detail["type"]:
+        case "extra_forbidden":
+            known = _fields_at(model, detail["loc"][:-1])
+            return Problem(path, detail["input"], "unknown field", _did_you_mean(str(detail["loc"][-1]), known))
+        case "missing":
+            return Problem(path, None, "is required")
+        case "literal_error":
+            return Problem(path, detail["input"], f"must be one of {detail['ctx']['expected']}")
+        case "string_pattern_mismatch":
+            return Problem(path, detail["input"], f"must match {detail['ctx']['pattern']}")
+    message = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return Problem(path, detail["input"], f"must be {message}" if message != detail["msg"] else message)
+
+
+def _fields_at(model: type[SpecModel], path: tuple[int | str, ...]) -> tuple[str, ...]:
+    """Wire names of the fields that may stand at `path`."""
+    from moe_core.spec.crd import schema_of  # the schema already has every part inlined
+
+    node: Mapping[str, Any] = schema_of(model)
+    for part in path:
+        node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
+    return tuple(node.get("properties", {}))
+
+
+def _did_you_mean(word: str, known: tuple[str, ...]) -> str:
+    folded = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower().replace("_", ""), folded, n=1, cutoff=0.6)
+    return f"did you mean {folded[close[0]]}?" if close else ""
+
+
+def _broken_rules(part: Any, path: str) -> list[Problem]:
+    """Rules that cross fields, in this part and below it; the same that CEL checks in the API server."""
+    if isinstance(part, tuple):
+        return [problem for idx, item in enumerate(part) for problem in _broken_rules(item, f"{path}[{idx}]")]
+    if not isinstance(part, SpecModel):
+        return []
+    problems = [
+        Problem(path, part.model_dump(by_alias=True, exclude_none=True, exclude_defaults=True), rule.message)
+        for rule in part.rules
+        if rule.holds is not None and not rule.holds(part)
+    ]
+    for name, info in type(part).model_fields.items():
+        problems.extend(_broken_rules(getattr(part, name), f"{path}.{info.alias or name}"))
+    return problems
+
+
+def _lines_of(node: yaml.Node, path: str = "") -> dict[str, int]:
+    """Path of every value -> line it starts on, from 1."""
+    lines = {path: node.start_mark.line + 1}
+    if isinstance(node, yaml.MappingNode):
+        for key, child in node.value:
+            below = f"{path}.{key.value}" if path else str(key.value)
+            lines |= _lines_of(child, below)
+            lines[below] = key.start_mark.line + 1
+    elif isinstance(node, yaml.SequenceNode):
+        for idx, child in enumerate(node.value):
+            lines |= _lines_of(child, f"{path}[{idx}]")
+    return lines
+
+
+def _nearest(lines: Mapping[str, int], path: str) -> int:
+    while path and path not in lines:
+        path = path.rpartition(".")[0] if "." in path or "[" not in path else path.rpartition("[")[0]
+    return lines.get(path, lines.get("", 1))
