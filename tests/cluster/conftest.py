@@ -1,0 +1,44 @@
+"""One real control plane for the whole test run, and a namespace of its own for every test."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from cluster.controlplane.api import Api
+from cluster.controlplane.build import CLUSTER_PROGRAMS, ensure
+from cluster.controlplane.start import ADMIN, ControlPlane, Settings, control_plane
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    """etcd, kube-apiserver, kube-controller-manager and kube-scheduler; logs stay in pytest's temporary folder."""
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():  # the first build takes minutes: show that something happens
+        ensure(CLUSTER_PROGRAMS)
+    with control_plane(Settings(), directory=tmp_path_factory.mktemp("control-plane")) as running:
+        yield running
+
+
+@pytest.fixture
+def namespace(cluster: ControlPlane, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A fresh namespace, usable at once; deleted afterwards without waiting for it."""
+    words = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower()).strip("-")[:40].strip("-")
+    name = f"{words}-{next(_numbers)}"
+    cluster.kubectl("create", "namespace", name)
+    # Pods are refused until the controller manager has made it.
+    cluster.kubectl("wait", "--for=create", "serviceaccount/default", "-n", name, "--timeout=30s")
+    yield name
+    cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture
+async def api(cluster: ControlPlane) -> AsyncIterator[Api]:
+    """The administrator's connection."""
+    async with Api(cluster.url, cluster.tokens[ADMIN], cluster.ca_file) as connection:
+        yield connection
