@@ -1,0 +1,81 @@
+"""How even and how complete an assignment is. Three numbers for balance, never one word for all of them.
+
+balancedness         mean over max of the ranks' load in one layer, meant over the layers
+balancedness_min     the same of the worst layer
+balancedness_tokens  sum of the layers' means over the sum of their maxima: layers with many tokens weigh more
+
+A layer without load counts as even (1.0). An expert's load is split evenly over its live copies.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from moe_core.contract.exchange import Coverage
+from moe_core.contract.expert_map import EMPTY_SLOT, ExpertMap
+from moe_core.experts.checks import FloatArray, IntArray, as_load_LE
+from moe_core.outcome import InvalidInput
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    balancedness: float
+    balancedness_min: float
+    balancedness_tokens: float
+
+
+def live_slots(expert_map: ExpertMap, live_ranks: Collection[int] | None) -> IntArray:
+    """Global slot ids of the live ranks, ascending. Raises InvalidInput for a rank that the map does not know."""
+    if live_ranks is None:
+        return np.arange(sum(expert_map.slots_of_rank), dtype=np.int64)
+    for rank in sorted(live_ranks):
+        if not 0 <= rank < expert_map.num_ranks:
+            raise InvalidInput(f"live_ranks names rank {rank}, the map has ranks 0..{expert_map.num_ranks - 1}")
+    return np.asarray(
+        [slot for rank in sorted(set(live_ranks)) for slot in expert_map.slot_range(rank)], dtype=np.int64
+    )
+
+
+def copies_of_logical(expert_map: ExpertMap, live_ranks: Collection[int] | None = None) -> IntArray:
+    """[L, E] number of live copies; all ranks live by default."""
+    copies = np.zeros((expert_map.num_layers, expert_map.num_logical_experts), dtype=np.int64)
+    slots = live_slots(expert_map, live_ranks)
+    for layer_idx, row in enumerate(expert_map.logical_of_slot):
+        logical = np.asarray(row, dtype=np.int64)[slots]
+        np.add.at(copies[layer_idx], logical[logical != EMPTY_SLOT], 1)
+    return copies
+
+
+def coverage(expert_map: ExpertMap, live_ranks: Collection[int] | None = None) -> Coverage:
+    """How many (layer, logical expert) pairs have at least one live copy."""
+    copies = copies_of_logical(expert_map, live_ranks)
+    return Coverage(covered=int((copies > 0).sum()), total=int(copies.size))
+
+
+def load_of_ranks(expert_map: ExpertMap, load: ArrayLike, live_ranks: Collection[int] | None = None) -> FloatArray:
+    """[L, live ranks] load that falls on each live rank that owns slots, ranks ascending."""
+    load_LE = as_load_LE(load, num_layers=expert_map.num_layers, num_logical_experts=expert_map.num_logical_experts)
+    copies = copies_of_logical(expert_map, live_ranks)
+    per_copy_LE = load_LE / np.maximum(copies, 1)
+    ranks = range(expert_map.num_ranks) if live_ranks is None else sorted(set(live_ranks))
+    ranks_with_slots = [rank for rank in ranks if expert_map.slots_of_rank[rank]]
+    of_rank = np.zeros((expert_map.num_layers, len(ranks_with_slots)))
+    for layer_idx, row in enumerate(expert_map.logical_of_slot):
+        logical_of_slot = np.asarray(row, dtype=np.int64)
+        for column, rank in enumerate(ranks_with_slots):
+            slots = expert_map.slot_range(rank)
+            logical = logical_of_slot[slots.start : slots.stop]
+            of_rank[layer_idx, column] = per_copy_LE[layer_idx, logical[logical != EMPTY_SLOT]].sum()
+    return of_rank
+
+
+def balance(expert_map: ExpertMap, load: ArrayLike, live_ranks: Collection[int] | None = None) -> Balance:
+    """The three balance numbers of `load` [L][E] under this map. Raises InvalidInput for a bad load."""
+    of_rank = load_of_ranks(expert_map, load, live_ranks)
+    if of_rank.size == 0 or of_rank.max() == 0:
+        return Balance(1.0, 1.0, 1.0)
+    means, maxima = of_rank.mean(-1), of_rank.max(-1)
+    per_layer = np.where(maxima > 0, means / np.where(maxima > 0, maxima, 1), 1.0)
+    return Balance(float(per_layer.mean()), float(per_layer.min()), float(means.sum() / maxima.sum()))
