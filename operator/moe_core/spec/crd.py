@@ -3,6 +3,7 @@
 The files under crds/ are written from here; a test regenerates and compares them.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,8 @@ _KEPT = (
     "maxItems",
     "maxProperties",
 )
+KUBERNETES_FLOAT = re.compile(r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?$")
+"""What Kubernetes' YAML reader takes for a number; PyYAML wants a dot and a sign in the exponent."""
 _MAX_ITEMS, _MAX_PROPERTIES = 64, 64
 """Bounds where the model gives none: without them the API server refuses CEL for its estimated cost."""
 
@@ -70,7 +73,17 @@ def crd(kind: ResourceKind) -> dict[str, Any]:
 def crd_files() -> dict[str, str]:
     """File name -> YAML text, for crds/ and for the chart."""
     header = "# Generated from moe_core.spec by `moerator crds`; do not edit.\n"
-    return {f"{kind.plural}.yaml": header + yaml.safe_dump(crd(kind), sort_keys=False, width=120) for kind in KINDS}
+    return {
+        f"{kind.plural}.yaml": header + yaml.dump(crd(kind), Dumper=_Dumper, sort_keys=False, width=120)
+        for kind in KINDS
+    }
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a string such as `3e-3`: text to PyYAML, a number to Kubernetes."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", KUBERNETES_FLOAT, list("-+.0123456789"))
 
 
 def _column(column: Column) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 from moe_core.contract.names import API_VERSION
 from moe_core.outcome import InvalidSpec, Problem
 from moe_core.spec.base import SpecModel
+from moe_core.spec.crd import KUBERNETES_FLOAT, schema_of
 from moe_core.spec.kinds import KIND_OF_NAME, MAX_NAME
 
 Model = TypeVar("Model", bound=SpecModel)
@@ -54,6 +55,7 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", KUBERNETES_FLOAT, list("-+.0123456789"))
 
 
 def parse_spec(model: type[Model], spec: Mapping[str, Any]) -> Model:
@@ -171,9 +173,7 @@ def _problem(model: type[SpecModel], detail: ErrorDetails) -> Problem:
 
 def _fields_at(model: type[SpecModel], path: tuple[int | str, ...]) -> tuple[str, ...]:
     """Wire names of the fields that may stand at `path`."""
-    from moe_core.spec.crd import schema_of  # the schema already has every part inlined
-
-    node: Mapping[str, Any] = schema_of(model)
+    node: Mapping[str, Any] = schema_of(model)  # it already has every part inlined
     for part in path:
         node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
     return tuple(node.get("properties", {}))
