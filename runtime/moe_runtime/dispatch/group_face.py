@@ -1,0 +1,41 @@
+"""What the data plane asks of an epoch's process group, and nothing more.
+
+`moe_runtime.membership.group.EpochGroup` has this shape; tests bring their own. Positions number the living ranks of the
+epoch 0..size-1 in the order of `ranks`; ranks are the stable ids of the membership. Every operation carries its own
+deadline and raises `moe_runtime.errors.GroupFault` on any failure, so that a caller never sees a backend's exception.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+
+class Group(Protocol):
+    """One epoch's collectives. All members call the same operations in the same order."""
+
+    @property
+    def size(self) -> int:
+        """Number of living ranks."""
+
+    @property
+    def position(self) -> int:
+        """This rank's position, 0..size-1."""
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Rank ids by position."""
+
+    def all_to_all(
+        self, rows: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
+    ) -> torch.Tensor:
+        """Send `send_counts[p]` rows of `rows` (along dim 0, in order of positions) to each position p.
+
+        Returns the `sum(receive_counts)` rows received, in order of positions. No autograd. Raises GroupFault.
+        """
+
+    def all_gather_ints(self, row: Sequence[int]) -> list[list[int]]:
+        """Every rank's row of equally many integers, by position. Raises GroupFault."""
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> None:
+        """Sum over ranks, in place. Raises GroupFault."""
