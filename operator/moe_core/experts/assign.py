@@ -1,4 +1,4 @@
-"""Assignment: which logical expert lives in which slot of which rank, by a named policy that nothing replaces in silence.
+"""Assignment: which logical expert lives in which slot of which rank. No policy replaces another in silence.
 
 linear    experts in order over the ranks, redundant copies on distinct ranks; ranks may own different numbers of slots
 deepseek  DeepSeek's EPLB (see eplb.py), then copies of one expert that met on a rank are swapped apart at the least
@@ -121,7 +121,7 @@ def _deepseek(
 def _separate(ranks: list[list[int]], load_E: FloatArray, copies_E: IntArray) -> None:
     """Part the copies of an expert that met on a rank, each time by the swap that shifts the least load.
 
-    Where every rank holds the expert already, the slot goes to the expert with the most load per copy that the rank lacks.
+    Where every rank holds the expert already, the slot goes to the hottest expert that the rank lacks.
     """
     copies_E = copies_E.copy()
     for held in ranks:

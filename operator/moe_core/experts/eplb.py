@@ -2,8 +2,8 @@
 
 EPLB's idea: the expert with the most load per copy gets the next copy; copies are packed onto GPUs heaviest first, each
 onto the lightest GPU that has a slot left. With group-limited routing, groups of experts are first packed onto nodes in
-the same way, and the rest happens inside each node. What it leaves to the caller (an empty load, copies of one expert on
-one GPU) `moe_core.experts.assign` adds; here the published results hold to the digit, ties going to the lowest index.
+the same way, and the rest happens inside each node. What it leaves to the caller (an empty load, copies of one expert
+on one GPU) `moe_core.experts.assign` adds; here the published results hold, ties going to the lowest index.
 """
 
 import numpy as np
