@@ -1,0 +1,478 @@
+"""The local shell: the same custom resources and the same reconcile, with processes of this machine as pods.
+
+One node `localhost` with the machine's processors and memory. Objects live in memory and are mirrored to the run
+folder. Ranks of one owner share one Ray node (a `node` pod that the brain does not see), because a node each would only
+cost start-up time; everything else about them is as on Kubernetes.
+"""
+
+import asyncio
+import logging
+import secrets
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from moe_core.contract.names import (
+    ANNOTATION_SPEC_DIGEST,
+    LABEL_ROLE,
+    ROLE_GATEWAY,
+    ROLE_RANK,
+    pod_name,
+)
+from moe_core.contract.runtime_config import ENV_ROLE, ENV_SHARED_RAY, ENV_STATE_DIR
+from moe_core.facts import (
+    ApplyObject,
+    BindPod,
+    CreatePod,
+    DeleteObject,
+    DeletePod,
+    EnsureToken,
+    Event,
+    Facts,
+    ModelFact,
+    ObjectFact,
+    PodFact,
+    TargetFact,
+    Wish,
+)
+from moe_operator.cluster.local_machine import NODE_NAME, Ports, make_run_folder, node_fact
+from moe_operator.cluster.local_model import read_model
+from moe_operator.cluster.local_pods import Kubelet, LocalPod
+from moe_operator.cluster.local_store import Manifest, ObjectStore, key_of, owner_uid_of
+from moe_operator.cluster.protocol import Conflict, Foreign, Key, RuntimeFace, Unavailable
+from moe_operator.runtime_client import RuntimeClient
+
+logger = logging.getLogger(__name__)
+
+POD_PROGRAM = (sys.executable, "-m", "moe_runtime.pod")
+ROLE_NODE = "node"
+OWNER_KINDS = ("MoEJob", "MoEService")
+RESOURCE_KINDS = (*OWNER_KINDS, "MoEDrill")
+
+
+class LocalCluster:
+    """Use as `async with LocalCluster() as cluster`; leaving it ends every process and, unless `keep`, every file."""
+
+    def __init__(self, *, program: Sequence[str] = POD_PROGRAM, folder: Path | None = None, keep: bool = False) -> None:
+        self.folder = folder or make_run_folder()
+        self._keep = keep
+        self._store = ObjectStore(self.folder / "objects", clock=time.time)
+        self._kubelet = Kubelet(
+            program,
+            run_folder=self.folder,
+            read_volume=self._read_volume,
+            on_change=self._pod_changed,
+            on_gone=self._pod_gone,
+        )
+        self._pods: dict[str, LocalPod] = {}
+        self._ports = Ports()
+        self._ports_of: dict[str, dict[str, int]] = {}
+        self._clients: dict[str, RuntimeClient] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._dirty: dict[Key, None] = {}
+        self._dirty_event = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._num_events = 0
+
+    async def __aenter__(self) -> "LocalCluster":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Kill every pod and remove the run folder."""
+        await asyncio.gather(*(client.close() for client in self._clients.values()), *self._closing)
+        self._clients.clear()
+        await self._kubelet.close()
+        if not self._keep:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    # What a person does: apply, delete, look.
+
+    def apply(self, document: Mapping[str, Any]) -> Key:
+        """Create or change a custom resource. The document was validated before."""
+        thing, changed = self._store.put_resource(document)
+        if changed:
+            self._mark(thing)
+        return key_of(thing)
+
+    def delete(self, key: Key) -> bool:
+        """Delete a custom resource and everything it owns. False when there is none."""
+        thing = self._store.get(key.kind, key.namespace, key.name)
+        if thing is not None:
+            self._delete_owner(thing)
+        return thing is not None
+
+    def resource(self, key: Key) -> Manifest | None:
+        """The custom resource with its status, as an API server would return it."""
+        return self._store.get(key.kind, key.namespace, key.name)
+
+    def objects(self, kind: str | None = None) -> list[Manifest]:
+        return list(self._store.list(kind))
+
+    def pods(self) -> list[LocalPod]:
+        return list(self._pods.values())
+
+    def state_of(self, key: Key) -> RuntimeFace | None:
+        """Face of the coordinator of a job or service, None before it has pods."""
+        thing = self.resource(key)
+        return self._clients.get(thing["metadata"]["uid"]) if thing else None
+
+    def port_of(self, key: Key, use: str) -> int:
+        """Loopback port by use: coordinator, ray, gateway."""
+        thing = self.resource(key)
+        if thing is None:
+            raise KeyError(str(key))
+        return self._ports_for(thing)[use]
+
+    async def changed(self) -> None:
+        """Wait until anything changes."""
+        await self._changed.wait()
+
+    # Observation.
+
+    async def dirty(self) -> AsyncIterator[Key]:
+        while True:
+            await self._dirty_event.wait()
+            self._dirty_event.clear()
+            keys, self._dirty = list(self._dirty), {}
+            for key in keys:
+                yield key
+
+    async def observe(self, key: Key) -> tuple[Wish, Facts] | None:
+        thing = self.resource(key)
+        if thing is None:
+            return None
+        wish = wish_of(thing)
+        if wish.kind == "MoEDrill":
+            return wish, Facts(target=self._target(wish), local=True)
+        own = frozenset(pod.uid for pod in self._pods_of(wish.uid, with_node=True))
+        client = self._clients.get(wish.uid)
+        facts = Facts(
+            nodes=(node_fact(self.pods(), own=own),),
+            pods=self._pod_facts(wish.uid),
+            objects=tuple(
+                ObjectFact(child["kind"], child["metadata"]["name"], child["metadata"]["annotations"][APPLIED])
+                for child in self._store.children(wish.uid)
+                if child["kind"] in ("ConfigMap", "Secret", "Service", "ExpertMap")
+            ),
+            topologies={
+                topology["metadata"]["name"]: tuple(
+                    (level["name"], level["nodeLabel"]) for level in topology["spec"]["levels"]
+                )
+                for topology in self._store.list("ClusterTopology")
+            },
+            model=self._model(wish),
+            runtime=client.state if client else None,
+            put_generation=client.put_generation if client else None,
+            drills=tuple(wish_of(drill) for drill in self._drills_of(key)),
+            local=True,
+            ports=self._ports_for(thing),
+        )
+        return wish, facts
+
+    # The verbs.
+
+    async def apply_object(self, wish: Wish, action: ApplyObject) -> None:
+        self._store.put_child({"kind": action.kind, **action.manifest}, owner=self._owner(wish), digest=action.digest)
+        self._mark_wish(wish)
+
+    async def ensure_token(self, wish: Wish, action: EnsureToken) -> None:
+        if self._store.get("Secret", wish.namespace, action.name) is None:
+            manifest = {
+                "apiVersion": "v1",
+                "kind": "Secret",
+                "metadata": {"name": action.name},
+                "stringData": {"token": secrets.token_hex(32)},
+            }
+            self._store.put_child(manifest, owner=self._owner(wish))
+            self._mark_wish(wish)
+
+    async def create_pod(self, wish: Wish, action: CreatePod) -> None:
+        there = self._store.get("Pod", wish.namespace, action.name)
+        if there is not None:
+            if owner_uid_of(there) != wish.uid:
+                raise Foreign(f"Pod/{action.name} exists and is not owned by {wish.kind}/{wish.name}")
+            return
+        pod = self._admit(wish, action.manifest, gated=action.gated)
+        if not action.gated:
+            self._run(pod, NODE_NAME)
+
+    async def bind_pod(self, wish: Wish, action: BindPod) -> None:
+        pod = self._expect(action.name, action.uid, wish)
+        if pod.gated and not pod.deleting:
+            if pod.role == ROLE_RANK:
+                self._ensure_ray_node(wish, pod)
+            self._run(pod, action.node)
+
+    async def delete_pod(self, wish: Wish, action: DeletePod) -> None:
+        pod = self._pods.get(action.uid)
+        if pod is None:
+            return
+        pod = self._expect(action.name, action.uid, wish)
+        if not pod.deleting or action.grace_seconds == 0:
+            self._kubelet.delete(pod, grace_s=action.grace_seconds)
+
+    async def delete_object(self, wish: Wish, action: DeleteObject) -> None:
+        thing = self._store.get(action.kind, wish.namespace, action.name)
+        if thing is not None and owner_uid_of(thing) != wish.uid:
+            raise Foreign(f"{action.kind}/{action.name} is not owned by {wish.kind}/{wish.name}")
+        self._store.remove(action.kind, wish.namespace, action.name)
+        self._mark_wish(wish)
+
+    async def delete_owner(self, wish: Wish) -> None:
+        self._delete_owner(self._owner(wish))
+
+    def runtime(self, wish: Wish) -> RuntimeFace:
+        uid = wish.uid
+        if wish.kind == "MoEDrill":
+            target = self._target(wish)
+            uid = target.wish.uid if target else ""
+        client = self._clients.get(uid)
+        if client is None:
+            raise Unavailable(f"{wish.kind}/{wish.name}: no coordinator has been started yet", retry_after=1.0)
+        return client
+
+    async def write_status(
+        self, wish: Wish, *, conditions: Sequence[Mapping[str, Any]], status: Mapping[str, Any]
+    ) -> None:
+        thing = self._owner(wish)
+        thing["status"] = {**status, "conditions": [dict(condition) for condition in conditions]}
+        self._store.touch(thing)
+        self._mark(thing)
+
+    async def emit(self, wish: Wish, event: Event) -> None:
+        self._num_events += 1
+        logger.info("%s %s/%s: %s: %s", wish.kind, wish.namespace, wish.name, event.reason, event.message)
+        manifest = {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"name": f"{wish.name}.{self._num_events:06d}"},
+            "type": event.type,
+            "reason": str(event.reason),
+            "message": event.message,
+            "involvedObject": {"kind": wish.kind, "name": wish.name, "uid": wish.uid},
+        }
+        self._store.put_child(manifest, owner=self._owner(wish))
+        self._pulse()
+
+    # Inside.
+
+    def _owner(self, wish: Wish) -> Manifest:
+        thing = self._store.get(wish.kind, wish.namespace, wish.name)
+        if thing is None or thing["metadata"]["uid"] != wish.uid:
+            raise Conflict(f"{wish.kind}/{wish.name} was deleted meanwhile")
+        return thing
+
+    def _expect(self, name: str, uid: str, wish: Wish) -> LocalPod:
+        pod = self._pods.get(uid)
+        if pod is None or pod.name != name:
+            raise Conflict(f"Pod/{name} with uid {uid} is gone")
+        if owner_uid_of(pod.manifest) != wish.uid:
+            raise Foreign(f"Pod/{name} is not owned by {wish.kind}/{wish.name}")
+        return pod
+
+    def _admit(self, wish: Wish, manifest: Mapping[str, Any], *, gated: bool) -> LocalPod:
+        uid = str(uuid.uuid4())
+        thing = deepcopy(dict(manifest)) | {"apiVersion": "v1", "kind": "Pod"}
+        thing["metadata"]["uid"] = uid
+        self._store.put_child(thing, owner=self._owner(wish))
+        stored = self._store.get("Pod", wish.namespace, thing["metadata"]["name"])
+        assert stored is not None
+        pod = LocalPod(stored, self.folder / "p" / uid[:8], created_at=time.time(), gated=gated)
+        pod.extra_env = {ENV_SHARED_RAY: "1", ENV_STATE_DIR: str(pod.folder / "state")}
+        (pod.folder / "state").mkdir(parents=True)
+        if pod.role == ROLE_GATEWAY:
+            pod.health_port = self._ports.take()
+        self._pods[uid] = pod
+        self._pod_changed(pod)
+        return pod
+
+    def _run(self, pod: LocalPod, node: str) -> None:
+        pod.gated, pod.node = False, node
+        uid = owner_uid_of(pod.manifest) or ""
+        if uid not in self._clients:
+            self._follow_runtime(uid)
+        self._kubelet.start(pod)
+
+    def _follow_runtime(self, uid: str) -> None:
+        thing = next(
+            thing for kind in OWNER_KINDS for thing in self._store.list(kind) if thing["metadata"]["uid"] == uid
+        )
+        client = RuntimeClient(
+            f"http://127.0.0.1:{self._ports_for(thing)['coordinator']}",
+            token=lambda: self._token(uid),
+            on_change=lambda: self._mark(thing),
+        )
+        self._clients[uid] = client
+        client.start()
+
+    def _token(self, uid: str) -> str | None:
+        for child in self._store.children(uid):
+            if child["kind"] == "Secret":
+                return str(child["stringData"]["token"])
+        return None
+
+    def _ensure_ray_node(self, wish: Wish, rank: LocalPod) -> None:
+        """The bare Ray node that the owner's ranks share, started with its first rank, gone with its last."""
+        if any(pod.role == ROLE_NODE and not pod.deleting for pod in self._pods_of(wish.uid, with_node=True)):
+            return
+        manifest = deepcopy(rank.manifest)
+        name = pod_name(wish.kind, wish.name, ROLE_NODE, index=0, incarnation=0)
+        labels = manifest["metadata"]["labels"] | {LABEL_ROLE: ROLE_NODE}
+        manifest["metadata"] = {"name": name, "labels": labels}
+        manifest["spec"]["restartPolicy"] = "Always"
+        for probe in ("livenessProbe", "readinessProbe", "startupProbe", "resources"):
+            manifest["spec"]["containers"][0].pop(probe, None)
+        self._store.remove("Pod", wish.namespace, name)
+        node = self._admit(wish, manifest, gated=False)
+        node.extra_env[ENV_ROLE] = ROLE_NODE
+        self._run(node, NODE_NAME)
+
+    def _read_volume(self, pod: LocalPod, kind: str, name: str) -> Mapping[str, str] | None:
+        thing = self._store.get(kind, pod.namespace, name)
+        if thing is None:
+            return None
+        return dict(thing.get("stringData" if kind == "Secret" else "data", {}))
+
+    def _model(self, wish: Wish) -> ModelFact | None:
+        path = wish.spec.get("model", {}).get("path") if isinstance(wish.spec.get("model"), Mapping) else None
+        return read_model(Path(path)) if wish.kind == "MoEService" and isinstance(path, str) else None
+
+    def _ports_for(self, owner: Manifest) -> dict[str, int]:
+        uid = owner["metadata"]["uid"]
+        if uid not in self._ports_of:
+            wanted = owner["spec"].get("gateway", {}).get("port") if owner["kind"] == "MoEService" else None
+            ports = {use: self._ports.take() for use in ("coordinator", "ray")}
+            if owner["kind"] == "MoEService":
+                ports["gateway"] = self._ports.take(wanted if isinstance(wanted, int) else None)
+            self._ports_of[uid] = ports
+        return self._ports_of[uid]
+
+    def _pods_of(self, uid: str, *, with_node: bool = False) -> list[LocalPod]:
+        return [
+            pod
+            for pod in self._pods.values()
+            if owner_uid_of(pod.manifest) == uid and (with_node or pod.role != ROLE_NODE)
+        ]
+
+    def _pod_facts(self, uid: str) -> tuple[PodFact, ...]:
+        facts = (
+            pod.fact(digest=pod.manifest["metadata"]["annotations"].get(ANNOTATION_SPEC_DIGEST, ""))
+            for pod in self._pods_of(uid)
+        )
+        return tuple(sorted(facts, key=lambda fact: fact.name))
+
+    def _target(self, drill: Wish) -> TargetFact | None:
+        named = drill.spec.get("target", {})
+        thing = self._store.get(str(named.get("kind")), drill.namespace, str(named.get("name")))
+        if thing is None:
+            return None
+        wish = wish_of(thing)
+        client = self._clients.get(wish.uid)
+        return TargetFact(wish, self._pod_facts(wish.uid), client.state if client else None)
+
+    def _drills_of(self, key: Key) -> list[Manifest]:
+        return [
+            drill
+            for drill in self._store.list("MoEDrill")
+            if drill["metadata"]["namespace"] == key.namespace
+            and drill["spec"].get("target") is not None
+            and (drill["spec"]["target"].get("kind"), drill["spec"]["target"].get("name")) == (key.kind, key.name)
+        ]
+
+    def _delete_owner(self, owner: Manifest) -> None:
+        key, uid = key_of(owner), owner["metadata"]["uid"]
+        self._store.remove(key.kind, key.namespace, key.name)
+        for pod in self._pods_of(uid, with_node=True):
+            self._kubelet.delete(pod)
+        for child in list(self._store.children(uid)):
+            if child["kind"] != "Pod":
+                self._store.remove(child["kind"], key.namespace, child["metadata"]["name"])
+        client = self._clients.pop(uid, None)
+        if client is not None:
+            task = asyncio.create_task(client.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+        self._mark(owner)
+
+    def _pod_changed(self, pod: LocalPod) -> None:
+        pod.manifest["status"] = {
+            "phase": pod.phase,
+            "message": pod.message,
+            "podIP": "127.0.0.1",
+            "conditions": [{"type": "Ready", "status": str(pod.ready)}],
+            "containerStatuses": [{"name": "moerator", "ready": pod.ready, "restartCount": pod.restarts}],
+        }
+        if pod.node:
+            pod.manifest["spec"]["nodeName"] = pod.node
+        if self._store.get("Pod", pod.namespace, pod.name) is pod.manifest:
+            self._store.touch(pod.manifest)
+        self._mark_owner(pod)
+
+    def _pod_gone(self, pod: LocalPod) -> None:
+        self._pods.pop(pod.uid, None)
+        if self._store.get("Pod", pod.namespace, pod.name) is pod.manifest:
+            self._store.remove("Pod", pod.namespace, pod.name)
+        uid = owner_uid_of(pod.manifest) or ""
+        left = self._pods_of(uid, with_node=True)
+        if not any(other.role == ROLE_RANK for other in left):
+            for node in left:
+                if node.role == ROLE_NODE and not node.deleting:
+                    self._kubelet.delete(node, grace_s=1)
+        for kind in OWNER_KINDS:  # its room is free now, so whoever waits for room should look again
+            for thing in self._store.list(kind):
+                self._mark(thing)
+
+    def _mark_owner(self, pod: LocalPod) -> None:
+        reference = pod.manifest["metadata"]["ownerReferences"][0]
+        thing = self._store.get(reference["kind"], pod.namespace, reference["name"])
+        if thing is not None:
+            self._mark(thing)
+        else:
+            self._pulse()
+
+    def _mark_wish(self, wish: Wish) -> None:
+        self._mark(self._owner(wish))
+
+    def _mark(self, thing: Manifest) -> None:
+        """The resource's facts changed; so did those of drills aimed at it, and of a drill's target."""
+        key = key_of(thing)
+        if key.kind not in RESOURCE_KINDS:
+            return
+        self._dirty[key] = None
+        if key.kind == "MoEDrill":
+            target = thing["spec"].get("target", {})
+            self._dirty[Key(target.get("kind"), key.namespace, target.get("name"))] = None
+        else:
+            for drill in self._drills_of(key):
+                self._dirty[key_of(drill)] = None
+        self._dirty_event.set()
+        self._pulse()
+
+    def _pulse(self) -> None:
+        waiting, self._changed = self._changed, asyncio.Event()
+        waiting.set()
+
+
+APPLIED = "moerator.dev/applied"
+
+
+def wish_of(thing: Manifest) -> Wish:
+    meta = thing["metadata"]
+    return Wish(
+        kind=thing["kind"],
+        namespace=meta["namespace"],
+        name=meta["name"],
+        uid=meta["uid"],
+        generation=meta["generation"],
+        spec=deepcopy(thing["spec"]),
+        status=deepcopy(thing.get("status", {})),
+        created_at=0.0,
+    )

@@ -1,0 +1,43 @@
+"""What the local shell can read of a checkpoint: its config.json, without importing transformers."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moe_core.facts import ModelFact
+
+EXPERT_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def read_model(folder: Path) -> ModelFact:
+    """The checkpoint's shape; `problem` says why it cannot be read."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return ModelFact(0, 0, "", problem=f"there is no {file}")
+    try:
+        config = json.loads(file.read_text())
+    except (ValueError, OSError) as error:
+        return ModelFact(0, 0, "", problem=f"{file}: {error}")
+    if not isinstance(config, dict):
+        return ModelFact(0, 0, "", problem=f"{file} holds no JSON object")
+    text = config.get("text_config", config)
+    family = str(config.get("model_type", ""))
+    counts = [int(text[name]) for name in EXPERT_COUNT_FIELDS if text.get(name)]
+    if not counts:
+        return ModelFact(0, 0, family, problem=f"{file}: none of {', '.join(EXPERT_COUNT_FIELDS)}: not an MoE model")
+    return ModelFact(counts[0], num_moe_layers(text), family)
+
+
+def num_moe_layers(config: Mapping[str, Any]) -> int:
+    """Layers with routed experts, by the names transformers' families give to their dense ones.
+
+    >>> num_moe_layers({"num_hidden_layers": 4}), num_moe_layers({"num_hidden_layers": 4, "first_k_dense_replace": 1})
+    (4, 3)
+    """
+    layers = range(int(config.get("num_hidden_layers", 0)))
+    if config.get("mlp_layer_types"):
+        return sum(1 for kind in config["mlp_layer_types"] if kind == "sparse")
+    dense = set(config.get("mlp_only_layers") or ())
+    first, step = int(config.get("first_k_dense_replace") or 0), int(config.get("decoder_sparse_step") or 1)
+    return sum(1 for layer in layers if layer >= first and layer not in dense and (layer + 1) % step == 0)
