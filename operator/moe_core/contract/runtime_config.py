@@ -65,6 +65,8 @@ class TrainingConfig(WireModel):
     seed: int
     snapshot_every_steps: int
     output_path: str
+    optimizer: Literal["AdamW", "Muon"] = "AdamW"
+    matmul_precision: Literal["Highest", "Medium"] = "Highest"
 
 
 class ServingConfig(WireModel):

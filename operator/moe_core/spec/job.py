@@ -42,11 +42,19 @@ class Training(SpecModel):
         le=31536000,
         description="Training time; the learning rate follows whichever bound is nearer.",
     )
+    optimizer: Literal["AdamW", "Muon"] = Field(
+        default="AdamW",
+        description="Muon orthogonalises the updates of weight matrices; embeddings, norms and routers stay on AdamW.",
+    )
     learning_rate: Decimal = "3e-3"
     warmup_steps: int = Field(default=20, ge=0, le=1000000)
     weight_decay: Decimal = "0.1"
     aux_loss_coefficient: Decimal = "0.01"
     seed: int = Field(default=0, ge=0, le=2147483647)
+    matmul_precision: Literal["Highest", "Medium"] = Field(
+        default="Highest",
+        description="Medium lets the hardware multiply float32 matrices through bfloat16 where it can.",
+    )
     snapshot_every_steps: int = Field(
         default=50, ge=1, le=1000000, description="A lost rank costs at most this many steps."
     )
