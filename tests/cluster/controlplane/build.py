@@ -83,7 +83,7 @@ MODULES = (
         "k8s.io/kubernetes",
         _packages(
             "k8s.io/kubernetes/cmd",
-            *("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl", "kubelet"),
+            *("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl", "kubelet", "kube-proxy"),
         ),
         ("k8s.io/component-base/version.gitVersion", "k8s.io/client-go/pkg/version.gitVersion"),
     ),
@@ -102,11 +102,12 @@ MODULES = (
         # Snapshotters that need C headers or a kernel the tests do not ask for; overlayfs stays.
         tags="no_btrfs no_devmapper no_zfs",
     ),
+    Module("coredns", "github.com/coredns/coredns", {"coredns": "github.com/coredns/coredns"}),
     Module("kwok", "sigs.k8s.io/kwok", _packages("sigs.k8s.io/kwok/cmd", "kwok")),
 )
 MODULE_OF_PROGRAM = {program: module for module in MODULES for program in module.packages}
 CLUSTER_PROGRAMS = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl", "helm")
-NODE_PROGRAMS = ("kubelet", "containerd", "containerd-shim-runc-v2", "ctr")
+NODE_PROGRAMS = ("kubelet", "kube-proxy", "coredns", "containerd", "containerd-shim-runc-v2", "ctr")
 
 
 def cache_dir() -> Path:
