@@ -17,6 +17,8 @@ Quantity = Annotated[
     BeforeValidator(lambda given: str(given) if isinstance(given, int) and not isinstance(given, bool) else given),
 ]
 """A Kubernetes quantity; a bare whole number is taken as well, as everywhere in Kubernetes."""
+LabelValue = Annotated[str, Field(pattern=r"^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$", max_length=63)]
+ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
 Decimal = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?$", max_length=32)]
 
 
@@ -58,14 +60,14 @@ class FailurePolicy(SpecModel):
 
 class EnvVar(SpecModel):
     name: str = Field(min_length=1, max_length=253)
-    value: str = ""
+    value: str = Field(default="", max_length=32768)
 
 
 class VolumeMount(SpecModel):
     name: DnsLabel
     mount_path: str = Field(min_length=1, max_length=1024)
     read_only: bool = False
-    sub_path: str | None = None
+    sub_path: str | None = Field(default=None, max_length=1024)
 
 
 class Resources(SpecModel):
@@ -76,16 +78,16 @@ class Resources(SpecModel):
 
 
 class Toleration(SpecModel):
-    key: str | None = None
+    key: str | None = Field(default=None, max_length=317)
     operator: str | None = Field(default=None, pattern="^(Exists|Equal)$")
-    value: str | None = None
+    value: LabelValue | None = None
     effect: str | None = Field(default=None, pattern="^(NoSchedule|PreferNoSchedule|NoExecute)$")
     toleration_seconds: int | None = Field(default=None, ge=0)
 
 
 class ObjectMeta(SpecModel):
-    labels: dict[str, str] = Field(default_factory=dict, max_length=64)
-    annotations: dict[str, str] = Field(default_factory=dict, max_length=64)
+    labels: dict[str, LabelValue] = Field(default_factory=dict, max_length=64)
+    annotations: dict[str, Annotated[str, Field(max_length=32768)]] = Field(default_factory=dict, max_length=64)
 
 
 class PodSpec(SpecModel):
@@ -102,10 +104,10 @@ class PodSpec(SpecModel):
     volumes: tuple[dict[str, Any], ...] = Field(
         default=(), max_length=64, description="Kubernetes volumes, as in a pod."
     )
-    node_selector: dict[str, str] = Field(default_factory=dict, max_length=64)
+    node_selector: dict[str, LabelValue] = Field(default_factory=dict, max_length=64)
     tolerations: tuple[Toleration, ...] = Field(default=(), max_length=64)
-    priority_class_name: str | None = None
-    runtime_class_name: str | None = None
+    priority_class_name: ObjectName | None = None
+    runtime_class_name: ObjectName | None = None
 
 
 class PodTemplate(SpecModel):

@@ -201,7 +201,7 @@ def _value(node: Mapping[str, Any], definitions: Mapping[str, Any], part: type[S
     shape = {key: node[key] for key in _KEPT if key in node}
     if node.get("x-kubernetes-int-or-string"):
         either = {"anyOf": [{"type": "integer"}, {"type": "string"}], "x-kubernetes-int-or-string": True}
-        return either | described | {"pattern": node["pattern"]}
+        return either | described | {"pattern": node["pattern"], "minimum": 0}  # a pattern binds only strings
     if "const" in node:
         shape |= {"type": "string", "enum": [node["const"]]}
     if node.get("type") == "array":

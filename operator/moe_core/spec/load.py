@@ -5,6 +5,7 @@
 """
 
 import difflib
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from moe_core.spec.crd import KUBERNETES_FLOAT, schema_of
 from moe_core.spec.kinds import KIND_OF_NAME, MAX_NAME
 
 Model = TypeVar("Model", bound=SpecModel)
+_schema = functools.cache(schema_of)
 _NAME = re.compile(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
 _TOP_LEVEL = ("apiVersion", "kind", "metadata", "spec", "status")
 
@@ -61,12 +63,19 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", KUBERNETES_FLOAT, list(
 def parse_spec(model: type[Model], spec: Mapping[str, Any]) -> Model:
     """Parse one spec. Raises InvalidSpec with every Problem."""
     try:
-        parsed = model.model_validate_json(json.dumps(spec, default=str))
+        parsed = model.model_validate_json(json.dumps(_without_nulls(spec), default=str))
     except ValidationError as error:
         raise InvalidSpec([_problem(model, detail) for detail in error.errors()]) from error
     if broken := _broken_rules(parsed, "spec"):
         raise InvalidSpec(broken)
     return parsed
+
+
+def _without_nulls(value: Any) -> Any:
+    """A field given as null counts as not given, as the API server has it; a null in a list stays wrong."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(child) for key, child in value.items() if child is not None}
+    return [_without_nulls(child) for child in value] if isinstance(value, list) else value
 
 
 def read_documents(text: str) -> list[Document]:
@@ -173,7 +182,7 @@ def _problem(model: type[SpecModel], detail: ErrorDetails) -> Problem:
 
 def _fields_at(model: type[SpecModel], path: tuple[int | str, ...]) -> tuple[str, ...]:
     """Wire names of the fields that may stand at `path`."""
-    node: Mapping[str, Any] = schema_of(model)  # it already has every part inlined
+    node: Mapping[str, Any] = _schema(model)  # it already has every part inlined
     for part in path:
         node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
     return tuple(node.get("properties", {}))

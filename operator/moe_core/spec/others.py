@@ -59,7 +59,7 @@ class MoEDrillSpec(SpecModel):
 
 class MapLayer(SpecModel):
     logical_of_slot: tuple[int, ...] = Field(
-        description="Logical expert in each global slot of this layer; -1 is empty."
+        max_length=16384, description="Logical expert in each global slot of this layer; -1 is empty."
     )
 
 
@@ -67,10 +67,10 @@ class ExpertMapSpec(SpecModel):
     """The assignment in force, logical experts to slots; written by the operator only."""
 
     generation: int = Field(ge=0)
-    digest: str
+    digest: str = Field(max_length=128)
     num_logical_experts: int = Field(ge=1)
     slots_of_rank: tuple[int, ...] = Field(max_length=1024)
     first_layer: int = Field(default=0, ge=0, description="Large maps are sliced by layer; this slice starts here.")
     layers: tuple[MapLayer, ...] = Field(max_length=512)
-    policy: str = ""
+    policy: str = Field(default="", max_length=63)
     predicted_balancedness_percent: int | None = Field(default=None, ge=0, le=100)
