@@ -74,7 +74,7 @@ cluster: control-plane  ## the operator on a real API server
 
 .PHONY: cluster-up
 cluster-up: control-plane  ## start that control plane and print its kubeconfig; Ctrl-C ends it
-	$(BIN)/python tests/cluster/controlplane/start.py
+	PYTHONPATH=tests $(BIN)/python -m cluster.controlplane
 
 .PHONY: node
 node: $(VENV)/.dev  ## pods that really run: a real kubelet and containerd (needs root)
