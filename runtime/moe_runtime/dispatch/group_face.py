@@ -1,7 +1,7 @@
 """What the data plane asks of an epoch's process group, and nothing more.
 
-`moe_runtime.membership.group.EpochGroup` has this shape; tests bring their own. Positions number the living ranks of the
-epoch 0..size-1 in the order of `ranks`; ranks are the stable ids of the membership. Every operation carries its own
+`moe_runtime.membership.group.EpochGroup` has this shape; tests bring their own. Positions number the living ranks of
+the epoch 0..size-1 in the order of `ranks`; ranks are the stable ids of the membership. Every operation carries its own
 deadline and raises `moe_runtime.errors.GroupFault` on any failure, so that a caller never sees a backend's exception.
 """
 
@@ -26,9 +26,7 @@ class Group(Protocol):
     def ranks(self) -> tuple[int, ...]:
         """Rank ids by position."""
 
-    def all_to_all(
-        self, rows: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
-    ) -> torch.Tensor:
+    def all_to_all(self, rows: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> torch.Tensor:
         """Send `send_counts[p]` rows of `rows` (along dim 0, in order of positions) to each position p.
 
         Returns the `sum(receive_counts)` rows received, in order of positions. No autograd. Raises GroupFault.

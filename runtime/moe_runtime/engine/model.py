@@ -1,25 +1,34 @@
-"""A transformers MoE model whose experts live in slots spread over the ranks of an epoch: the facade for engine and trainer.
+"""A transformers MoE model whose experts live in slots spread over the ranks of an epoch: the facade for engine and
+trainer.
 
     epm = ExpertParallelModel.load(source, expert_map=emap, rank=2)         # weights of this rank's slots only
     epm.bind(group, expert_map=emap)                                        # at each new epoch; group None: alone
-    logits_BV = epm.forward_tokens(ids_BQ, positions_BQ, rows_B, cache)     # serving; GroupFault -> rollback, rebind, again
-    epm.commit()                                                            # counters of the step count, cache grows
-    loss = epm.module(input_ids=ids, labels=ids).loss; loss.backward()      # training goes through the same dispatch
+    logits_BV = epm.forward_tokens(ids_BQ, positions_BQ, rows_B, cache)     # serving; GroupFault -> rollback, rebind,
+    again epm.commit()                                                            # counters of the step count, cache
+    grows loss = epm.module(input_ids=ids, labels=ids).loss; loss.backward()      # training goes through the same
+    dispatch
 
 Suffixes: B rows of a batch, Q query tokens per row, T = B*Q tokens, V vocabulary, L MoE layers, E logical experts.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.runtime_config import ModelSource
+from moe_core.outcome import InvalidInput
 from moe_runtime.dispatch.group_face import Group
+from moe_runtime.dispatch.plan import DispatchPlan, logical_of_local_slot, make_plan
+from moe_runtime.dispatch.step import StepContext
+from moe_runtime.engine.attention import attention_masks
 from moe_runtime.engine.cache import SlotKVCache
+from moe_runtime.experts.build import BuiltModel, build, open_weights
+from moe_runtime.experts.families import ModelFacts, check_map
+from moe_runtime.experts.ladder import Generalists, read_generalists
 
 Fallback = Literal["Generalist", "Drop", "Refuse"]
 
@@ -38,19 +47,40 @@ class ExpertParameter:
     logical_of_slot: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class StagedSlots:
+    """Slots of a coming map, loaded and not yet in force: per MoE layer, parameter name -> [slots, ...]."""
+
+    expert_map: ExpertMap
+    tensors: tuple[dict[str, torch.Tensor], ...]
+
+
 class ExpertParallelModel:
-    """One rank's part of the model. Not thread-safe: only the step loop calls it.
+    """One rank's part of the model. Not thread-safe: only the step loop calls it (`stage` may run in another thread).
 
     module            the transformers model; dense parameters are whole, experts' parameters hold this rank's slots
-    num_layers, num_experts, top_k    of the MoE layers (L, E, K); dense layers are not counted
+    facts             family, num_layers (MoE layers, L), num_experts (E), top_k (K), vocab_size (V)
     expert_map        the map in force
+    degraded_rows     whether each row of the last `forward_tokens` met a lost expert
     """
 
-    module: torch.nn.Module
-    num_layers: int
-    num_experts: int
-    top_k: int
-    expert_map: ExpertMap
+    def __init__(self, built: BuiltModel, *, source: ModelSource, rank: int, seed: int, fallback: Fallback) -> None:
+        self.module: Any = built.module
+        self.facts: ModelFacts = built.facts
+        self.expert_map: ExpertMap = built.expert_map
+        self.rank = rank
+        self.degraded_rows: list[bool] = []
+        self._layers = built.layers
+        self._context: StepContext = built.context
+        self._source, self._seed, self._fallback, self._device = source, seed, fallback, built.device
+        self._expert_names = frozenset(
+            f"{layer.entry.name}.{name}" for layer in built.layers for name in layer.entry.parameter_names
+        )
+        self._generalists = read_generalists(Path(source.path)) if source.path is not None else None
+        self._load_LE = torch.zeros(self.facts.num_layers, self.facts.num_experts, dtype=torch.int64)
+        self._degraded = {"generalist": 0, "drop": 0}
+        self._last_cache: SlotKVCache | None = None
+        self.bind(None)
 
     @classmethod
     def load(
@@ -63,13 +93,28 @@ class ExpertParallelModel:
         seed: int = 0,
         fallback: Fallback = "Generalist",
     ) -> "ExpertParallelModel":
-        """Build the model with the dense weights and this rank's slots only.
+        """Build the model with the dense weights and this rank's slots only, in float32.
 
         A shape is initialised from `seed`: dense weights are identical on all ranks and an expert's weights do not
-        depend on the layout. Raises UnsupportedModel (family and why) or InvalidInput (map and model disagree).
+        depend on the layout. Raises UnsupportedModel (family and why), InvalidInput (map and model disagree), OSError.
         Generalists are read from the checkpoint's folder when they lie there. Bound to no group: `bind` comes next.
         """
-        raise NotImplementedError
+        built = build(source, expert_map=expert_map, rank=rank, device=device, seed=seed)
+        return cls(built, source=source, rank=rank, seed=seed, fallback=fallback)
+
+    @property
+    def num_layers(self) -> int:
+        return self.facts.num_layers
+
+    @property
+    def num_experts(self) -> int:
+        return self.facts.num_experts
+
+    @property
+    def top_k(self) -> int:
+        return self.facts.top_k
+
+    # ---------------------------------------------------------------- epochs
 
     def bind(self, group: Group | None, *, expert_map: ExpertMap | None = None) -> None:
         """Use `group` (None: this rank alone) and recompute who answers for each expert from its living ranks.
@@ -77,12 +122,60 @@ class ExpertParallelModel:
         `expert_map` must assign this rank the slots that are loaded; None keeps the map in force. Uncommitted counters
         are dropped. Raises InvalidInput.
         """
-        raise NotImplementedError
+        new_map = expert_map if expert_map is not None else self.expert_map
+        for layer in self._layers:
+            wanted = logical_of_local_slot(new_map, self.rank, layer.layer_idx)
+            if wanted != layer.logical_of_slot:
+                raise InvalidInput(
+                    f"layer {layer.layer_idx}: the map gives rank {self.rank} the experts {list(wanted)}, "
+                    f"its slots hold {list(layer.logical_of_slot)}; stage and commit the map first"
+                )
+        self.expert_map = new_map
+        ranks = group.ranks if group is not None else (self.rank,)
+        plan = make_plan(new_map, ranks, rank=self.rank, device=self._device)
+        self._context.plan = self._with_stand_ins(plan)
+        self._context.group = group if group is not None and group.size > 1 else None
+        self._set_ladders()
+        self.rollback()
+
+    def use_generalists(self, generalists: Generalists | None) -> None:
+        """Answer for lost experts with these from now on (None: drop)."""
+        self._generalists = generalists
+        self.bind(self._context.group)
+
+    def _with_stand_ins(self, plan: DispatchPlan) -> DispatchPlan:
+        """Lost experts whose stand-in lives send their picks there."""
+        if self._generalists is None or self._fallback != "Generalist":
+            return plan
+        layers = []
+        for layer, generalists in zip(plan.layers, self._generalists.layers, strict=True):
+            address_E = layer.address_E.clone()
+            for logical_id in layer.lost:
+                stand_in = generalists.stand_in[logical_id]
+                if stand_in >= 0:
+                    address_E[logical_id] = layer.address_E[stand_in]
+            layers.append(replace(layer, address_E=address_E))
+        return replace(plan, layers=tuple(layers))
+
+    def _set_ladders(self) -> None:
+        use = self._generalists if self._fallback == "Generalist" else None
+        for layer, planned in zip(self._layers, self._context.plan.layers, strict=True):
+            generalists = use.layers[layer.layer_idx] if use is not None else None
+            layer.ladder.set_lost(planned.lost, generalists, num_experts=self.num_experts, device=self._device)
+
+    def lost_experts(self) -> list[tuple[int, ...]]:
+        """[L] logical experts without a live copy under the bound group."""
+        return [layer.lost for layer in self._context.plan.layers]
+
+    # ---------------------------------------------------------------- serving
 
     def new_cache(self, *, num_rows: int, max_length: int) -> SlotKVCache:
         """A KV cache for `num_rows` sequences of up to `max_length` tokens."""
-        raise NotImplementedError
+        return SlotKVCache(
+            num_layers=int(self.module.config.num_hidden_layers), num_rows=num_rows, max_length=max_length
+        )
 
+    @torch.no_grad()
     def forward_tokens(
         self,
         input_ids_BQ: torch.Tensor | None,
@@ -99,50 +192,134 @@ class ExpertParallelModel:
         tokens_of_rank: valid tokens per position from the control exchange; None costs one exchange more.
         Raises GroupFault: nothing is committed then, call `rollback`, `bind` and run the same step again.
         """
-        raise NotImplementedError
+        idle = input_ids_BQ is None or positions_BQ is None or input_ids_BQ.numel() == 0
+        if idle:
+            # attention crashes on empty batches: one masked token that is neither dispatched nor counted
+            cache.begin_idle(self._device)
+            input_ids_BQ = torch.zeros(1, 1, dtype=torch.long, device=self._device)
+            positions_BQ = torch.full((1, 1), -1, device=self._device)
+        else:
+            assert input_ids_BQ is not None and positions_BQ is not None
+            cache.begin(rows_B, positions_BQ)
+        self._last_cache = cache
+        is_valid_BQ = positions_BQ >= 0
+        num_valid = int(is_valid_BQ.sum())  # device sync: tells the other ranks
+        valid_V = None if num_valid == is_valid_BQ.numel() else torch.nonzero(is_valid_BQ.reshape(-1)).squeeze(-1)
+        self._context.begin(
+            valid_V=valid_V,
+            num_tokens=is_valid_BQ.numel(),
+            tokens_of_position=self._tokens_of_position(num_valid, tokens_of_rank),
+        )
+        column_Q = torch.arange(positions_BQ.shape[1], device=positions_BQ.device)
+        last_B = torch.where(is_valid_BQ, column_Q, 0).amax(dim=1)
+        try:
+            output = self.module(
+                input_ids=input_ids_BQ,
+                position_ids=cache.seen_BQ,
+                attention_mask=attention_masks(self.module, cache),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=last_B.unsqueeze(1),
+            )
+        finally:
+            self._context.end()
+        if idle:
+            self.degraded_rows = []
+            return output.logits.new_zeros(0, output.logits.shape[-1])
+        degraded_T = self._context.degraded_T
+        num_rows = positions_BQ.shape[0]
+        self.degraded_rows = (
+            [False] * num_rows if degraded_T is None else degraded_T.view(num_rows, -1).any(dim=1).tolist()
+        )
+        logits_BV: torch.Tensor = output.logits[:, 0].float()
+        return logits_BV
+
+    def _tokens_of_position(self, num_valid: int, given: Sequence[int] | None) -> tuple[int, ...] | None:
+        group = self._context.group
+        if group is None:
+            return None
+        if given is None:
+            return tuple(row[0] for row in group.all_gather_ints((num_valid,)))
+        if len(given) != group.size or given[group.position] != num_valid:
+            raise InvalidInput(f"tokens_of_rank {list(given)} does not say {num_valid} for position {group.position}")
+        return tuple(given)
+
+    # ---------------------------------------------------------------- the step as a transaction
 
     def commit(self) -> None:
         """The step counts: pending load and degraded counters are added, the cache of the last step grows."""
-        raise NotImplementedError
+        pending_LE = self._context.pending_LE.cpu()
+        self._load_LE += pending_LE
+        reason = "generalist" if self._generalists is not None and self._fallback == "Generalist" else "drop"
+        for layer_idx, planned in enumerate(self._context.plan.layers):
+            if planned.lost:
+                self._degraded[reason] += int(pending_LE[layer_idx, list(planned.lost)].sum())
+        if self._last_cache is not None:
+            self._last_cache.commit()
+        self._forget()
 
     def rollback(self) -> None:
         """The step never happened: pending counters and pending cache lengths are dropped."""
-        raise NotImplementedError
+        if self._last_cache is not None:
+            self._last_cache.rollback()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._last_cache = None
+        self._context.pending_LE = torch.zeros(
+            self.num_layers, self.num_experts, dtype=torch.int64, device=self._device
+        )
 
     def load_window(self, *, reset: bool = False) -> list[list[int]]:
         """[L][E] committed picks of this rank's own tokens per logical expert since the last reset."""
-        raise NotImplementedError
+        window: list[list[int]] = self._load_LE.tolist()
+        if reset:
+            self._load_LE.zero_()
+        return window
 
     def degraded_tokens(self) -> dict[str, int]:
         """Committed picks answered otherwise than by a live copy, by reason: generalist, drop. Cumulative."""
-        raise NotImplementedError
+        return dict(self._degraded)
 
-    def lost_experts(self) -> list[tuple[int, ...]]:
-        """[L] logical experts without a live copy under the bound group."""
-        raise NotImplementedError
+    # ---------------------------------------------------------------- parameters and moves
 
     def dense_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Parameters every rank holds whole (gradients want an all-reduce)."""
-        raise NotImplementedError
+        return ((n, p) for n, p in self.module.named_parameters() if n not in self._expert_names)
 
     def expert_parameters(self) -> list[ExpertParameter]:
-        """This rank's stacked slots (gradients are complete on the owner; copies of one expert want summing)."""
-        raise NotImplementedError
+        """This rank's stacked slots. Gradients of a slot are complete but for other copies of the same expert."""
+        return [
+            ExpertParameter(
+                f"{layer.entry.name}.{name}",
+                layer.layer_idx,
+                layer.entry.module.get_parameter(name),
+                layer.logical_of_slot,
+            )
+            for layer in self._layers
+            for name in layer.entry.parameter_names
+        ]
 
-    def stage(self, new_map: ExpertMap, *, source: Path | None = None) -> "StagedSlots":
-        """Bring the slots of `new_map` into memory beside the ones in use: resident experts are copied, others read from
-        `source` (default: where the model came from). Steps may go on. Raises InvalidInput, OSError.
+    def stage(self, new_map: ExpertMap, *, source: Path | None = None) -> StagedSlots:
+        """Bring the slots of `new_map` into memory beside the ones in use: resident experts are copied, others read
+        from `source` (default: where the model came from). Steps may go on. Raises InvalidInput, OSError.
         """
-        raise NotImplementedError
+        check_map(new_map, self.facts)
+        weights = open_weights(
+            ModelSource(path=str(source)) if source is not None else self._source, self.module, seed=self._seed
+        )
+        return StagedSlots(
+            new_map,
+            tuple(
+                layer.read(weights, logical_of_local_slot(new_map, self.rank, layer.layer_idx))
+                for layer in self._layers
+            ),
+        )
 
-    def commit_map(self, staged: "StagedSlots") -> None:
+    def commit_map(self, staged: StagedSlots) -> None:
         """Swap the staged slots in, at a step boundary that all ranks agreed on; `bind` must follow."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, slots=True)
-class StagedSlots:
-    """Slots of a coming map, loaded and not yet in force."""
-
-    expert_map: ExpertMap
-    tensors: dict[str, torch.Tensor]
+        for layer, tensors in zip(self._layers, staged.tensors, strict=True):
+            layer.install(
+                tensors, logical_of_local_slot(staged.expert_map, self.rank, layer.layer_idx), device=self._device
+            )
+        self.expert_map = staged.expert_map

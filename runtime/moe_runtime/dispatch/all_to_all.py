@@ -1,0 +1,118 @@
+"""Dispatch over a group. Two ways, equal in result:
+
+by_pick     each (token, expert) pick travels to its expert and back: exact bytes, three exchanges (counts, rows,
+results). by_token    every token travels once to every rank with its addresses and weights, and one partial sum comes
+back from
+            each: two exchanges and no counts, because the ranks know each other's token numbers from the step's control
+            exchange. For the few tokens of a decoding step, where latency is all and bytes are nothing.
+
+T own tokens, D model, K picks per token, N = T*K, R rows received, G ranks of the group, S slots_stride.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moe_runtime.dispatch.exchange import exchange_rows
+from moe_runtime.dispatch.group_face import Group
+from moe_runtime.dispatch.plan import LOST, DispatchPlan
+from moe_runtime.dispatch.reference import RunSlots
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchState:
+    """What combine needs to bring results home: dispatch writes it, nobody changes it.
+
+    sent_P: indices into the N picks, in the order they were sent (by destination, then slot).
+    """
+
+    sent_P: torch.Tensor
+    weight_TK: torch.Tensor
+    send_counts: tuple[int, ...]
+    receive_counts: tuple[int, ...]
+
+
+def dispatch_picks(
+    x_TD: torch.Tensor, address_TK: torch.Tensor, weight_TK: torch.Tensor, plan: DispatchPlan, group: Group
+) -> tuple[torch.Tensor, torch.Tensor, DispatchState]:
+    """Picks to their slots: (rows_RD, local_slot_R, state). LOST picks stay at home."""
+    size, stride, top_k = plan.size, plan.slots_stride, address_TK.shape[1]
+    address_N = address_TK.reshape(-1)
+    counts_GS = torch.bincount(address_N + 1, minlength=size * stride + 1)[1:].view(size, stride)
+    received_GS = group.all_to_all(counts_GS, (1,) * size, (1,) * size)
+    # device sync: sizes the next exchange
+    send_counts, receive_counts = (tuple(c) for c in torch.stack([counts_GS.sum(1), received_GS.sum(1)]).tolist())
+    num_lost = address_N.numel() - sum(send_counts)
+    sent_P = torch.argsort(address_N, stable=True)[num_lost:]  # LOST sorts before every address
+    rows_RD = exchange_rows(group, x_TD[sent_P // top_k], send_counts, receive_counts)
+    slot_GS = torch.arange(stride, device=x_TD.device).repeat(size)
+    slot_R = slot_GS.repeat_interleave(received_GS.reshape(-1), output_size=sum(receive_counts))
+    return rows_RD, slot_R, DispatchState(sent_P, weight_TK, send_counts, receive_counts)
+
+
+def combine_picks(outputs_RD: torch.Tensor, state: DispatchState, group: Group) -> torch.Tensor:
+    """Results home, weighted and summed per token by the sender: [T, D]."""
+    home_PD = exchange_rows(group, outputs_RD, state.receive_counts, state.send_counts)
+    num_tokens, top_k = state.weight_TK.shape
+    # rows of LOST picks stay zero
+    output_ND = home_PD.new_zeros(num_tokens * top_k, home_PD.shape[-1]).index_copy(0, state.sent_P, home_PD)
+    return (output_ND.view(num_tokens, top_k, -1) * state.weight_TK.unsqueeze(-1)).sum(dim=1)
+
+
+def run_by_pick(
+    x_TD: torch.Tensor,
+    address_TK: torch.Tensor,
+    weight_TK: torch.Tensor,
+    *,
+    plan: DispatchPlan,
+    group: Group,
+    run_slots: RunSlots,
+) -> torch.Tensor:
+    """[T, D] like `reference.run_local`, over the group, differentiable. Raises GroupFault."""
+    rows_RD, slot_R, state = dispatch_picks(x_TD, address_TK, weight_TK, plan, group)
+    # Rows of no one stay part of the graph, so that this rank runs the exchanges of backward too.
+    outputs_RD = run_slots(rows_RD, slot_R) if rows_RD.shape[0] else rows_RD
+    return combine_picks(outputs_RD, state, group).to(x_TD.dtype)
+
+
+def run_by_token(
+    x_TD: torch.Tensor,
+    address_TK: torch.Tensor,
+    weight_TK: torch.Tensor,
+    *,
+    plan: DispatchPlan,
+    group: Group,
+    run_slots: RunSlots,
+    tokens_of_position: Sequence[int],
+) -> torch.Tensor:
+    """[T, D] like `reference.run_local`, over the group, without gradients. Raises GroupFault.
+
+    tokens_of_position[p] is T of position p, the same on all ranks.
+    """
+    size, dim, top_k = plan.size, x_TD.shape[1], address_TK.shape[1]
+    mine = x_TD.shape[0]
+    # One payload of bytes: floats, addresses and weights in a single exchange.
+    payload_TB = torch.cat(
+        [
+            x_TD.contiguous().view(torch.uint8),
+            address_TK.to(torch.int32).view(torch.uint8),
+            weight_TK.to(torch.float32).contiguous().view(torch.uint8),
+        ],
+        dim=1,
+    )
+    received_RB = group.all_to_all(payload_TB.repeat(size, 1), (mine,) * size, tokens_of_position)
+    row_bytes = dim * x_TD.element_size()
+    x_RD = received_RB[:, :row_bytes].contiguous().view(x_TD.dtype)
+    address_RK = received_RB[:, row_bytes : row_bytes + 4 * top_k].contiguous().view(torch.int32).long()
+    weight_RK = received_RB[:, row_bytes + 4 * top_k :].contiguous().view(torch.float32)
+
+    slot_RK = address_RK - plan.position * plan.slots_stride
+    is_mine_RK = (address_RK != LOST) & (slot_RK >= 0) & (slot_RK < plan.slots_stride)
+    row_P, pick_P = torch.nonzero(is_mine_RK, as_tuple=True)  # device sync: sizes the experts' batch
+    partial_RD = torch.zeros_like(x_RD)
+    if row_P.numel():
+        outputs_PD = run_slots(x_RD[row_P], slot_RK[row_P, pick_P])
+        partial_RD.index_add_(0, row_P, (outputs_PD * weight_RK[row_P, pick_P].unsqueeze(-1)).to(x_RD.dtype))
+    home_GTD = group.all_to_all(partial_RD, tokens_of_position, (mine,) * size).view(size, mine, dim)
+    return home_GTD.sum(dim=0)

@@ -1,0 +1,53 @@
+"""What all MoE layers of a rank share during one step, and what the step leaves behind when it commits."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from moe_runtime.dispatch.group_face import Group
+from moe_runtime.dispatch.plan import DispatchPlan
+
+
+@dataclass(slots=True)
+class StepContext:
+    """Set by the model before each forward, read by its MoE layers.
+
+    plan, group          of the bound epoch; group None: this rank is alone
+    valid_V              flat indices of the tokens that are no padding, None when all are
+    tokens_of_position   valid tokens per position of this step, None when the ranks have not told each other
+    pending_LE           picks counted since the last commit or rollback, [L, E] int64
+    degraded_T           which of the step's flat tokens met a lost expert (None: none did)
+    """
+
+    plan: DispatchPlan
+    group: Group | None
+    num_experts: int
+    valid_V: torch.Tensor | None = None
+    tokens_of_position: tuple[int, ...] | None = None
+    num_tokens: int = 0
+    pending_LE: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    degraded_T: torch.Tensor | None = None
+
+    def count(self, layer_idx: int, expert_TK: torch.Tensor) -> None:
+        self.pending_LE[layer_idx] += torch.bincount(expert_TK.reshape(-1), minlength=self.num_experts)
+
+    def mark_degraded(self, layer_idx: int, expert_TK: torch.Tensor) -> None:
+        lost_E = torch.zeros(self.num_experts, dtype=torch.bool, device=expert_TK.device)
+        lost_E[list(self.plan.layers[layer_idx].lost)] = True
+        hit_V = lost_E[expert_TK].any(dim=-1)
+        if self.valid_V is None:
+            hit_T = hit_V
+        else:
+            hit_T = torch.zeros(self.num_tokens, dtype=torch.bool, device=hit_V.device)
+            hit_T[self.valid_V] = hit_V
+        self.degraded_T = hit_T if self.degraded_T is None else self.degraded_T | hit_T
+
+    def begin(
+        self, *, valid_V: torch.Tensor | None, num_tokens: int, tokens_of_position: tuple[int, ...] | None
+    ) -> None:
+        self.valid_V, self.num_tokens, self.tokens_of_position = valid_V, num_tokens, tokens_of_position
+        self.degraded_T = None
+
+    def end(self) -> None:
+        """Later forwards (training, evaluation) have no padding and tell each other nothing."""
+        self.valid_V, self.tokens_of_position = None, None

@@ -1,0 +1,105 @@
+"""From a source and a map to a model in memory: dense weights whole, experts as this rank's slots."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moe_core.contract.expert_map import ExpertMap
+from moe_core.contract.runtime_config import ModelSource
+from moe_runtime.dispatch.plan import logical_of_local_slot, make_plan
+from moe_runtime.dispatch.step import StepContext
+from moe_runtime.experts.families import (
+    ModelFacts,
+    UnsupportedModel,
+    build_meta_model,
+    check_map,
+    facts_of,
+    find_experts,
+    read_config,
+)
+from moe_runtime.experts.slots import SlottedExperts
+from moe_runtime.experts.weights import CheckpointWeights, SeedWeights, WeightSource
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltModel:
+    module: torch.nn.Module
+    facts: ModelFacts
+    expert_map: ExpertMap
+    layers: tuple[SlottedExperts, ...]
+    context: StepContext
+    device: str
+
+
+def open_weights(source: ModelSource, model: torch.nn.Module, *, seed: int) -> WeightSource:
+    """Raises OSError for a folder that cannot be read."""
+    if source.path is not None:
+        return CheckpointWeights(Path(source.path), model)
+    return SeedWeights(seed, model)
+
+
+def build(source: ModelSource, *, expert_map: ExpertMap, rank: int, device: str, seed: int) -> BuiltModel:
+    """Raises UnsupportedModel, InvalidInput (map and model disagree), OSError."""
+    model = build_meta_model(read_config(source))
+    entries = find_experts(model)
+    facts = facts_of(model.config, entries)
+    check_map(expert_map, facts)
+    model.set_experts_implementation("grouped_mm")  # type: ignore[operator]
+    expert_names = frozenset(f"{entry.name}.{name}" for entry in entries for name in entry.parameter_names)
+    _materialise_dense(model, expert_names)
+    weights = open_weights(source, model, seed=seed)
+    _fill_buffers(model)
+    weights.fill_dense(model, expert_names)
+    plan = make_plan(expert_map, range(expert_map.num_ranks), rank=rank, device=device)
+    pending_LE = torch.zeros(facts.num_layers, facts.num_experts, dtype=torch.int64, device=device)
+    context = StepContext(plan=plan, group=None, num_experts=facts.num_experts, pending_LE=pending_LE)
+    layers = tuple(SlottedExperts(entry, layer_idx, context) for layer_idx, entry in enumerate(entries))
+    for layer in layers:
+        logical_of_slot = logical_of_local_slot(expert_map, rank, layer.layer_idx)
+        layer.install(layer.read(weights, logical_of_slot), logical_of_slot, device)
+    model.to(device)
+    model.eval()
+    _check_mixture(facts, layers)
+    return BuiltModel(model, facts, expert_map, layers, context, device)
+
+
+def _materialise_dense(model: torch.nn.Module, expert_names: frozenset[str]) -> None:
+    """Zeros in place of everything on the meta device but the experts; tied parameters stay one."""
+    made: dict[int, torch.Tensor] = {}
+    for module_name, module in model.named_modules():
+        prefix = f"{module_name}." if module_name else ""
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if prefix + name not in expert_names:
+                real = made.setdefault(id(parameter), torch.nn.Parameter(torch.zeros_like(parameter, device="cpu")))
+                module.register_parameter(name, real)  # type: ignore[arg-type]
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module._buffers[name] = torch.zeros_like(buffer, device="cpu")
+
+
+def _fill_buffers(model: torch.nn.Module) -> None:
+    """Buffers that checkpoints do not hold (rotary frequencies) are computed by the family's own initialisation."""
+    for module in model.modules():
+        if module._non_persistent_buffers_set:
+            with torch.no_grad():
+                model._init_weights(module)  # type: ignore[operator]
+
+
+def _check_mixture(facts: ModelFacts, layers: tuple[SlottedExperts, ...]) -> None:
+    """The mixture must be a weighted sum of what single experts give: dispatch computes it so.
+
+    A family that normalises over a token's experts inside the module is found here, whatever it is called.
+    """
+    layer = next((entry for entry in layers if entry.logical_of_slot), None)
+    if layer is None:
+        return
+    dim = int(layer.entry.module.config.hidden_size)  # type: ignore[union-attr,arg-type]
+    device = next(layer.entry.module.parameters()).device
+    x_TD = torch.linspace(-1, 1, 2 * dim, device=device).view(2, dim)
+    slot_TK = torch.zeros(2, 2, dtype=torch.long, device=device)
+    weight_TK = torch.tensor([[0.2, 0.5], [0.1, 0.3]], device=device)
+    with torch.no_grad():
+        single_TD = layer.run_slots(x_TD, slot_TK[:, 0])
+        mixed_TD = layer._family_forward(x_TD, slot_TK, weight_TK)
+    if not torch.allclose(mixed_TD, single_TD * weight_TK.sum(-1, keepdim=True), rtol=1e-3, atol=1e-5):
+        raise UnsupportedModel(facts.family, "its experts module does more than a weighted sum over a token's experts")

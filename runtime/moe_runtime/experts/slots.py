@@ -1,0 +1,104 @@
+"""An experts module of transformers turned into numbered slots on this rank, with the dispatch in front of it.
+
+The module keeps its class and its own forward, which runs the slots as top-1 with weight one on whatever rows arrive;
+only its parameters (slots instead of experts) and its entry are ours.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from moe_core.contract.expert_map import EMPTY_SLOT
+from moe_runtime.dispatch.all_to_all import run_by_pick, run_by_token
+from moe_runtime.dispatch.reference import run_local
+from moe_runtime.dispatch.step import StepContext
+from moe_runtime.experts.families import ExpertsModule
+from moe_runtime.experts.ladder import LayerLadder
+from moe_runtime.experts.weights import WeightSource
+
+SMALL_STEP_TOKENS = 256
+"""A step with at most this many tokens on the fullest rank dispatches by token (2 exchanges per layer instead of 3)."""
+
+
+class SlottedExperts:
+    """One MoE layer of this rank: its slots, who is in them, and the way from routed tokens to the mixture's output."""
+
+    def __init__(self, entry: ExpertsModule, layer_idx: int, context: StepContext) -> None:
+        self.entry, self.layer_idx, self._context = entry, layer_idx, context
+        self.logical_of_slot: tuple[int, ...] = ()
+        self.ladder = LayerLadder()
+        self._family_forward: Any = entry.module.forward
+        entry.module.forward = self._forward  # type: ignore[method-assign]
+
+    def install(self, tensors: dict[str, torch.Tensor], logical_of_slot: Sequence[int], device: str) -> None:
+        """Put `tensors` (parameter name -> [slots, ...]) into the slots."""
+        module = self.entry.module
+        for name in self.entry.parameter_names:
+            module.register_parameter(name, torch.nn.Parameter(tensors[name].to(device)))
+        module.num_experts = len(logical_of_slot)  # type: ignore[assignment]
+        self.logical_of_slot = tuple(logical_of_slot)
+
+    def read(self, weights: WeightSource, logical_of_slot: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Tensors for these slots: experts that are resident are copied, the others read. Empty slots are zero."""
+        wanted = [e for e in dict.fromkeys(logical_of_slot) if e != EMPTY_SLOT]
+        resident = {e: slot for slot, e in enumerate(self.logical_of_slot) if e != EMPTY_SLOT}
+        missing = [e for e in wanted if e not in resident]
+        tensors: dict[str, torch.Tensor] = {}
+        for name in self.entry.parameter_names:
+            now = self.entry.module.get_parameter(name).detach()
+            fetched = weights.read_experts(self.entry, name, missing) if missing else None
+            staged = torch.zeros((len(logical_of_slot), *now.shape[1:]), dtype=torch.float32)
+            for slot, logical_id in enumerate(logical_of_slot):
+                if logical_id in resident:
+                    staged[slot] = now[resident[logical_id]]
+                elif logical_id != EMPTY_SLOT:
+                    assert fetched is not None
+                    staged[slot] = fetched[missing.index(logical_id)]
+            tensors[name] = staged
+        return tensors
+
+    def run_slots(self, rows_RD: torch.Tensor, local_slot_R: torch.Tensor) -> torch.Tensor:
+        """[R, D] this rank's slots on rows, unweighted. R >= 1. Arguments go by position: families name them apart."""
+        ones = torch.ones(rows_RD.shape[0], 1, dtype=rows_RD.dtype, device=rows_RD.device)
+        output: torch.Tensor = self._family_forward(rows_RD, local_slot_R.unsqueeze(-1), ones)
+        return output
+
+    def _forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        hidden_TD, expert_TK, weight_TK = (*args, *kwargs.values())
+        valid_V = self._context.valid_V
+        if valid_V is None:
+            return self._mixture(hidden_TD, expert_TK, weight_TK)
+        # padding is neither dispatched nor counted
+        mixed_VD = self._mixture(hidden_TD[valid_V], expert_TK[valid_V], weight_TK[valid_V])
+        return torch.zeros_like(hidden_TD).index_copy(0, valid_V, mixed_VD)
+
+    def _mixture(self, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
+        context = self._context
+        context.count(self.layer_idx, expert_TK)
+        plan, group = context.plan, context.group
+        layer = plan.layers[self.layer_idx]
+        address_TK = layer.address_E[expert_TK]
+        local_TD: torch.Tensor | None = None
+        if layer.lost:
+            context.mark_degraded(self.layer_idx, expert_TK)
+            address_TK, weight_TK, local_TD = self.ladder.answer(x_TD, expert_TK, address_TK, weight_TK)
+        if group is None:
+            mixed_TD = run_local(x_TD, address_TK, weight_TK, self.run_slots)
+        elif (
+            (tokens := context.tokens_of_position) is not None
+            and max(tokens) <= SMALL_STEP_TOKENS
+            and not torch.is_grad_enabled()
+        ):
+            mixed_TD = run_by_token(
+                x_TD,
+                address_TK,
+                weight_TK,
+                plan=plan,
+                group=group,
+                run_slots=self.run_slots,
+                tokens_of_position=tokens,
+            )
+        else:
+            mixed_TD = run_by_pick(x_TD, address_TK, weight_TK, plan=plan, group=group, run_slots=self.run_slots)
+        return mixed_TD if local_TD is None else mixed_TD + local_TD

@@ -1,0 +1,174 @@
+"""Where weights come from: a safetensors checkpoint read slot by slot, or a seed. Never more than this rank needs.
+
+Checkpoints name and stack experts otherwise than the modules do (w1/w2/w3 per expert, gate_proj/up_proj per expert, one
+stacked tensor). transformers' own conversion mapping says how, and is applied here to the wanted experts only.
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from moe_core.outcome import InvalidInput
+from moe_runtime.experts.families import ExpertsModule
+
+
+class WeightSource(Protocol):
+    """Gives whole dense tensors and single experts' rows."""
+
+    def fill_dense(self, model: torch.nn.Module, expert_parameter_names: frozenset[str]) -> None:
+        """Write every dense parameter and buffer of `model`, in place."""
+
+    def read_experts(self, entry: ExpertsModule, parameter_name: str, logical_ids: Sequence[int]) -> torch.Tensor:
+        """[len(logical_ids), ...] rows of one stacked parameter."""
+
+
+class CheckpointWeights:
+    """A folder of safetensors. Raises InvalidInput for a folder that does not fit the model, OSError for unreadable
+    files.
+    """
+
+    def __init__(self, folder: Path, model: torch.nn.Module) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+        self._folder = folder
+        self._file_of_key = _index(folder)
+        self._handles: dict[str, Any] = {}
+        mapping = get_model_conversion_mapping(model)
+        renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+        converters = [m for m in mapping if isinstance(m, WeightConverter)]
+        self._converter_of_pattern = {p: c for c in converters for p in c.source_patterns}
+        names = model.state_dict()
+        prefix = model.base_model_prefix
+        # target parameter -> [(pattern of a converter or None, key in the checkpoint)], experts in natural order
+        self._sources: dict[str, list[tuple[str | None, str]]] = {}
+        for key in sorted(self._file_of_key, key=dot_natural_key):
+            target, pattern = rename_source_key(key, renamings, converters, prefix, names)
+            if target not in names and key in names:
+                target, pattern = rename_source_key(key, [], [], prefix, names)
+            self._sources.setdefault(target, []).append((pattern, key))
+
+    def fill_dense(self, model: torch.nn.Module, expert_parameter_names: frozenset[str]) -> None:
+        wanted = {n: t for n, t in model.state_dict(keep_vars=True).items() if n not in expert_parameter_names}
+        filled: set[str] = set()
+        for target in self._sources:
+            if target in wanted:
+                for name, value in self._convert(target, self._sources[target], model).items():
+                    if wanted[name].shape != value.shape:
+                        shapes = f"{list(value.shape)}, the model wants {list(wanted[name].shape)}"
+                        raise InvalidInput(f"{self._folder}: {name} has shape {shapes}")
+                    with torch.no_grad():
+                        wanted[name].copy_(value)
+                    filled.add(name)
+        tied = {id(wanted[name]) for name in filled}
+        missing = [
+            n for n, t in wanted.items() if n not in filled and id(t) not in tied and n not in _tied_names(model)
+        ]
+        if missing:
+            raise InvalidInput(f"{self._folder} lacks {len(missing)} tensors, first {missing[0]}")
+
+    def read_experts(self, entry: ExpertsModule, parameter_name: str, logical_ids: Sequence[int]) -> torch.Tensor:
+        target = f"{entry.name}.{parameter_name}"
+        sources = self._sources.get(target)
+        if sources is None:
+            raise InvalidInput(f"{self._folder} lacks {target}")
+        if sources[0][0] is None:
+            rows = self._slice(sources[0][1])
+            return torch.stack([rows[logical_id] for logical_id in logical_ids])
+        per_pattern: dict[str | None, list[str]] = {}
+        for pattern, key in sources:
+            per_pattern.setdefault(pattern, []).append(key)
+        num_keys = {len(keys) for keys in per_pattern.values()}
+        if len(num_keys) == 1 and num_keys.pop() > max(logical_ids):
+            chosen = [(pattern, keys[e]) for pattern, keys in per_pattern.items() for e in logical_ids]
+            return self._convert(target, chosen, None)[target]
+        # Not one tensor per expert: convert the whole layer, keep the wanted rows.
+        return self._convert(target, sources, None)[target][list(logical_ids)].clone()
+
+    def _convert(
+        self, target: str, sources: Iterable[tuple[str | None, str]], model: torch.nn.Module | None
+    ) -> dict[str, torch.Tensor]:
+        sources = list(sources)
+        if sources[0][0] is None:
+            return {target: self._tensor(sources[0][1])}
+        converter = copy.deepcopy(self._converter_of_pattern[sources[0][0]])
+        for pattern, key in sources:
+            converter.add_tensor(target, key, pattern, self._tensor(key))
+        converted = converter.convert(target, model=model, config=getattr(model, "config", None))
+        return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
+
+    def _tensor(self, key: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._handle(key).get_tensor(key)
+        return tensor
+
+    def _slice(self, key: str) -> Any:
+        return self._handle(key).get_slice(key)
+
+    def _handle(self, key: str) -> Any:
+        from safetensors import safe_open
+
+        file = self._file_of_key[key]
+        if file not in self._handles:
+            self._handles[file] = safe_open(str(self._folder / file), framework="pt", device="cpu")
+        return self._handles[file]
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Which file of the folder holds each tensor."""
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        return weight_map
+    if not (folder / "model.safetensors").is_file():
+        raise FileNotFoundError(f"{folder} holds neither model.safetensors nor model.safetensors.index.json")
+    with safe_open(str(folder / "model.safetensors"), framework="pt") as file:
+        return dict.fromkeys(file.keys(), "model.safetensors")
+
+
+def _tied_names(model: torch.nn.Module) -> set[str]:
+    return set(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+class SeedWeights:
+    """The family's own initialisation, drawn per module and per expert from a seed.
+
+    An expert's weights depend on (seed, layer, logical id) only, never on who holds it.
+    """
+
+    def __init__(self, seed: int, model: torch.nn.Module) -> None:
+        self._seed, self._model = seed, model
+
+    def fill_dense(self, model: torch.nn.Module, expert_parameter_names: frozenset[str]) -> None:
+        experts = {name.rsplit(".", 1)[0] for name in expert_parameter_names}
+        for name, module in model.named_modules():
+            if name not in experts:
+                self._draw(name, module)
+
+    def read_experts(self, entry: ExpertsModule, parameter_name: str, logical_ids: Sequence[int]) -> torch.Tensor:
+        module = entry.module
+        in_use = {name: module.get_parameter(name) for name in entry.parameter_names}
+        rows: list[torch.Tensor] = []
+        try:
+            for logical_id in logical_ids:
+                for name, parameter in in_use.items():
+                    row = torch.zeros((1, *parameter.shape[1:]), dtype=parameter.dtype)
+                    module.register_parameter(name, torch.nn.Parameter(row))
+                self._draw(f"{entry.name}[{logical_id}]", module)
+                rows.append(module.get_parameter(parameter_name).detach()[0])
+        finally:
+            for name, parameter in in_use.items():
+                module.register_parameter(name, parameter)
+        return torch.stack(rows)
+
+    def _draw(self, name: str, module: torch.nn.Module) -> None:
+        digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(int.from_bytes(digest[:7], "big"))
+            self._model._init_weights(module)  # type: ignore[operator]
