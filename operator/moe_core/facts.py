@@ -33,6 +33,8 @@ class NodeFact:
     allocatable: Mapping[str, int] = field(default_factory=dict)
     used: Mapping[str, int] = field(default_factory=dict)
     ready: bool = True
+    not_ready_since: float | None = None
+    """When the node stopped being ready; None while it is, or when that is unknown (then it counts as long ago)."""
     unschedulable: bool = False
     taints: tuple[Taint, ...] = ()
 
@@ -110,6 +112,8 @@ class Facts:
     """For a MoEDrill: what it aims at."""
     local: bool = False
     """The local shell: one machine, addresses are loopback, ports must be given by the shell."""
+    default_image: str = ""
+    """Image of the runtime for templates that name none."""
     ports: Mapping[str, int] = field(default_factory=dict)
     """Local shell only: free ports by use (coordinator, ray, gateway)."""
 

@@ -1,0 +1,59 @@
+"""decide(wish, facts, now) -> Decision: the one place where anything is decided.
+
+Pure and level-triggered: the same wish, facts and moment give the same decision, whatever happened before; what must be
+remembered lies in the resource's own status (memory.py). Read in this order: accept (is it possible), crew (who
+lives), gang and helpers (pods), follow (what the group is told), cycle (all of it once), job and service (its meaning).
+"""
+
+from moe_core.decide.accept import Refusal, accept
+from moe_core.decide.cycle import everything_goes
+from moe_core.decide.job import after_the_end, decide_job
+from moe_core.decide.memory import condition_in, is_true
+from moe_core.decide.report import events_of
+from moe_core.decide.service import decide_service
+from moe_core.facts import Condition, Decision, Facts, Wish
+from moe_core.outcome import Reason
+
+MANAGER = "moerator.dev/operator"
+
+__all__ = ["MANAGER", "decide"]
+
+
+def decide(wish: Wish, facts: Facts, now: float) -> Decision:
+    """What to do now. Never raises for anything a user wrote: a bad wish is refused by a condition."""
+    if wish.deleting:  # in a cluster the garbage collector follows the owner references
+        return Decision(actions=tuple(everything_goes(facts)) if facts.local else (), status=_kept(wish))
+    manager = wish.spec.get("managedBy")
+    if isinstance(manager, str) and manager != MANAGER:
+        return _left_alone(wish, manager)
+    if wish.kind == "MoEJob" and (is_true(wish.status, "Complete") or is_true(wish.status, "Failed")):
+        return after_the_end(wish, facts, now)
+    accepted = accept(wish, facts)
+    if isinstance(accepted, Refusal):
+        return _refused(wish, accepted)
+    if wish.kind == "MoEJob":
+        return decide_job(wish, accepted, facts, now)
+    return decide_service(wish, accepted, facts, now)
+
+
+def _kept(wish: Wish) -> dict[str, object]:
+    return {key: value for key, value in wish.status.items() if key != "conditions"}
+
+
+def _left_alone(wish: Wish, manager: str) -> Decision:
+    """Another controller's object. Said once, and never again where that controller writes the condition itself."""
+    before = condition_in(wish.status, "Accepted")
+    if before is not None and before.get("reason") != Reason.MANAGED_ELSEWHERE:
+        return Decision(status=_kept(wish))
+    told = f"spec.managedBy leaves this object to {manager}"
+    return Decision(conditions=(Condition("Accepted", "False", Reason.MANAGED_ELSEWHERE, told),), status=_kept(wish))
+
+
+def _refused(wish: Wish, refusal: Refusal) -> Decision:
+    """Nothing is created. What already runs is left as it is: an edit that is refused must not hurt."""
+    told = Condition("Accepted", "False", refusal.reason, refusal.message)
+    conditions = [told]
+    if condition_in(wish.status, "Ready") is None:
+        conditions.append(Condition("Ready", "False", refusal.reason, refusal.message))
+    status = {**_kept(wish), "observedGeneration": wish.generation, "message": refusal.message}
+    return Decision(conditions=tuple(conditions), status=status, events=events_of(wish.status, [told]))

@@ -1,0 +1,183 @@
+"""From a wish to a Plan, or to the reason why not. A refusal comes before any pod exists."""
+
+from dataclasses import dataclass
+
+from moe_core.experts.assign import even_slots
+from moe_core.facts import Facts, Wish
+from moe_core.manifests.config import job_config, service_config
+from moe_core.manifests.plan import Plan
+from moe_core.outcome import InvalidInput, InvalidSpec, Reason
+from moe_core.spec.common import PodTemplate, TopologyConstraint
+from moe_core.spec.job import MoEJobSpec
+from moe_core.spec.kinds import MAX_NAME
+from moe_core.spec.load import parse_spec
+from moe_core.spec.service import MoEServiceSpec
+from moe_core.topology.fit import Pack
+from moe_core.topology.quantity import request_of
+from moe_core.topology.room import Needs, Tolerated
+from moe_core.topology.tree import depth_of
+
+MAX_PROBLEMS_TOLD = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    reason: Reason
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """`spec` is typed; `note` is the message of the Accepted condition."""
+
+    plan: Plan
+    spec: MoEJobSpec | MoEServiceSpec
+    note: str
+
+
+def accept(wish: Wish, facts: Facts) -> Accepted | Refusal:  # noqa: PLR0911 - each way to be refused
+    if len(wish.name) > MAX_NAME:
+        told = f"metadata.name: must have at most {MAX_NAME} characters: pods are named after it (got {len(wish.name)})"
+        return Refusal(Reason.INVALID_SPEC, told)
+    try:
+        spec = _parse(wish)
+    except InvalidSpec as invalid:
+        told = "; ".join(str(problem) for problem in invalid.problems[:MAX_PROBLEMS_TOLD])
+        more = len(invalid.problems) - MAX_PROBLEMS_TOLD
+        return Refusal(Reason.INVALID_SPEC, told + (f"; and {more} more" if more > 0 else ""))
+    shape = _experts_of(spec, facts)
+    if isinstance(shape, Refusal):
+        return shape
+    pack = _pack(spec.topology_constraint, facts)
+    if isinstance(pack, Refusal):
+        return pack
+    try:
+        needs = _needs(spec.template)
+    except InvalidInput as error:
+        return Refusal(Reason.INVALID_SPEC, f"spec.template.spec.resources: {error}")
+    if facts.foreign:
+        names = ", ".join(sorted(facts.foreign))
+        return Refusal(Reason.FOREIGN_OBJECT, f"{names} exists and belongs to somebody else; delete it or rename this")
+    plan = _plan(wish, spec, facts, shape, pack, needs)
+    refused = _coverage(plan, spec)
+    if refused is not None:
+        return refused
+    slots = even_slots(plan.num_experts, plan.num_ranks, redundant_per_rank=plan.redundant_per_rank)
+    per_rank = str(slots[0]) if slots[0] == slots[-1] else f"{slots[-1]} to {slots[0]}"
+    note = f"{plan.num_experts} experts in {plan.num_layers} layers over {plan.num_ranks} ranks, {per_rank} slots each"
+    return Accepted(plan, spec, note)
+
+
+def _experts_of(spec: MoEJobSpec | MoEServiceSpec, facts: Facts) -> tuple[int, int] | Refusal:  # noqa: PLR0911
+    """(logical experts, MoE layers). What the shell read of the model goes before what the spec claims."""
+    if facts.model is not None and facts.model.problem:
+        return Refusal(Reason.MODEL_NOT_SUPPORTED, facts.model.problem)
+    if isinstance(spec, MoEJobSpec):
+        if facts.model is not None:
+            return facts.model.num_experts, facts.model.num_moe_layers
+        return spec.model.shape.num_experts, spec.model.shape.num_hidden_layers
+    model = spec.model
+    if facts.model is None:
+        if model.num_experts is None or model.num_moe_layers is None:
+            told = (
+                f"no checkpoint can be read at {model.path} from here; "
+                "if only the pods can reach it, give model.numExperts and model.numMoeLayers"
+            )
+            return Refusal(Reason.MODEL_NOT_FOUND, told)
+        return model.num_experts, model.num_moe_layers
+    seen = facts.model
+    for name, claimed, read in (
+        ("numExperts", model.num_experts, seen.num_experts),
+        ("numMoeLayers", model.num_moe_layers, seen.num_moe_layers),
+    ):
+        if claimed is not None and claimed != read:
+            return Refusal(
+                Reason.INVALID_SPEC, f"spec.model.{name}: the checkpoint at {model.path} has {read} (got {claimed})"
+            )
+    return seen.num_experts, seen.num_moe_layers
+
+
+def _parse(wish: Wish) -> MoEJobSpec | MoEServiceSpec:
+    if wish.kind == "MoEJob":
+        return parse_spec(MoEJobSpec, wish.spec)
+    return parse_spec(MoEServiceSpec, wish.spec)
+
+
+def _pack(constraint: TopologyConstraint | None, facts: Facts) -> Pack | Refusal:
+    if constraint is None:
+        return Pack()
+    levels = facts.topologies.get(constraint.topology_name)
+    if levels is None:
+        known = ", ".join(sorted(facts.topologies)) or "none"
+        told = f"ClusterTopology {constraint.topology_name} does not exist; there is {known}"
+        return Refusal(Reason.TOPOLOGY_NOT_FOUND, told)
+    required, preferred = constraint.pack.required or "", constraint.pack.preferred or ""
+    try:
+        depths = depth_of(required, levels), depth_of(preferred, levels)
+    except InvalidInput as error:
+        return Refusal(Reason.TOPOLOGY_NOT_FOUND, f"ClusterTopology {constraint.topology_name}: {error}")
+    if required and preferred and depths[1] <= depths[0]:
+        told = f"spec.topologyConstraint.pack.preferred: must be narrower than required {required} (got {preferred})"
+        return Refusal(Reason.INVALID_SPEC, told)
+    return Pack(levels=levels, required=required, preferred=preferred)
+
+
+def _needs(template: PodTemplate) -> Needs:
+    spec = template.spec
+    return Needs(
+        request=request_of(spec.resources.requests, spec.resources.limits),
+        node_selector=spec.node_selector,
+        tolerations=tuple(
+            Tolerated(key=t.key or "", operator=t.operator or "Equal", value=t.value or "", effect=t.effect or "")
+            for t in spec.tolerations
+        ),
+    )
+
+
+def _plan(  # noqa: PLR0917
+    wish: Wish,
+    spec: MoEJobSpec | MoEServiceSpec,
+    facts: Facts,
+    shape: tuple[int, int],
+    pack: Pack,
+    needs: Needs,
+) -> Plan:
+    serving = spec if isinstance(spec, MoEServiceSpec) else None
+    return Plan(
+        kind="MoEService" if serving else "MoEJob",
+        namespace=wish.namespace,
+        name=wish.name,
+        generation=wish.generation,
+        num_ranks=spec.parallelism.expert,
+        num_experts=shape[0],
+        num_layers=shape[1],
+        redundant_per_rank=serving.experts.redundant_per_rank if serving else 0,
+        policy="deepseek" if serving and serving.experts.policy == "DeepSeek" else "linear",
+        max_restarts=spec.failure_policy.max_restarts,
+        num_gateways=serving.gateway.replicas if serving else 0,
+        template=spec.template,
+        needs=needs,
+        pack=pack,
+        config=job_config(wish, spec, facts) if isinstance(spec, MoEJobSpec) else service_config(wish, spec, facts),
+        default_image=facts.default_image,
+    )
+
+
+def _coverage(plan: Plan, spec: MoEJobSpec | MoEServiceSpec) -> Refusal | None:
+    """A size whose slots cannot hold what the spec promises is refused."""
+    min_copies = spec.experts.min_copies if isinstance(spec, MoEServiceSpec) else 1
+    slots = even_slots(plan.num_experts, plan.num_ranks, redundant_per_rank=plan.redundant_per_rank)
+    useful = sum(min(count, plan.num_experts) for count in slots)
+    wanted = plan.num_experts * min_copies
+    if useful < wanted:
+        lacking = -(-(wanted - useful) // plan.num_ranks)
+        told = (
+            f"{plan.num_ranks} ranks have {useful} slots per layer, {min_copies} copies of {plan.num_experts} experts "
+            f"need {wanted}; raise experts.redundantPerRank by {lacking} or parallelism.expert"
+        )
+        return Refusal(Reason.COVERAGE_IMPOSSIBLE, told)
+    try:
+        plan.expert_map(plan.num_ranks)
+    except InvalidInput as error:
+        return Refusal(Reason.COVERAGE_IMPOSSIBLE, f"policy {plan.policy}: {error}")
+    return None

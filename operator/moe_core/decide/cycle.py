@@ -1,0 +1,136 @@
+"""One cycle, shared by MoEJob and MoEService: objects, helpers, ranks, wish. What it means job.py and service.py say."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from moe_core.contract.names import ROLE_COORDINATOR, ROLE_GATEWAY, ROLE_RANK
+from moe_core.decide.crew import Seat, seats
+from moe_core.decide.follow import Following, follow, release_leavers
+from moe_core.decide.gang import Steps, bind, fill, remember
+from moe_core.decide.helpers import tend
+from moe_core.decide.memory import Memory
+from moe_core.decide.report import Counts, count
+from moe_core.facts import Action, Condition, DeleteObject, DeletePod, EnsureToken, Event, Facts
+from moe_core.manifests.objects import wanted_objects
+from moe_core.manifests.plan import Plan
+from moe_core.outcome import NoFit, Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Cycle:
+    actions: tuple[Action, ...]
+    events: tuple[Event, ...]
+    memory: Memory
+    ranks: Mapping[int, Seat]
+    gateways: Mapping[int, Seat]
+    counts: Counts
+    filled: Steps
+    no_fit: NoFit | None
+    following: Following
+    formed: bool
+    waking: tuple[float, ...]
+
+    @property
+    def restarts(self) -> int:
+        return self.filled.restarts + len(self.filled.replaced)
+
+
+def run_cycle(plan: Plan, memory: Memory, facts: Facts, now: float, *, keep_finished: bool = False) -> Cycle:
+    """Everything but completion and suspension."""
+    epoch = max(memory.epoch, facts.runtime.epoch if facts.runtime is not None else 0)
+    memory = replace(memory, epoch=epoch)
+    formed = epoch > 0
+    ranks, gateways = seats(facts, now, ROLE_RANK), seats(facts, now, ROLE_GATEWAY)
+    coordinator = seats(facts, now, ROLE_COORDINATOR)
+    following = follow(plan, memory, facts, ranks)
+
+    seen, base = remember(plan, memory, ranks, planned=False)
+    filled = fill(plan, now, ranks=ranks, seen=seen, base=base, keep_finished=keep_finished)
+    ran = min(memory.wish_ranks or plan.num_ranks, plan.num_ranks) if formed else 0
+    bound = bind(plan, facts, ranks=ranks, others=[*coordinator.values(), *gateways.values()], formed=ran)
+    helpers, helper_waking = _helpers(plan, ranks, coordinator, gateways, now, starting=bool(bound.actions) or formed)
+    actions = (
+        *_objects(plan, facts, following.num_ranks),
+        *filled.actions,
+        *bound.actions,
+        *helpers,
+        *following.actions,
+        *release_leavers(plan, facts, following, ranks, formed=formed),
+    )
+    memory = replace(
+        memory,
+        incarnations=tuple(seen),
+        baselines=tuple(base),
+        wish_generation=following.generation,
+        wish_digest=following.digest,
+        wish_ranks=following.num_ranks if facts.runtime is not None else memory.wish_ranks,
+        dead_pod_uids=following.dead_pod_uids,
+        started_at=memory.started_at if memory.started_at is not None else now,
+    )
+    return Cycle(
+        actions=actions,
+        events=tuple(
+            Event("Warning", Reason.RANK_REPLACED, f"rank {rank} lost ({why}); incarnation {incarnation} replaces it")
+            for rank, incarnation, why in filled.replaced
+        ),
+        memory=memory,
+        ranks=ranks,
+        gateways=gateways,
+        counts=count(plan.num_ranks, ranks, facts.runtime),
+        filled=filled,
+        no_fit=bound.no_fit,
+        following=following,
+        formed=formed,
+        waking=(*filled.waking, *helper_waking),
+    )
+
+
+def _helpers(
+    plan: Plan,
+    ranks: Mapping[int, Seat],
+    coordinator: Mapping[int, Seat],
+    gateways: Mapping[int, Seat],
+    now: float,
+    *,
+    starting: bool,
+) -> tuple[list[Action], list[float]]:
+    """Coordinator and gateways start with the ranks, not before: a gang that waits for room must not hold any."""
+    if not (starting or coordinator or any(seat.is_placed for seat in ranks.values())):
+        return [], []
+    first, waking = tend(plan, ROLE_COORDINATOR, 1, coordinator, now)
+    second, more = tend(plan, ROLE_GATEWAY, plan.num_gateways, gateways, now)
+    return [*first, *second], [*waking, *more]
+
+
+def _objects(plan: Plan, facts: Facts, num_ranks: int) -> list[Action]:
+    """Apply what differs from what was last applied, remove slices of a map that no longer exist."""
+    have = {(obj.kind, obj.name): obj.digest for obj in facts.objects}
+    wanted = wanted_objects(plan, plan.expert_map(num_ranks))
+    actions: list[Action] = [] if ("Secret", plan.child("token")) in have else [EnsureToken(plan.child("token"))]
+    actions += [obj for obj in wanted if have.get((obj.kind, obj.name)) != obj.digest]
+    names = [(obj.kind, obj.name) for obj in wanted]
+    stale = sorted(key for key in have if key[0] in ("ExpertMap", "Service") and key not in names)
+    return [*actions, *(DeleteObject(kind, name) for kind, name in stale)]
+
+
+def placed_condition(plan: Plan, cycle: Cycle) -> Condition:
+    counts = cycle.counts
+    if cycle.no_fit is not None:
+        return Condition("Placed", "False", Reason.NO_FIT, str(cycle.no_fit))
+    if counts.allocated == counts.desired:
+        nodes = {seat.live.node for r, seat in sorted(cycle.ranks.items()) if r < plan.num_ranks and seat.live}
+        told = f"{counts.allocated} of {counts.desired} ranks placed on {len(nodes)} nodes"
+        return Condition("Placed", "True", Reason.PLACED, told)
+    told = f"{counts.allocated} of {counts.desired} ranks placed"
+    return Condition("Placed", "False", Reason.PLACING, told)
+
+
+def everything_goes(facts: Facts) -> list[Action]:
+    """Delete every pod of this owner that nobody has asked to go yet."""
+    pods = sorted(facts.pods, key=lambda p: (p.role, p.index, p.incarnation, p.uid))
+    return [DeletePod(pod.name, pod.uid) for pod in pods if not pod.deleting]
+
+
+def soonest(waking: Sequence[float]) -> float | None:
+    """When to look again, seconds; never a busy loop."""
+    return max(0.05, min(waking)) if waking else None

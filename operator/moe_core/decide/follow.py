@@ -1,0 +1,101 @@
+"""What the running group is told: how many ranks, which map, who is proven dead; and when a leaver's pod may go.
+
+Growing: new pods first, and only when every new rank has reported does the wish name it and its share of the experts.
+Shrinking: the wish with the smaller map first; a pod goes only when the runtime says that its rank is out.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moe_core.contract.base import digest_of
+from moe_core.contract.exchange import RuntimeState, RuntimeWish
+from moe_core.decide.crew import Seat, proven_dead, state_of
+from moe_core.decide.memory import MAX_DEAD_PODS, Memory
+from moe_core.facts import Action, DeletePod, Facts, PutWish
+from moe_core.manifests.plan import Plan
+
+_OUT = ("Left", "Failed")
+_MEMBER = ("Active", "Draining")
+
+
+@dataclass(frozen=True, slots=True)
+class Following:
+    """`wish` is None while no coordinator was ever told anything and none answers."""
+
+    num_ranks: int
+    generation: int
+    digest: str
+    dead_pod_uids: tuple[str, ...]
+    actions: tuple[Action, ...]
+
+    def in_force(self, runtime: RuntimeState | None) -> bool:
+        return runtime is not None and self.generation > 0 and runtime.wish_generation == self.generation
+
+
+def group_size(plan: Plan, memory: Memory, facts: Facts, ranks: Mapping[int, Seat]) -> int:
+    """Ranks that the wish names now."""
+    told = memory.wish_ranks
+    if told == 0 or (memory.epoch == 0 and (facts.runtime is None or facts.runtime.epoch == 0)):
+        return plan.num_ranks
+    if plan.num_ranks <= told:
+        return plan.num_ranks
+    joiners = [ranks[r].live if r in ranks else None for r in range(told, plan.num_ranks)]
+    states = [state_of(facts.runtime, pod) for pod in joiners]
+    ready = all(state is not None and state.phase not in _OUT for state in states)
+    return plan.num_ranks if ready else told
+
+
+def follow(plan: Plan, memory: Memory, facts: Facts, ranks: Mapping[int, Seat]) -> Following:
+    """The wish under a generation that only grows, put unless the coordinator is known to have it."""
+    size = group_size(plan, memory, facts, ranks)
+    known = memory.dead_pod_uids
+    dead = (*known, *(uid for uid in proven_dead(facts) if uid not in known))[-MAX_DEAD_PODS:]
+    expert_map = plan.expert_map(size)
+    digest = digest_of(f"{size} {expert_map.digest} {','.join(dead)}")
+    runtime = facts.runtime
+    if runtime is None:  # nobody to tell; a wish that was never heard is not remembered
+        return Following(
+            num_ranks=memory.wish_ranks or size,
+            generation=memory.wish_generation,
+            digest=memory.wish_digest,
+            dead_pod_uids=dead,
+            actions=(),
+        )
+    generation = memory.wish_generation
+    if digest != memory.wish_digest or generation == 0:
+        generation = max(generation, facts.put_generation or 0, runtime.wish_generation or 0) + 1
+    wish = RuntimeWish(generation=generation, ranks=tuple(range(size)), expert_map=expert_map, dead_pod_uids=dead)
+    heard = facts.put_generation == generation
+    return Following(
+        num_ranks=size,
+        generation=generation,
+        digest=digest,
+        dead_pod_uids=dead,
+        actions=() if heard else (PutWish(wish),),
+    )
+
+
+def release_leavers(
+    plan: Plan, facts: Facts, following: Following, ranks: Mapping[int, Seat], *, formed: bool
+) -> list[Action]:
+    """Delete pods beyond the wished size whose rank is out of the group, by uid."""
+    actions: list[Action] = []
+    told = following.num_ranks <= plan.num_ranks
+    for rank, seat in sorted(ranks.items()):
+        if rank < plan.num_ranks:
+            continue
+        actions += [DeletePod(pod.name, pod.uid) for pod, _ in seat.dead]
+        pod = seat.live
+        if pod is None:
+            continue
+        state = state_of(facts.runtime, pod)
+        never_in = pod.gated or not formed
+        out = state is not None and state.phase in _OUT
+        settled = following.in_force(facts.runtime) and (state is None or state.phase not in _MEMBER)
+        if never_in or (told and (out or settled)):
+            actions.append(DeletePod(pod.name, pod.uid))
+    return actions
+
+
+def is_leaving_done(plan: Plan, ranks: Mapping[int, Seat]) -> bool:
+    return all(rank < plan.num_ranks or seat.live is None for rank, seat in ranks.items())

@@ -1,0 +1,224 @@
+"""Rank pods: create behind the gate, bind all or none, replace exactly the dead ones.
+
+Until the group has formed once, every rank waits for all. Afterwards a lost rank is replaced by itself, because each
+one brings experts back; ranks that join in a resize come all or none again.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from moe_core.contract.names import ROLE_COORDINATOR, ROLE_GATEWAY, ROLE_RANK
+from moe_core.decide.crew import Seat
+from moe_core.decide.memory import Memory
+from moe_core.facts import Action, BindPod, DeletePod, Facts, PodFact
+from moe_core.manifests.plan import Plan
+from moe_core.manifests.pods import HELPER_REQUEST, create_pod
+from moe_core.outcome import NoFit
+from moe_core.topology.fit import Fit, fit
+from moe_core.topology.quantity import request_of
+
+BACKOFF_FIRST_S = 5.0
+BACKOFF_MOST_S = 300.0
+"""As Kubernetes backs off restarts: doubling, at most five minutes."""
+
+
+@dataclass(slots=True)
+class Steps:
+    """What one cycle does to the ranks, and what stands in the way."""
+
+    actions: list[Action] = field(default_factory=list)
+    no_fit: NoFit | None = None
+    exhausted: bool = False
+    lost: dict[int, str] = field(default_factory=dict)
+    """Ranks that have no live pod though they had one, and why."""
+    replaced: list[tuple[int, int, str]] = field(default_factory=list)
+    """(rank, new incarnation, why)."""
+    waking: list[float] = field(default_factory=list)
+    restarts: int = 0
+
+
+def remember(plan: Plan, memory: Memory, ranks: Mapping[int, Seat], *, planned: bool) -> tuple[list[int], list[int]]:
+    """(incarnations, baselines) by rank. `planned` says that no missing pod counts as a failure now (suspended)."""
+    size = max([plan.num_ranks, len(memory.incarnations), *(index + 1 for index in ranks)])
+    seen = [max(memory.incarnation(r), ranks[r].highest if r in ranks else 0) for r in range(size)]
+    base = [
+        seen[r]
+        if planned or (r >= plan.num_ranks and (r not in ranks or ranks[r].live is None))
+        else memory.baseline(r)
+        for r in range(size)
+    ]
+    return seen, base
+
+
+def backoff_s(replacement: int) -> float:
+    """Seconds to wait before the n-th replacement of one rank, counted from the creation of the pod before it.
+
+    >>> [backoff_s(n) for n in (1, 2, 3, 4, 9)]
+    [0.0, 5.0, 10.0, 20.0, 300.0]
+    """
+    return 0.0 if replacement <= 1 else min(BACKOFF_FIRST_S * 2 ** min(replacement - 2, 16), BACKOFF_MOST_S)
+
+
+def fill(
+    plan: Plan,
+    now: float,
+    *,
+    ranks: Mapping[int, Seat],
+    seen: Sequence[int],
+    base: Sequence[int],
+    keep_finished: bool,
+) -> Steps:
+    """Create what is missing and clear what is dead. `keep_finished`: a rank that ended well stays as it is (jobs)."""
+    steps = Steps()
+    steps.restarts = sum(max(0, s - b - 1) for s, b in zip(seen, base, strict=True))
+    left = plan.max_restarts - steps.restarts
+    for rank in range(plan.num_ranks):
+        seat = ranks.get(rank, Seat(ROLE_RANK, rank, None))
+        if keep_finished and _finished(seat):
+            continue
+        if seat.live is not None:
+            steps.actions += _clear(seat)
+            if seat.suspect_until is not None:
+                steps.waking.append(seat.suspect_until - now)
+            continue
+        replacement = seen[rank] - base[rank]
+        if replacement <= 0:
+            steps.actions.append(create_pod(plan, ROLE_RANK, index=rank, incarnation=seen[rank] + 1))
+            steps.actions += _clear(seat)
+            continue
+        why = _why_lost(seat)
+        steps.lost[rank] = why
+        if left <= 0:
+            steps.exhausted = True
+            continue
+        left -= 1
+        newest = seat.newest
+        wait = 0.0 if newest is None else newest.created_at + backoff_s(replacement) - now
+        if wait > 0:
+            steps.waking.append(wait)
+            continue
+        steps.actions += _hurried(seat)
+        steps.actions.append(create_pod(plan, ROLE_RANK, index=rank, incarnation=seen[rank] + 1))
+        steps.actions += _clear(seat, but_running=True)
+        steps.replaced.append((rank, seen[rank] + 1, why))
+    return steps
+
+
+def _finished(seat: Seat) -> bool:
+    return seat.live is None and seat.newest is not None and seat.newest.phase == "Succeeded"
+
+
+def _why_lost(seat: Seat) -> str:
+    if seat.dead:
+        pod, why = seat.dead[-1]
+        return f"{pod.name}: {why}"
+    if seat.leaving:
+        return f"{seat.leaving[-1].name} was deleted"
+    return "its pod has vanished"
+
+
+def _hurried(seat: Seat) -> list[Action]:
+    """Dead by the runtime's or the node's word, yet maybe running: asked to go before the successor is created."""
+    return [DeletePod(pod.name, pod.uid) for pod, _ in seat.dead if pod.phase not in ("Failed", "Succeeded")]
+
+
+def _clear(seat: Seat, *, but_running: bool = False) -> list[Action]:
+    """Remove what is over. A failed pod goes once its successor was asked for: until then it tells of its end."""
+    return [
+        DeletePod(pod.name, pod.uid) for pod, _ in seat.dead if not but_running or pod.phase in ("Failed", "Succeeded")
+    ]
+
+
+def bind(plan: Plan, facts: Facts, *, ranks: Mapping[int, Seat], others: Sequence[Seat], formed: int) -> Steps:
+    """Bind gated pods to nodes. `formed` is the size of the group that has already run, 0 for none."""
+    steps = Steps()
+    gated = {r: seat.live for r, seat in ranks.items() if r < plan.num_ranks and seat.live and seat.live.gated}
+    if not gated:
+        return steps
+    kept = {r: seat.live.node for r, seat in ranks.items() if seat.live and seat.is_placed and seat.live.node}
+    first = [r for r in sorted(gated) if r < formed]
+    joiners = list(range(formed, plan.num_ranks))
+    waiting = [r for r in joiners if r in gated]
+    placed = dict(kept)
+    if first:
+        _bind_group(steps, plan, facts, first, gated, placed, ranks, others, one_by_one=True)
+    if waiting and all(r in gated or r in kept for r in joiners):
+        _bind_group(steps, plan, facts, waiting, gated, placed, ranks, others, one_by_one=False)
+    return steps
+
+
+def _bind_group(  # noqa: PLR0917
+    steps: Steps,
+    plan: Plan,
+    facts: Facts,
+    group: Sequence[int],
+    gated: Mapping[int, PodFact],
+    placed: dict[int, str],
+    ranks: Mapping[int, Seat],
+    others: Sequence[Seat],
+    *,
+    one_by_one: bool,
+) -> None:
+    found = _find(plan, facts, group, placed, ranks, others)
+    if isinstance(found, NoFit) and one_by_one and len(group) > 1:
+        for rank in group:
+            _bind_group(steps, plan, facts, [rank], gated, placed, ranks, others, one_by_one=False)
+        return
+    if isinstance(found, NoFit):
+        steps.no_fit = steps.no_fit or found
+        return
+    for rank, node in sorted(found.node_of_rank.items()):
+        placed[rank] = node
+        steps.actions.append(BindPod(name=gated[rank].name, uid=gated[rank].uid, node=node))
+
+
+def _find(  # noqa: PLR0917
+    plan: Plan,
+    facts: Facts,
+    group: Sequence[int],
+    placed: Mapping[int, str],
+    ranks: Mapping[int, Seat],
+    others: Sequence[Seat],
+) -> Fit | NoFit:
+    """Beside pods that are still Terminating; if that is too tight, in their place: the scheduler waits for them."""
+    found: Fit | NoFit | None = None
+    for count_leaving in (True, False):
+        own = _own_use(plan, placed, ranks, others, count_leaving=count_leaving)
+        attempt = fit(facts.nodes, group, needs=plan.needs, pack=plan.pack, kept=placed, own=own)
+        if isinstance(attempt, Fit):
+            return attempt
+        found = found or attempt
+    assert found is not None
+    return found
+
+
+def _own_use(
+    plan: Plan,
+    placed: Mapping[int, str],
+    ranks: Mapping[int, Seat],
+    others: Sequence[Seat],
+    *,
+    count_leaving: bool,
+) -> dict[str, dict[str, int]]:
+    """Base units that our own pods take, by node."""
+    use: dict[str, dict[str, int]] = {}
+
+    def add(node: str | None, request: Mapping[str, int]) -> None:
+        if node is None:
+            return
+        on_node = use.setdefault(node, {})
+        for resource, amount in {"pods": 1, **request}.items():
+            on_node[resource] = on_node.get(resource, 0) + amount
+
+    for _, node in sorted(placed.items()):
+        add(node, plan.needs.request)
+    if count_leaving:
+        for _, seat in sorted(ranks.items()):
+            for pod in seat.leaving:
+                if pod.phase not in ("Failed", "Succeeded") and not pod.gated:
+                    add(pod.node, plan.needs.request)
+    for seat in others:
+        assert seat.role in (ROLE_COORDINATOR, ROLE_GATEWAY), seat.role
+        if seat.live is not None:
+            add(seat.live.node, request_of(HELPER_REQUEST, {}))
+    return use

@@ -1,0 +1,145 @@
+"""MoEJob: train to the end, or fail within a budget; then leave nothing running."""
+
+from dataclasses import replace
+
+from moe_core.decide.accept import Accepted
+from moe_core.decide.crew import seats
+from moe_core.decide.cycle import Cycle, everything_goes, placed_condition, run_cycle, soonest
+from moe_core.decide.memory import Memory, condition_in, is_true
+from moe_core.decide.report import count, events_of, status_of
+from moe_core.decide.service import suspended
+from moe_core.facts import Condition, Decision, DeleteOwner, Facts, Wish
+from moe_core.outcome import InvalidSpec, Reason
+from moe_core.spec.job import MoEJobSpec
+from moe_core.spec.load import parse_spec
+
+
+def decide_job(wish: Wish, accepted: Accepted, facts: Facts, now: float) -> Decision:
+    spec = accepted.spec
+    assert isinstance(spec, MoEJobSpec), type(spec)
+    memory = Memory.of(wish.status)
+    if spec.suspend:
+        return suspended(wish, accepted, memory, facts, now)
+    over = _outcome(spec, memory, facts, now)
+    if over is not None:
+        return _end(wish, accepted, memory, facts, now, over)
+    cycle = run_cycle(accepted.plan, memory, facts, now, keep_finished=True)
+    if cycle.filled.exhausted:
+        lost = "; ".join(f"rank {rank}: {why}" for rank, why in sorted(cycle.filled.lost.items()))
+        told = f"{cycle.filled.restarts} of {accepted.plan.max_restarts} restarts used; {lost}"
+        return _end(wish, accepted, memory, facts, now, Condition("Failed", "True", Reason.BUDGET_EXHAUSTED, told))
+    ready = _ready(cycle, facts)
+    conditions = (
+        Condition("Accepted", "True", Reason.ACCEPTED, accepted.note),
+        Condition("Suspended", "False", Reason.RUNNING, "not suspended"),
+        placed_condition(accepted.plan, cycle),
+        ready,
+        Condition("Complete", "False", Reason.RUNNING, _progress(facts) or "not done yet"),
+        Condition("Failed", "False", Reason.RUNNING, "has not failed"),
+    )
+    waking = [*cycle.waking]
+    if spec.active_deadline_seconds is not None and cycle.memory.started_at is not None:
+        waking.append(cycle.memory.started_at + spec.active_deadline_seconds - now)
+    return Decision(
+        actions=cycle.actions,
+        conditions=conditions,
+        status=status_of(
+            wish, cycle.memory, cycle.counts, restarts=cycle.restarts, runtime=facts.runtime, message=ready.message
+        ),
+        events=(*cycle.events, *events_of(wish.status, conditions)),
+        wake_in=soonest(waking),
+    )
+
+
+def _outcome(spec: MoEJobSpec, memory: Memory, facts: Facts, now: float) -> Condition | None:
+    """The end, if it has come: success goes before a deadline that passes in the same moment."""
+    runtime = facts.runtime
+    if runtime is not None and runtime.training is not None and runtime.training.done:
+        told = f"{_progress(facts)}; checkpoint in {runtime.training.checkpoint_path or spec.output.path}"
+        return Condition("Complete", "True", Reason.COMPLETED, told)
+    if runtime is not None and runtime.failure:
+        return Condition("Failed", "True", Reason.RUNTIME_FAILED, runtime.failure)
+    ended = [pod.index for pod in facts.pods if pod.role == "rank" and pod.phase == "Succeeded"]
+    if set(ended) >= set(range(spec.parallelism.expert)):
+        return Condition("Complete", "True", Reason.COMPLETED, f"all {spec.parallelism.expert} ranks ended well")
+    if spec.active_deadline_seconds is not None and memory.started_at is not None:
+        ran = now - memory.started_at
+        if ran >= spec.active_deadline_seconds:
+            told = f"ran {ran:.0f} s of {spec.active_deadline_seconds} s allowed; raise activeDeadlineSeconds"
+            return Condition("Failed", "True", Reason.DEADLINE_EXCEEDED, told)
+    return None
+
+
+def _progress(facts: Facts) -> str:
+    training = facts.runtime.training if facts.runtime is not None else None
+    if training is None:
+        return ""
+    told = f"step {training.step}" + (f" of {training.max_steps}" if training.max_steps else "")
+    if training.heldout_bits_per_byte is not None:
+        told += f", {training.heldout_bits_per_byte:.3f} held-out bits per byte"
+    return told
+
+
+def _ready(cycle: Cycle, facts: Facts) -> Condition:
+    counts, runtime = cycle.counts, facts.runtime
+    if cycle.no_fit is not None and not cycle.formed:
+        return Condition("Ready", "False", Reason.NO_FIT, str(cycle.no_fit))
+    if not cycle.formed:
+        reason = Reason.FORMING if counts.available == counts.desired else Reason.STARTING
+        return Condition(
+            "Ready", "False", reason, f"{counts.available} of {counts.desired} ranks running, none active yet"
+        )
+    if runtime is None:
+        told = f"no coordinator answers; {counts.available} of {counts.desired} ranks running go on without it"
+        return Condition("Ready", "Unknown", Reason.COORDINATOR_AWAY, told)
+    told = f"{counts.active} of {counts.desired} ranks active; {_progress(facts) or 'no step yet'}"
+    if counts.active < counts.desired:
+        return Condition("Ready", "False", Reason.RANK_LOST, told)
+    return Condition("Ready", "True", Reason.ALL_ACTIVE, f"{counts.active} of {counts.desired} ranks active")
+
+
+def _end(  # noqa: PLR0917
+    wish: Wish, accepted: Accepted, memory: Memory, facts: Facts, now: float, outcome: Condition
+) -> Decision:
+    """Write the end down first; pods go in the next cycle, so that a lost write can never start the job again."""
+    ranks = seats(facts, now, "rank")
+    other = "Failed" if outcome.type == "Complete" else "Complete"
+    conditions = (
+        Condition("Accepted", "True", Reason.ACCEPTED, accepted.note),
+        Condition("Ready", "False", outcome.reason, outcome.message),
+        outcome,
+        Condition(other, "False", outcome.reason, outcome.message),
+    )
+    memory = replace(memory, completed_at=now)
+    counts = count(accepted.plan.num_ranks, ranks, facts.runtime)
+    status = status_of(wish, memory, counts, runtime=facts.runtime, message=outcome.message)
+    return Decision(
+        conditions=conditions,
+        status={**status, "restarts": wish.status.get("restarts", 0)},
+        events=events_of(wish.status, (outcome,)),
+        wake_in=0.05,
+    )
+
+
+def after_the_end(wish: Wish, facts: Facts, now: float) -> Decision:
+    """Nothing runs on; the object goes when its time to live is over. Nothing that was accepted is asked again."""
+    memory = Memory.of(wish.status)
+    kind = "Complete" if is_true(wish.status, "Complete") else "Failed"
+    before = condition_in(wish.status, kind) or {}
+    try:
+        spec = parse_spec(MoEJobSpec, wish.spec)
+        num_ranks, ttl = spec.parallelism.expert, spec.ttl_seconds_after_finished
+    except InvalidSpec:  # an edit after the end, which changes nothing any more
+        num_ranks, ttl = 0, None
+    counts = count(num_ranks, seats(facts, now, "rank"), None)
+    status = status_of(wish, memory, counts, message=str(before.get("message", "")))
+    actions = everything_goes(facts)
+    wake_in = None
+    if ttl is not None and memory.completed_at is not None:
+        wait = memory.completed_at + ttl - now
+        if wait > 0:
+            wake_in = max(0.05, wait)
+        elif not facts.pods:
+            actions.append(DeleteOwner(wish.uid))
+    status = {**status, "restarts": wish.status.get("restarts", 0)}
+    return Decision(actions=tuple(actions), conditions=(), status=status, wake_in=wake_in)

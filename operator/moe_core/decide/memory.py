@@ -1,0 +1,83 @@
+"""What decide must remember from one cycle to the next, kept in the resource's own status.
+
+Everything else is observed anew each time. A memory lost or a cycle old is harmless: counters only fall back to what
+can be observed, and a wish is put again under a higher generation.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moe_core.decide.times import seconds_of
+
+MAX_DEAD_PODS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    incarnations: tuple[int, ...] = ()
+    """Highest incarnation ever seen, by rank."""
+    baselines: tuple[int, ...] = ()
+    """Incarnations, by rank, that were not failures: up to the last suspension or planned leave."""
+    wish_generation: int = 0
+    wish_digest: str = ""
+    wish_ranks: int = 0
+    """Size of the group as last put to the coordinator; 0 when none was."""
+    epoch: int = 0
+    dead_pod_uids: tuple[str, ...] = ()
+    """The newest pods that are proven gone."""
+    started_at: float | None = None
+    completed_at: float | None = None
+
+    @classmethod
+    def of(cls, status: Mapping[str, Any]) -> "Memory":
+        kept = status.get("memory")
+        kept = kept if isinstance(kept, Mapping) else {}
+        return cls(
+            incarnations=_ints(kept.get("incarnations")),
+            baselines=_ints(kept.get("baselines")),
+            wish_generation=_int(kept.get("wishGeneration")),
+            wish_digest=str(kept.get("wishDigest", "")),
+            wish_ranks=_int(kept.get("wishRanks")),
+            epoch=_int(status.get("epoch")),
+            dead_pod_uids=tuple(str(uid) for uid in kept.get("deadPodUids", ()))[-MAX_DEAD_PODS:],
+            started_at=seconds_of(status.get("startTime")),
+            completed_at=seconds_of(status.get("completionTime")),
+        )
+
+    def as_status(self) -> dict[str, Any]:
+        return {
+            "incarnations": list(self.incarnations),
+            "baselines": list(self.baselines),
+            "wishGeneration": self.wish_generation,
+            "wishDigest": self.wish_digest,
+            "wishRanks": self.wish_ranks,
+            "deadPodUids": list(self.dead_pod_uids),
+        }
+
+    def incarnation(self, rank: int) -> int:
+        return self.incarnations[rank] if rank < len(self.incarnations) else 0
+
+    def baseline(self, rank: int) -> int:
+        return self.baselines[rank] if rank < len(self.baselines) else 0
+
+
+def condition_in(status: Mapping[str, Any], type_: str) -> Mapping[str, Any] | None:
+    """One condition of a status as it was last written."""
+    for condition in status.get("conditions") or ():
+        if isinstance(condition, Mapping) and condition.get("type") == type_:
+            return condition
+    return None
+
+
+def is_true(status: Mapping[str, Any], type_: str) -> bool:
+    condition = condition_in(status, type_)
+    return condition is not None and condition.get("status") == "True"
+
+
+def _int(value: object) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+def _ints(value: object) -> tuple[int, ...]:
+    return tuple(_int(item) for item in value) if isinstance(value, list | tuple) else ()

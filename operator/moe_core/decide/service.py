@@ -1,0 +1,159 @@
+"""MoEService: serve, degrade, restore, resize."""
+
+from dataclasses import replace
+
+from moe_core.decide.accept import Accepted
+from moe_core.decide.crew import proven_dead, seats
+from moe_core.decide.cycle import Cycle, everything_goes, placed_condition, run_cycle, soonest
+from moe_core.decide.follow import is_leaving_done
+from moe_core.decide.gang import remember
+from moe_core.decide.memory import Memory
+from moe_core.decide.report import count, events_of, status_of
+from moe_core.facts import Condition, Decision, Facts, Wish
+from moe_core.outcome import Reason
+
+
+def decide_service(wish: Wish, accepted: Accepted, facts: Facts, now: float) -> Decision:
+    memory = Memory.of(wish.status)
+    if accepted.spec.suspend:
+        return suspended(wish, accepted, memory, facts, now)
+    cycle = run_cycle(accepted.plan, memory, facts, now)
+    ready = _ready(cycle, accepted, facts)
+    coverage = _coverage(cycle, facts)
+    conditions = (
+        Condition("Accepted", "True", Reason.ACCEPTED, accepted.note),
+        placed_condition(accepted.plan, cycle),
+        ready,
+        coverage,
+        _degraded(cycle, facts, coverage),
+        _progressing(cycle, ready),
+    )
+    return Decision(
+        actions=cycle.actions,
+        conditions=conditions,
+        status=status_of(
+            wish, cycle.memory, cycle.counts, restarts=cycle.restarts, runtime=facts.runtime, message=ready.message
+        ),
+        events=(*cycle.events, *events_of(wish.status, conditions)),
+        wake_in=soonest(cycle.waking),
+    )
+
+
+def suspended(wish: Wish, accepted: Accepted, memory: Memory, facts: Facts, now: float) -> Decision:
+    """No pod stays; nothing that happens now counts as a failure. Shared with jobs."""
+    plan = accepted.plan
+    ranks = seats(facts, now, "rank")
+    seen, base = remember(plan, memory, ranks, planned=True)
+    known = memory.dead_pod_uids
+    memory = replace(
+        memory,
+        incarnations=tuple(seen),
+        baselines=tuple(base),
+        epoch=0,
+        wish_ranks=0,
+        started_at=None,
+        dead_pod_uids=(*known, *(uid for uid in proven_dead(facts) if uid not in known)),
+    )
+    left = len(facts.pods)
+    told = f"suspended; {left} pods are going" if left else "suspended; no pod is left"
+    conditions = [
+        Condition("Accepted", "True", Reason.ACCEPTED, accepted.note),
+        Condition("Placed", "False", Reason.SUSPENDED, told),
+        Condition("Ready", "False", Reason.SUSPENDED, told),
+    ]
+    if wish.kind == "MoEJob":
+        conditions.append(Condition("Suspended", "True", Reason.SUSPENDED, told))
+    else:
+        conditions += [
+            Condition("ExpertCoverage", "False", Reason.SUSPENDED, told),
+            Condition("Degraded", "False", Reason.SUSPENDED, told),
+            Condition("Progressing", "True" if left else "False", Reason.SUSPENDED, told),
+        ]
+    return Decision(
+        actions=tuple(everything_goes(facts)),
+        conditions=tuple(conditions),
+        status=status_of(wish, memory, count(plan.num_ranks, ranks, None), message=told),
+        events=events_of(wish.status, conditions),
+    )
+
+
+def _ready(cycle: Cycle, accepted: Accepted, facts: Facts) -> Condition:  # noqa: PLR0911 - a list of causes, first wins
+    counts, runtime = cycle.counts, facts.runtime
+    told = f"{counts.active} of {counts.desired} ranks active"
+    if runtime is not None and runtime.failure:
+        return Condition("Ready", "False", Reason.RUNTIME_FAILED, runtime.failure)
+    if cycle.filled.exhausted:
+        return Condition("Ready", "False", Reason.BUDGET_EXHAUSTED, _exhausted(cycle, accepted))
+    if not cycle.formed:
+        if cycle.no_fit is not None:
+            return Condition("Ready", "False", Reason.NO_FIT, str(cycle.no_fit))
+        reason = Reason.FORMING if counts.available == counts.desired else Reason.STARTING
+        return Condition(
+            "Ready", "False", reason, f"{counts.available} of {counts.desired} ranks running, none active yet"
+        )
+    if runtime is None:
+        told = f"no coordinator answers; {counts.available} of {counts.desired} ranks running go on without it"
+        return Condition("Ready", "Unknown", Reason.COORDINATOR_AWAY, told)
+    if cycle.following.num_ranks != counts.desired or not is_leaving_done(accepted.plan, cycle.ranks):
+        told = f"{told}; resizing from {cycle.following.num_ranks} to {counts.desired} ranks"
+        return Condition("Ready", "False", Reason.RESIZING, told)
+    if counts.active < counts.desired:
+        lost = [r for r in range(counts.desired) if r not in cycle.ranks or not _is_active(cycle, facts, r)]
+        told = f"{told}; not active: {', '.join(str(r) for r in lost)}"
+        return Condition("Ready", "False", Reason.RANK_LOST, told)
+    gateways = [seat.live for seat in cycle.gateways.values() if seat.live is not None and seat.live.ready]
+    told = f"{told}; {len(gateways)} of {accepted.plan.num_gateways} gateways ready"
+    if len(gateways) < accepted.plan.num_gateways:
+        return Condition("Ready", "False", Reason.STARTING, told)
+    return Condition("Ready", "True", Reason.ALL_ACTIVE, told)
+
+
+def _is_active(cycle: Cycle, facts: Facts, rank: int) -> bool:
+    pod = cycle.ranks[rank].live
+    assert facts.runtime is not None
+    return pod is not None and any(s.pod_uid == pod.uid and s.phase == "Active" for s in facts.runtime.ranks)
+
+
+def _exhausted(cycle: Cycle, accepted: Accepted) -> str:
+    lost = "; ".join(f"rank {rank}: {why}" for rank, why in sorted(cycle.filled.lost.items()))
+    most = accepted.plan.max_restarts
+    return f"{cycle.filled.restarts} of {most} restarts used; {lost}; raise failurePolicy.maxRestarts"
+
+
+def _coverage(cycle: Cycle, facts: Facts) -> Condition:
+    if facts.runtime is None:
+        reason = Reason.COORDINATOR_AWAY if cycle.formed else Reason.STARTING
+        return Condition("ExpertCoverage", "Unknown", reason, "no coordinator answers")
+    seen = facts.runtime.coverage
+    if seen is None or not cycle.formed:
+        return Condition("ExpertCoverage", "Unknown", Reason.FORMING, "the group has not formed yet")
+    told = f"{seen.covered} of {seen.total} experts (over all layers) have a live copy"
+    if seen.is_full:
+        return Condition("ExpertCoverage", "True", Reason.FULL_COVERAGE, told)
+    return Condition("ExpertCoverage", "False", Reason.EXPERTS_LOST, told)
+
+
+def _degraded(cycle: Cycle, facts: Facts, coverage: Condition) -> Condition:
+    if cycle.filled.exhausted:
+        told = f"{len(cycle.filled.lost)} ranks are lost and the restart budget is used up"
+        return Condition("Degraded", "True", Reason.BUDGET_EXHAUSTED, told)
+    if not cycle.formed:
+        return Condition("Degraded", "False", Reason.STARTING, "not serving yet")
+    if facts.runtime is None:
+        return Condition("Degraded", "Unknown", Reason.COORDINATOR_AWAY, "no coordinator answers")
+    if coverage.status == "False":
+        return Condition("Degraded", "True", Reason.EXPERTS_LOST, coverage.message)
+    members = min(cycle.following.num_ranks, cycle.counts.desired)
+    missing = [r for r in range(members) if r not in cycle.ranks or not _is_active(cycle, facts, r)]
+    if missing:
+        told = f"serving without rank {', '.join(str(r) for r in missing)}; every expert has a live copy"
+        return Condition("Degraded", "True", Reason.RANK_LOST, told)
+    return Condition("Degraded", "False", Reason.STABLE, "every member is active, every expert has a live copy")
+
+
+def _progressing(cycle: Cycle, ready: Condition) -> Condition:
+    if ready.reason in (Reason.ALL_ACTIVE, Reason.RUNTIME_FAILED, Reason.BUDGET_EXHAUSTED, Reason.COORDINATOR_AWAY):
+        return Condition("Progressing", "False", Reason.STABLE, "nothing to do")
+    if cycle.no_fit is not None:
+        return Condition("Progressing", "False", Reason.NO_FIT, "waiting for room")
+    return Condition("Progressing", "True", ready.reason, ready.message)

@@ -1,0 +1,96 @@
+"""RuntimeConfig from a spec: what every pod of one owner is told when it starts."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moe_core.contract.names import COORDINATOR_PORT, RAY_PORT, child_name
+from moe_core.contract.runtime_config import ModelShape, ModelSource, RuntimeConfig, ServingConfig, TrainingConfig
+from moe_core.facts import Facts, Wish
+from moe_core.spec.common import PodTemplate
+from moe_core.spec.job import MoEJobSpec
+from moe_core.spec.service import MoEServiceSpec
+
+LOOPBACK = "127.0.0.1"
+
+
+def job_config(wish: Wish, spec: MoEJobSpec, facts: Facts) -> RuntimeConfig:
+    training, data = spec.training, spec.training.data
+    where = _where(wish, facts)
+    return RuntimeConfig(
+        owner_kind="MoEJob",
+        namespace=wish.namespace,
+        name=wish.name,
+        uid=wish.uid,
+        coordinator_host=where.host,
+        coordinator_port=where.coordinator_port,
+        ray_port=where.ray_port,
+        mode="train",
+        model=ModelSource(shape=ModelShape(**spec.model.shape.model_dump())),
+        num_ranks=spec.parallelism.expert,
+        faults_enabled=spec.drills == "Allowed",
+        device=_device(spec.template),
+        training=TrainingConfig(
+            data="stdlib" if data.path is None else data.path,
+            sequence_length=training.sequence_length,
+            sequences_per_rank=training.sequences_per_rank,
+            max_steps=training.max_steps,
+            max_seconds=training.max_seconds,
+            learning_rate=float(training.learning_rate),
+            warmup_steps=training.warmup_steps,
+            weight_decay=float(training.weight_decay),
+            aux_loss_coefficient=float(training.aux_loss_coefficient),
+            seed=training.seed,
+            snapshot_every_steps=training.snapshot_every_steps,
+            output_path=spec.output.path,
+            optimizer=training.optimizer,
+            matmul_precision=training.matmul_precision,
+        ),
+    )
+
+
+def service_config(wish: Wish, spec: MoEServiceSpec, facts: Facts) -> RuntimeConfig:
+    where = _where(wish, facts)
+    return RuntimeConfig(
+        owner_kind="MoEService",
+        namespace=wish.namespace,
+        name=wish.name,
+        uid=wish.uid,
+        coordinator_host=where.host,
+        coordinator_port=where.coordinator_port,
+        ray_port=where.ray_port,
+        mode="serve",
+        model=ModelSource(path=spec.model.path),
+        num_ranks=spec.parallelism.expert,
+        faults_enabled=spec.drills == "Allowed",
+        device=_device(spec.template),
+        serving=ServingConfig(
+            max_sequences=spec.serving.max_sequences,
+            max_context=spec.serving.max_context,
+            served_name=spec.model.served_name or wish.name,
+            fallback=spec.experts.fallback,
+            gateway_port=facts.ports.get("gateway", spec.gateway.port) if facts.local else spec.gateway.port,
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Where:
+    host: str
+    coordinator_port: int
+    ray_port: int
+
+
+def _where(wish: Wish, facts: Facts) -> _Where:
+    """The coordinator's Service in a cluster, free loopback ports in the local shell."""
+    if facts.local:
+        ports = facts.ports
+        return _Where(LOOPBACK, ports.get("coordinator", COORDINATOR_PORT), ports.get("ray", RAY_PORT))
+    service = child_name(wish.kind, wish.name, "coordinator")
+    return _Where(f"{service}.{wish.namespace}.svc", COORDINATOR_PORT, RAY_PORT)
+
+
+def _device(template: PodTemplate) -> Literal["cpu", "cuda"]:
+    """A rank that asks for a GPU computes on it."""
+    resources = template.spec.resources
+    asked = sorted({*resources.requests, *resources.limits})
+    return "cuda" if any(name.endswith("/gpu") for name in asked) else "cpu"

@@ -1,0 +1,100 @@
+"""Owned objects that are not pods: ConfigMap, Services, and the ExpertMap in slices that fit into etcd."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from moe_core.contract import names
+from moe_core.contract.base import digest_of
+from moe_core.contract.expert_map import ExpertMap
+from moe_core.contract.names import ROLE_COORDINATOR, ROLE_GATEWAY
+from moe_core.facts import ApplyObject
+from moe_core.manifests.plan import Plan
+from moe_core.manifests.pods import CONFIG_KEY
+from moe_core.spec.others import ExpertMapSpec, MapLayer
+
+MAX_SLICE_BYTES = 200 * 1024
+"""An ExpertMap object stays under 256 KiB with its metadata; etcd refuses 1.5 MiB."""
+GATEWAY_SERVICE_PORT = 80
+
+
+def wanted_objects(plan: Plan, expert_map: ExpertMap) -> list[ApplyObject]:
+    """Everything but pods and the token, in the order of creation: what pods mount comes first."""
+    return [
+        _config_map(plan),
+        _coordinator_service(plan),
+        *([_gateway_service(plan)] if plan.num_gateways else []),
+        *_expert_maps(plan, expert_map),
+    ]
+
+
+def _apply(plan: Plan, kind: str, what: str, body: Mapping[str, Any], *, api_version: str = "v1") -> ApplyObject:
+    digest = digest_of(json.dumps(body, sort_keys=True))
+    name = plan.child(what)
+    labels = {**names.owner_labels(plan.kind, plan.name), "app.kubernetes.io/managed-by": "moerator"}
+    metadata = {"name": name, "labels": labels, "annotations": {names.ANNOTATION_SPEC_DIGEST: digest}}
+    manifest = {"apiVersion": api_version, "kind": kind, "metadata": metadata, **body}
+    return ApplyObject(kind=kind, name=name, digest=digest, manifest=manifest)
+
+
+def _config_map(plan: Plan) -> ApplyObject:
+    return _apply(plan, "ConfigMap", "config", {"data": {CONFIG_KEY: plan.config.canonical()}})
+
+
+def _selector(plan: Plan, role: str) -> dict[str, str]:
+    return {**names.owner_labels(plan.kind, plan.name), names.LABEL_ROLE: role}
+
+
+def _coordinator_service(plan: Plan) -> ApplyObject:
+    """A stable address over replacements of the coordinator's pod; ranks must reach it before it is ready."""
+    ports = [
+        {"name": "control", "port": plan.config.coordinator_port, "targetPort": plan.config.coordinator_port},
+        {"name": "ray", "port": plan.config.ray_port, "targetPort": plan.config.ray_port},
+    ]
+    spec = {
+        "type": "ClusterIP",
+        "selector": _selector(plan, ROLE_COORDINATOR),
+        "ports": [{"protocol": "TCP", **port} for port in ports],
+        "publishNotReadyAddresses": True,
+    }
+    return _apply(plan, "Service", "coordinator", {"spec": spec})
+
+
+def _gateway_service(plan: Plan) -> ApplyObject:
+    assert plan.config.serving is not None, f"{plan.kind} {plan.name} has gateways and serves nothing"
+    port = plan.config.serving.gateway_port
+    spec = {
+        "type": "ClusterIP",
+        "selector": _selector(plan, ROLE_GATEWAY),
+        "ports": [{"name": "openai", "protocol": "TCP", "port": port, "targetPort": port}],
+    }
+    return _apply(plan, "Service", "gateway", {"spec": spec})
+
+
+def _expert_maps(plan: Plan, expert_map: ExpertMap) -> list[ApplyObject]:
+    """One object, or slices of whole layers; the first is named `map`, the others `map-<first layer>`."""
+    slices: list[tuple[int, list[tuple[int, ...]]]] = [(0, [])]
+    size = 0
+    for layer_idx, row in enumerate(expert_map.logical_of_slot):
+        row_bytes = len(json.dumps(row))
+        if slices[-1][1] and size + row_bytes > MAX_SLICE_BYTES:
+            slices.append((layer_idx, []))
+            size = 0
+        slices[-1][1].append(row)
+        size += row_bytes
+    return [_map_slice(plan, expert_map, first_layer, rows) for first_layer, rows in slices]
+
+
+def _map_slice(plan: Plan, expert_map: ExpertMap, first_layer: int, rows: list[tuple[int, ...]]) -> ApplyObject:
+    spec = ExpertMapSpec(
+        generation=expert_map.generation,
+        digest=expert_map.digest,
+        num_logical_experts=expert_map.num_logical_experts,
+        slots_of_rank=expert_map.slots_of_rank,
+        first_layer=first_layer,
+        layers=tuple(MapLayer(logical_of_slot=row) for row in rows),
+        policy=plan.policy,
+    )
+    body = {"spec": spec.model_dump(mode="json", by_alias=True, exclude_none=True)}
+    what = f"map-{first_layer}" if first_layer else "map"
+    return _apply(plan, "ExpertMap", what, body, api_version=names.API_VERSION)

@@ -1,0 +1,58 @@
+"""An accepted MoEJob or MoEService in the one form that placing, rendering and following need."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from moe_core.contract.expert_map import ExpertMap
+from moe_core.contract.names import child_name, pod_name
+from moe_core.contract.runtime_config import RuntimeConfig
+from moe_core.experts.assign import Policy, assign, even_slots
+from moe_core.spec.common import PodTemplate
+from moe_core.topology.fit import Pack
+from moe_core.topology.room import Needs
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    kind: Literal["MoEJob", "MoEService"]
+    namespace: str
+    name: str
+    generation: int
+    num_ranks: int
+    num_experts: int
+    num_layers: int
+    redundant_per_rank: int
+    policy: Policy
+    max_restarts: int
+    num_gateways: int
+    template: PodTemplate
+    needs: Needs
+    pack: Pack
+    config: RuntimeConfig
+    default_image: str = ""
+
+    def child(self, what: str) -> str:
+        return child_name(self.kind, self.name, what)
+
+    def pod(self, role: str, index: int, incarnation: int) -> str:
+        return pod_name(self.kind, self.name, role, index=index, incarnation=incarnation)
+
+    def expert_map(self, num_ranks: int) -> ExpertMap:
+        """The assignment for this many ranks; its generation is the resource's."""
+        slots = even_slots(self.num_experts, num_ranks, redundant_per_rank=self.redundant_per_rank)
+        assigned = _assigned(self.policy, self.num_layers, self.num_experts, slots)
+        return assigned.model_copy(update={"generation": self.generation})
+
+
+@lru_cache(maxsize=64)
+def _assigned(policy: Policy, num_layers: int, num_experts: int, slots: tuple[int, ...]) -> ExpertMap:
+    """A memo of a pure function: decide runs every second, a map changes once a day."""
+    return assign(policy, num_layers=num_layers, num_logical_experts=num_experts, slots_of_rank=slots)
+
+
+def merged(ours: Mapping[str, str], theirs: Mapping[str, str]) -> dict[str, str]:
+    """The user's labels or annotations with ours on top, sorted."""
+    both = {**theirs, **ours}
+    return {key: both[key] for key in sorted(both)}

@@ -1,0 +1,266 @@
+"""A tiny pure cluster for tests of the brain: applies a Decision's actions, and moves pods and runtime along. No clock, no I/O."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from moe_core.contract.exchange import Coverage, RankState, RuntimeState, RuntimeWish, ServingProgress, TrainingProgress
+from moe_core.contract.names import ROLE_COORDINATOR, ROLE_RANK
+from moe_core.decide import decide
+from moe_core.experts.measure import coverage
+from moe_core.facts import (
+    Action,
+    ApplyObject,
+    BindPod,
+    CreatePod,
+    Decision,
+    DeleteObject,
+    DeleteOwner,
+    DeletePod,
+    EnsureToken,
+    Facts,
+    InjectFault,
+    NodeFact,
+    ObjectFact,
+    PodFact,
+    PutWish,
+    Wish,
+)
+
+SHAPE = {
+    "family": "qwen3_moe",
+    "hiddenSize": 64,
+    "numHiddenLayers": 4,
+    "numAttentionHeads": 4,
+    "numKeyValueHeads": 2,
+    "headDim": 16,
+    "numExperts": 16,
+    "numExpertsPerTok": 2,
+    "moeIntermediateSize": 64,
+}
+
+
+def job_spec(ranks: int = 4, **more: Any) -> dict[str, Any]:
+    return {
+        "model": {"shape": SHAPE},
+        "training": {"data": {"source": "PythonStdlib"}, "maxSteps": 100},
+        "output": {"path": "/out"},
+        "parallelism": {"expert": ranks},
+        **more,
+    }
+
+
+def service_spec(ranks: int = 4, redundant: int = 2, **more: Any) -> dict[str, Any]:
+    return {
+        "model": {"path": "/model", "numExperts": 16, "numMoeLayers": 4},
+        "parallelism": {"expert": ranks},
+        "experts": {"redundantPerRank": redundant},
+        **more,
+    }
+
+
+def gpu_template(gpus: int = 1) -> dict[str, Any]:
+    return {"spec": {"resources": {"limits": {"nvidia.com/gpu": str(gpus)}}}}
+
+
+def gpu_nodes(count: int, gpus: int = 1) -> tuple[NodeFact, ...]:
+    return tuple(
+        NodeFact(
+            name=f"n{i}",
+            labels={"kubernetes.io/hostname": f"n{i}"},
+            allocatable={"nvidia.com/gpu": gpus, "pods": 110, "cpu": 8000, "memory": 2**35},
+        )
+        for i in range(count)
+    )
+
+
+@dataclass
+class Sim:
+    """`step()` is one reconcile of the operator, `tick()` one moment of the cluster and the runtime."""
+
+    wish: Wish
+    nodes: tuple[NodeFact, ...]
+    now: float = 1000.0
+    pods: list[PodFact] = field(default_factory=list)
+    objects: dict[tuple[str, str], str] = field(default_factory=dict)
+    told: RuntimeWish | None = None
+    members: dict[int, str] = field(default_factory=dict)
+    epoch: int = 0
+    step_count: int = 0
+    owner_deleted: bool = False
+    stuck_terminating: bool = False
+    uids: int = 0
+    ever_bound: list[str] = field(default_factory=list)
+    topologies: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+    training_done: bool = False
+    injected: list[str] = field(default_factory=list)
+
+    @property
+    def coordinator_up(self) -> bool:
+        return any(p.role == ROLE_COORDINATOR and p.phase == "Running" and not p.deleting for p in self.pods)
+
+    def ranks(self) -> list[PodFact]:
+        return [p for p in self.pods if p.role == ROLE_RANK]
+
+    def live(self, rank: int) -> list[PodFact]:
+        return [p for p in self.ranks() if p.index == rank and not p.deleting and p.phase in ("Pending", "Running")]
+
+    def runtime(self) -> RuntimeState | None:
+        if not self.coordinator_up:
+            return None
+        states = []
+        for pod in self.ranks():
+            if pod.phase != "Running" or pod.deleting:
+                continue
+            phase = "Active" if self.members.get(pod.index) == pod.uid else "Ready"
+            if phase == "Ready" and self.told is not None and pod.index not in self.told.ranks and self.epoch:
+                phase = "Left" if pod.uid in self.left else "Ready"
+            states.append(RankState(rank=pod.index, pod_uid=pod.uid, phase=phase))  # type: ignore[arg-type]
+        in_force = self.told is not None and sorted(self.members) == sorted(self.told.ranks)
+        seen = None
+        if self.told is not None and self.epoch:
+            live = [r for r in self.members if r < self.told.expert_map.num_ranks]
+            seen = coverage(self.told.expert_map, live) if live else Coverage(covered=0, total=1)
+        serving = self.wish.kind == "MoEService"
+        return RuntimeState(
+            version=self.step_count,
+            wish_generation=self.told.generation if in_force and self.told else None,
+            epoch=self.epoch,
+            map_digest=self.told.expert_map.digest if self.told else "",
+            ranks=tuple(states),
+            coverage=seen,
+            serving=ServingProgress() if serving else None,
+            training=None if serving else TrainingProgress(step=self.epoch, done=self.training_done),
+        )
+
+    left: list[str] = field(default_factory=list)
+
+    def facts(self) -> Facts:
+        return Facts(
+            nodes=self.nodes,
+            pods=tuple(self.pods),
+            objects=tuple(ObjectFact(kind, name, digest) for (kind, name), digest in self.objects.items()),
+            topologies=self.topologies,
+            runtime=self.runtime(),
+            put_generation=self.told.generation if self.told and self.coordinator_up else None,
+        )
+
+    def decision(self) -> Decision:
+        return decide(self.wish, self.facts(), self.now)
+
+    def step(self, *, crash_after: int | None = None) -> Decision:
+        """One reconcile. With `crash_after` the operator dies after so many actions, before it writes status."""
+        self.step_count += 1
+        decision = self.decision()
+        for action in decision.actions if crash_after is None else decision.actions[:crash_after]:
+            self.apply(action)
+        if crash_after is None or crash_after > len(decision.actions):
+            self._write_status(decision)
+        return decision
+
+    def _write_status(self, decision: Decision) -> None:
+        conditions = {c["type"]: c for c in self.wish.status.get("conditions", ())}
+        for c in decision.conditions:
+            conditions[c.type] = {"type": c.type, "status": c.status, "reason": str(c.reason), "message": c.message}
+        status = {**decision.status, "conditions": list(conditions.values())}
+        self.wish = replace(self.wish, status=status)
+
+    def apply(self, action: Action) -> None:  # noqa: PLR0912 - one arm per action
+        match action:
+            case CreatePod():
+                if any(p.name == action.name for p in self.pods):
+                    return
+                self.uids += 1
+                self.pods.append(
+                    PodFact(
+                        name=action.name,
+                        uid=f"uid-{self.uids}",
+                        role=action.role,
+                        index=action.index,
+                        incarnation=action.incarnation,
+                        phase="Pending",
+                        gated=action.gated,
+                        created_at=self.now,
+                    )
+                )
+            case BindPod():
+                self._change(action.uid, gated=False, node=action.node)
+                self.ever_bound.append(action.uid)
+            case DeletePod():
+                pod = next((p for p in self.pods if p.uid == action.uid), None)
+                if pod is not None and (pod.gated or pod.phase in ("Failed", "Succeeded")):
+                    self.pods.remove(pod)
+                elif pod is not None:
+                    self._change(action.uid, deleting=True)
+            case ApplyObject():
+                self.objects[action.kind, action.name] = action.digest
+            case EnsureToken():
+                self.objects["Secret", action.name] = ""
+            case DeleteObject():
+                self.objects.pop((action.kind, action.name), None)
+            case DeleteOwner():
+                self.owner_deleted = True
+            case PutWish():
+                if self.coordinator_up and (self.told is None or action.wish.generation > self.told.generation):
+                    self.told = action.wish
+            case InjectFault():
+                self.injected.append(action.request.pod_uid)
+
+    def _change(self, uid: str, **changes: Any) -> None:
+        self.pods = [replace(p, **changes) if p.uid == uid else p for p in self.pods]
+
+    def kill(self, rank: int) -> None:
+        for pod in self.live(rank):
+            self._change(pod.uid, phase="Failed", message="killed", ready=False)
+
+    def tick(self, seconds: float = 1.0) -> None:
+        """The kubelets start what is bound, end what is deleted; the runtime forms, joins, drops and takes the wish."""
+        self.now += seconds
+        names = [n.name for n in self.nodes]
+        for pod in list(self.pods):
+            if pod.deleting and not self.stuck_terminating:
+                self.pods.remove(pod)
+            elif pod.phase == "Pending" and not pod.gated and not pod.deleting:
+                node = pod.node or (names[0] if names else None)
+                if node in names:
+                    self._change(pod.uid, phase="Running", ready=True, node=node)
+        running = {p.index: p.uid for p in self.ranks() if p.phase == "Running" and not p.deleting}
+        before = dict(self.members)
+        self.members = {r: uid for r, uid in self.members.items() if running.get(r) == uid}
+        if self.told is not None and self.coordinator_up:
+            for rank, uid in list(self.members.items()):
+                if rank not in self.told.ranks:
+                    self.left.append(uid)
+                    del self.members[rank]
+            if self.epoch or all(rank in running for rank in self.told.ranks):
+                self.members |= {r: running[r] for r in self.told.ranks if r in running}
+        self.epoch += self.members != before
+
+    def settle(self, rounds: int = 60) -> int:
+        """Reconcile and tick until nothing is done any more; the number of rounds it took."""
+        quiet = 0
+        for round_idx in range(rounds):
+            done = self.step().actions
+            self.tick()
+            quiet = 0 if done else quiet + 1
+            if quiet == 3:
+                return round_idx
+        raise AssertionError(f"not settled after {rounds} rounds: {self.decision().actions}")
+
+    def condition(self, type_: str) -> tuple[str, str]:
+        for condition in self.wish.status.get("conditions", ()):
+            if condition["type"] == type_:
+                return condition["status"], condition["reason"]
+        raise AssertionError(f"no condition {type_} in {self.wish.status.get('conditions')}")
+
+    def message(self, type_: str) -> str:
+        return next(str(c["message"]) for c in self.wish.status["conditions"] if c["type"] == type_)
+
+
+def make(kind: str, spec: Mapping[str, Any], nodes: Sequence[NodeFact] = (), **more: Any) -> Sim:
+    wish = Wish(kind=kind, namespace="default", name="tiny", uid="owner", generation=1, spec=spec)  # type: ignore[arg-type]
+    return Sim(wish=wish, nodes=tuple(nodes), **more)
+
+
+def edit(sim: Sim, **changes: Any) -> None:
+    sim.wish = replace(sim.wish, spec={**sim.wish.spec, **changes}, generation=sim.wish.generation + 1)
