@@ -102,12 +102,12 @@ async def start(cluster: LocalCluster, name: str, role: str, *args: str, **spec:
 
 
 def environment(pod: LocalPod) -> dict[str, str]:
-    found: dict[str, str] = json.loads((pod.folder / "state" / "environment.json").read_text())
+    found: dict[str, str] = json.loads((pod.folder / "environment.json").read_text())
     return found
 
 
 def runs(pod: LocalPod) -> list[int]:
-    path = pod.folder / "state" / "runs"
+    path = pod.folder / "runs"
     return [int(pid) for pid in path.read_text().split()] if path.exists() else []
 
 
@@ -130,7 +130,7 @@ async def test_a_gated_pod_is_only_a_record_until_it_is_bound(cluster: LocalClus
 async def test_a_bound_pod_runs_with_its_config_token_and_identity(cluster: LocalCluster) -> None:
     pod = await start(cluster, "tiny-svc-rank-0-0", "rank", restartPolicy="Never")
     await until(lambda: pod.phase == "Running" and pod.ready)
-    await until((pod.folder / "state" / "environment.json").exists)
+    await until((pod.folder / "environment.json").exists)
     given = environment(pod)
     assert given["MOERATOR_POD_UID"] == pod.uid
     assert given["MOERATOR_POD_IP"] == "127.0.0.1"
@@ -194,8 +194,8 @@ async def test_a_stopped_gateway_is_killed_by_its_liveness_probe_and_comes_back(
 async def test_a_deleted_pod_takes_its_daemons_with_it(cluster: LocalCluster) -> None:
     pod = await start(cluster, "tiny-svc-coordinator-0-0", "coordinator", "daemon")
     await until(lambda: pod.phase == "Running")
-    await until((pod.folder / "state" / "daemon").exists)
-    daemon = int((pod.folder / "state" / "daemon").read_text())
+    await until((pod.folder / "daemon").exists)
+    daemon = int((pod.folder / "daemon").read_text())
     assert is_alive(daemon)
     wish, _ = await observed(cluster)
     await cluster.delete_pod(wish, DeletePod(pod.name, pod.uid))
@@ -207,8 +207,8 @@ async def test_a_deleted_pod_takes_its_daemons_with_it(cluster: LocalCluster) ->
 
 async def test_what_a_killed_first_process_left_behind_is_swept(cluster: LocalCluster) -> None:
     pod = await start(cluster, "tiny-svc-rank-0-0", "rank", "daemon", restartPolicy="Never")
-    await until((pod.folder / "state" / "daemon").exists)
-    daemon = int((pod.folder / "state" / "daemon").read_text())
+    await until((pod.folder / "daemon").exists)
+    daemon = int((pod.folder / "daemon").read_text())
     assert pod.pid is not None
     os.kill(pod.pid, signal.SIGKILL)
     await until(lambda: pod.phase == "Failed")
@@ -256,8 +256,8 @@ async def test_leaving_the_cluster_removes_processes_and_files() -> None:
     async with LocalCluster(program=STAND_IN) as cluster:
         cluster.apply(service())
         pod = await start(cluster, "tiny-svc-coordinator-0-0", "coordinator", "daemon")
-        await until((pod.folder / "state" / "daemon").exists)
-        processes = [*runs(pod), int((pod.folder / "state" / "daemon").read_text())]
+        await until((pod.folder / "daemon").exists)
+        processes = [*runs(pod), int((pod.folder / "daemon").read_text())]
         folder = cluster.folder
     assert not any(is_alive(pid) for pid in processes)
     assert not folder.exists()

@@ -24,7 +24,7 @@ from moe_core.contract.names import (
     ROLE_RANK,
     pod_name,
 )
-from moe_core.contract.runtime_config import ENV_ROLE, ENV_SHARED_RAY, ENV_STATE_DIR
+from moe_core.contract.runtime_config import ENV_ROLE, ENV_SHARED_RAY
 from moe_core.facts import (
     ApplyObject,
     BindPod,
@@ -34,15 +34,17 @@ from moe_core.facts import (
     EnsureToken,
     Event,
     Facts,
+    Kind,
     ModelFact,
     ObjectFact,
     PodFact,
     TargetFact,
     Wish,
 )
-from moe_operator.cluster.local_machine import NODE_NAME, Ports, make_run_folder, node_fact
+from moe_operator.cluster.local_machine import NODE_NAME, Ports, node_fact
 from moe_operator.cluster.local_model import read_model
 from moe_operator.cluster.local_pods import Kubelet, LocalPod
+from moe_operator.cluster.local_runs import make_run_folder
 from moe_operator.cluster.local_store import Manifest, ObjectStore, key_of, owner_uid_of
 from moe_operator.cluster.protocol import Conflict, Foreign, Key, RuntimeFace, Unavailable
 from moe_operator.runtime_client import RuntimeClient
@@ -51,8 +53,8 @@ logger = logging.getLogger(__name__)
 
 POD_PROGRAM = (sys.executable, "-m", "moe_runtime.pod")
 ROLE_NODE = "node"
-OWNER_KINDS = ("MoEJob", "MoEService")
-RESOURCE_KINDS = (*OWNER_KINDS, "MoEDrill")
+OWNER_KINDS: tuple[Kind, ...] = ("MoEJob", "MoEService")
+RESOURCE_KINDS: tuple[Kind, ...] = (*OWNER_KINDS, "MoEDrill")
 
 
 class LocalCluster:
@@ -77,7 +79,7 @@ class LocalCluster:
         self._dirty: dict[Key, None] = {}
         self._dirty_event = asyncio.Event()
         self._changed = asyncio.Event()
-        self._num_events = 0
+        self._num_events = self._num_pods = 0
 
     async def __aenter__(self) -> "LocalCluster":
         return self
@@ -285,9 +287,10 @@ class LocalCluster:
         self._store.put_child(thing, owner=self._owner(wish))
         stored = self._store.get("Pod", wish.namespace, thing["metadata"]["name"])
         assert stored is not None
-        pod = LocalPod(stored, self.folder / "p" / uid[:8], created_at=time.time(), gated=gated)
-        pod.extra_env = {ENV_SHARED_RAY: "1", ENV_STATE_DIR: str(pod.folder / "state")}
-        (pod.folder / "state").mkdir(parents=True)
+        self._num_pods += 1
+        folder, temp = self.folder / "p" / thing["metadata"]["name"], self.folder / f"t{self._num_pods}"
+        pod = LocalPod(stored, folder, temp, created_at=time.time(), gated=gated)
+        pod.extra_env[ENV_SHARED_RAY] = "1"
         if pod.role == ROLE_GATEWAY:
             pod.health_port = self._ports.take()
         self._pods[uid] = pod
@@ -324,13 +327,12 @@ class LocalCluster:
         if any(pod.role == ROLE_NODE and not pod.deleting for pod in self._pods_of(wish.uid, with_node=True)):
             return
         manifest = deepcopy(rank.manifest)
-        name = pod_name(wish.kind, wish.name, ROLE_NODE, index=0, incarnation=0)
+        name = pod_name(wish.kind, wish.name, ROLE_NODE, index=0, incarnation=self._num_pods)
         labels = manifest["metadata"]["labels"] | {LABEL_ROLE: ROLE_NODE}
         manifest["metadata"] = {"name": name, "labels": labels}
         manifest["spec"]["restartPolicy"] = "Always"
         for probe in ("livenessProbe", "readinessProbe", "startupProbe", "resources"):
             manifest["spec"]["containers"][0].pop(probe, None)
-        self._store.remove("Pod", wish.namespace, name)
         node = self._admit(wish, manifest, gated=False)
         node.extra_env[ENV_ROLE] = ROLE_NODE
         self._run(node, NODE_NAME)

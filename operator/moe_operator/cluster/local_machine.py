@@ -1,9 +1,8 @@
-"""This machine as the one node of the local shell, and what the shell borrows from it: ports and a run folder."""
+"""This machine as the one node of the local shell, and the ports the shell borrows from it."""
 
 import os
 import random
 import socket
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ NODE_NAME = "localhost"
 MAX_PODS = 110
 """A kubelet's own default."""
 
-RUN_PREFIX = "mr-"
 PORTS_BELOW_EPHEMERAL = range(20000, 32000)
 """Ray and Gloo draw from the kernel's ephemeral range (32768 and up); ports given ahead of time lie below it."""
 
@@ -83,9 +81,3 @@ def is_free(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def make_run_folder() -> Path:
-    """A new private folder with a short name: sockets of Ray's below it must fit into 107 bytes (AF_UNIX)."""
-    temp = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix=RUN_PREFIX, dir=temp if len(temp) <= 20 else "/tmp"))

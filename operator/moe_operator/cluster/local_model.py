@@ -10,11 +10,11 @@ from moe_core.facts import ModelFact
 EXPERT_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def read_model(folder: Path) -> ModelFact:
-    """The checkpoint's shape; `problem` says why it cannot be read."""
+def read_model(folder: Path) -> ModelFact | None:
+    """The checkpoint's shape, None when there is no checkpoint (yet); `problem` says why it cannot be served."""
     file = folder / "config.json"
     if not file.is_file():
-        return ModelFact(0, 0, "", problem=f"there is no {file}")
+        return None
     try:
         config = json.loads(file.read_text())
     except (ValueError, OSError) as error:

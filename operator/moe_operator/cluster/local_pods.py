@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from moe_core.contract.names import LABEL_INCARNATION, LABEL_RANK, LABEL_ROLE, ROLE_COORDINATOR, ROLE_GATEWAY
+from moe_core.contract.names import LABEL_INCARNATION, LABEL_RANK, LABEL_ROLE
+from moe_core.contract.runtime_config import ENV_STATE_DIR
 from moe_core.facts import PodFact
 from moe_core.outcome import MoeratorError
 from moe_operator.cluster import local_init
@@ -47,6 +48,8 @@ class LocalPod:
 
     manifest: dict[str, Any]
     folder: Path
+    temp: Path
+    """What the pod sees as /tmp; a short path, because Ray puts sockets below it (AF_UNIX: 107 bytes)."""
     created_at: float
     gated: bool
     node: str | None = None
@@ -216,9 +219,8 @@ class Kubelet:
             pod.pid = None
 
     async def _probe(self, pod: LocalPod, process: asyncio.subprocess.Process) -> None:
-        default = "/healthz" if pod.role in (ROLE_COORDINATOR, ROLE_GATEWAY) else None
-        readiness = probe_of(pod.manifest, "readinessProbe", default=default, port=pod.health_port)
-        liveness = probe_of(pod.manifest, "livenessProbe", default=default, port=pod.health_port)
+        readiness = probe_of(pod.manifest, "readinessProbe", port=pod.health_port)
+        liveness = probe_of(pod.manifest, "livenessProbe", port=pod.health_port)
         if readiness is None:
             self._set_ready(pod, ready=True)
         async with asyncio.TaskGroup() as group:
@@ -250,25 +252,29 @@ class Kubelet:
 
     def _gone(self, pod: LocalPod) -> None:
         self._tasks.pop(pod.uid, None)
-        shutil.rmtree(pod.folder, ignore_errors=True)
+        for folder in (pod.folder, pod.temp):
+            shutil.rmtree(folder, ignore_errors=True)
         self._on_gone(pod)
 
     def _prepare(self, pod: LocalPod) -> tuple[list[str], dict[str, str]]:
         spec = pod.manifest["spec"]
         container = spec["containers"][0]
+        pod.temp.mkdir(parents=True, exist_ok=True)
         paths: dict[str, Path] = {volume["name"]: self._volume(pod, volume) for volume in spec.get("volumes", ())}
         mounts: dict[str, Path] = {}
         for mount in container.get("volumeMounts", ()):
             if mount["name"] not in paths:
                 raise CannotStart(f"volumeMount {mount['name']!r} names no volume")
             mounts[mount["mountPath"].rstrip("/")] = paths[mount["name"]] / mount.get("subPath", "")
+        mounts["/tmp"] = pod.temp
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MOERATOR_")}
-        environment |= {"PYTHONUNBUFFERED": "1", ENV_RUN: str(self._run_folder)}
+        environment |= {"PYTHONUNBUFFERED": "1", "TMPDIR": str(pod.temp), ENV_RUN: str(self._run_folder)}
         for entry in container.get("env", ()):
             value = _field(pod, entry) if "valueFrom" in entry else entry.get("value", "")
             value = re.sub(r"\$\((\w+)\)", lambda match: environment.get(match[1], match[0]), value)
             environment[entry["name"]] = _local_path(value, mounts)
         environment |= pod.extra_env
+        environment.setdefault(ENV_STATE_DIR, str(pod.folder))
         if pod.health_port is not None:
             environment[ENV_HEALTH_PORT] = str(pod.health_port)
         return [*self._program, *container.get("args", ())], environment

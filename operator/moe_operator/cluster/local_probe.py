@@ -42,22 +42,18 @@ class Probe:
                 await writer.wait_closed()
 
 
-def probe_of(manifest: Mapping[str, Any], field: str, *, default: str | None, port: int | None) -> Probe | None:
-    """The probe `field` of the pod's container; where there is none, a GET of `default` if that is given.
+def probe_of(manifest: Mapping[str, Any], field: str, *, port: int | None) -> Probe | None:
+    """The probe `field` of the pod's container, None when it has none. `port` replaces the manifest's.
 
-    `port` replaces the manifest's (gateways share theirs here). None when there is nothing to ask.
+    A container that can be asked whether it is ready, but names no liveness probe, is asked the same for that: on one
+    machine nobody else would notice a stopped process.
     """
     container = manifest["spec"]["containers"][0]
     ports = {entry.get("name", ""): int(entry["containerPort"]) for entry in container.get("ports", ())}
-    given = container.get(field)
-    if given is None:
-        target = port or next(iter(ports.values()), None)
-        if default is None or target is None:
-            return None
-        return Probe(target, default, period_s=1.0, timeout_s=2.0, failure_threshold=3)
-    action = given.get("httpGet") or given.get("tcpSocket")
-    if action is None:
-        return None  # exec and grpc: our manifests have none
+    given = container.get(field) or (container.get("readinessProbe") if field == "livenessProbe" else None)
+    action = given and (given.get("httpGet") or given.get("tcpSocket"))
+    if not given or not action:
+        return None  # exec and grpc probes: our manifests have none
     named = action["port"]
     return Probe(
         port=port or (ports[named] if named in ports else int(named)),

@@ -1,0 +1,165 @@
+"""`moerator` and `kubectl moe`: one command line for a laptop and for a cluster.
+
+Only arguments are read here; each command imports its own work, so that `--help` answers at once.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 it ran and did not come out as wished; 2 the input is wrong; "
+    "3 something needed is not there; 130 interrupted."
+)
+
+app = typer.Typer(
+    help=f"Expert-aware Kubernetes for Mixture-of-Experts models.\n\n{EXIT_CODES}",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Files = Annotated[
+    list[str], typer.Option("--filename", "-f", metavar="FILE", help="File of resources, - for standard input.")
+]
+Run = Annotated[Path | None, typer.Option("--run", metavar="FOLDER", help="Run folder; by default the newest run.")]
+Namespace = Annotated[str, typer.Option("--namespace", "-n", help="Namespace of the object.")]
+
+
+@app.command()
+def run(
+    filename: Files,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the run folder (objects, logs) afterwards.")] = False,
+) -> None:
+    """Run resources on this machine: processes as pods, the same reconcile as on Kubernetes.
+
+    Ends when every MoEJob and MoEDrill is over and there is no MoEService, or on Ctrl-C. No process stays behind.
+    """
+    from moe_operator.cli_run import run_files
+
+    raise typer.Exit(run_files(filename, keep=keep))
+
+
+@app.command()
+def validate(filename: Files) -> None:
+    """Check files of resources, as the API server would, without a cluster."""
+    from moe_operator.cli_files import validate_files
+
+    raise typer.Exit(validate_files(filename))
+
+
+@app.command()
+def demo(
+    examples: Annotated[Path, typer.Option(help="Folder with job-tiny, service-tiny and drill-tiny.yaml.")] = Path(
+        "examples"
+    ),
+    output: Annotated[Path, typer.Option(help="File for the closing table as JSON.")] = Path(".moerator/demo.json"),
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the run folder (objects, logs) afterwards.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Lines instead of a live display.")] = False,
+) -> None:
+    """Train a small model, serve it, kill a rank under load, and watch nothing fail; on this machine."""
+    from moe_operator.demo import run_demo
+
+    raise typer.Exit(run_demo(examples, output=output, keep=keep, plain=plain))
+
+
+@app.command()
+def drill(filename: Files, run: Run = None) -> None:
+    """Injure a running service or job on purpose (MoEDrill) and report how it healed.
+
+    The drill is applied to a local run that goes on; where there is none, with kubectl.
+    """
+    from moe_operator.cli_look import run_drill
+
+    raise typer.Exit(run_drill(filename, run=run))
+
+
+@app.command()
+def apply(filename: Files, run: Run = None) -> None:
+    """Create or change resources in a local run that goes on."""
+    from moe_operator.cli_look import apply_files
+
+    raise typer.Exit(apply_files(filename, run=run))
+
+
+@app.command()
+def delete(
+    kind: Annotated[str, typer.Argument(help="Kind, plural or short name.")],
+    name: Annotated[str, typer.Argument()],
+    run: Run = None,
+    namespace: Namespace = "default",
+) -> None:
+    """Delete a resource of a local run, with its pods."""
+    from moe_operator.cli_look import delete_resource
+
+    raise typer.Exit(delete_resource(kind, name, namespace=namespace, run=run))
+
+
+@app.command()
+def get(
+    kind: Annotated[str, typer.Argument(help="Kind, plural or short name; moe for all, pods for pods.")] = "moe",
+    run: Run = None,
+    cluster: Annotated[bool, typer.Option("--cluster", help="Ask kubectl even if a local run goes on.")] = False,
+    wide: Annotated[bool, typer.Option("--wide", "-w", help="More columns.")] = False,
+) -> None:
+    """List resources: of the local run that goes on, else with kubectl."""
+    from moe_operator.cli_look import list_resources
+
+    raise typer.Exit(list_resources(kind, run=run, cluster=cluster, wide=wide))
+
+
+@app.command()
+def status(
+    kind: Annotated[str, typer.Argument(help="Kind, plural or short name.")],
+    name: Annotated[str, typer.Argument()],
+    run: Run = None,
+    cluster: Annotated[bool, typer.Option("--cluster", help="Ask kubectl even if a local run goes on.")] = False,
+    namespace: Namespace = "default",
+) -> None:
+    """Say how one resource is: its conditions, its ranks, its coverage."""
+    from moe_operator.cli_look import show_status
+
+    raise typer.Exit(show_status(kind, name, namespace=namespace, run=run, cluster=cluster))
+
+
+@app.command()
+def crds(
+    write: Annotated[list[Path], typer.Option("--write", metavar="FOLDER", help="Write one file per kind here.")] = [],  # noqa: B006  typer's way
+) -> None:
+    """Print the custom resource definitions, or write them."""
+    from moe_core.spec.crd import crd_files
+
+    files = crd_files()
+    for folder in write:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(text)
+    if not write:
+        typer.echo("---\n".join(files.values()), nl=False)
+
+
+@app.command()
+def operator() -> None:
+    """Run the operator in a Kubernetes cluster: what its Deployment starts, told by MOERATOR_* variables."""
+    from moe_operator.errors import BadSettings
+    from moe_operator.main import run_operator
+    from moe_operator.settings import OperatorSettings
+
+    try:
+        settings = OperatorSettings.from_environment()
+    except BadSettings as problem:
+        typer.echo(str(problem), err=True)
+        raise typer.Exit(2) from problem
+    run_operator(settings)
+
+
+def main() -> None:
+    """Entry point of both console scripts."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
