@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
-from cluster.controlplane.api import Api
+from cluster.controlplane.api import Api, Object
 from cluster.controlplane.build import CLUSTER_PROGRAMS, ensure
 from cluster.controlplane.start import ADMIN, ControlPlane, Settings, control_plane
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 _numbers = itertools.count()
 
 
@@ -42,3 +45,13 @@ async def api(cluster: ControlPlane) -> AsyncIterator[Api]:
     """The administrator's connection."""
     async with Api(cluster.url, cluster.tokens[ADMIN], cluster.ca_file) as connection:
         yield connection
+
+
+@pytest.fixture(scope="session")
+def crds(cluster: ControlPlane) -> list[Object]:
+    """crds/ applied and served; the control plane is thrown away with them."""
+    folder = str(REPOSITORY / "crds")
+    cluster.kubectl("apply", "--server-side", "-f", folder)
+    cluster.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", folder)
+    items: list[Object] = json.loads(cluster.kubectl("get", "-f", folder, "-o", "json"))["items"]
+    return items

@@ -31,16 +31,6 @@ EXAMPLES = sorted((REPOSITORY / "examples").glob("**/*.yaml"))
 STRICT = {"fieldValidation": "Strict"}  # what kubectl sends
 
 
-@pytest.fixture(scope="module")
-def crds(cluster: ControlPlane) -> Iterator[list[Object]]:
-    """crds/ applied and served; taken away again, objects and all."""
-    folder = str(REPOSITORY / "crds")
-    cluster.kubectl("apply", "--server-side", "-f", folder)
-    cluster.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", folder)
-    yield json.loads(cluster.kubectl("get", "-f", folder, "-o", "json"))["items"]
-    cluster.kubectl("delete", "-f", folder, "--timeout=60s")
-
-
 def collection(document: Object, namespace: str) -> str:
     kind = KIND_OF_NAME[document["kind"]]
     scope = f"/namespaces/{namespace}" if kind.namespaced else ""
