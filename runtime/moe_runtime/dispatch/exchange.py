@@ -15,7 +15,7 @@ from moe_runtime.dispatch.group_face import Group
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]  # noqa: PLR0917
+    def forward(  # noqa: PLR0917
         ctx: Any,
         rows: torch.Tensor,
         anchor: torch.Tensor,  # noqa: ARG004
@@ -27,7 +27,7 @@ class _Exchange(torch.autograd.Function):
         return group.all_to_all(rows.contiguous(), send_counts, receive_counts)
 
     @staticmethod
-    def backward(ctx: Any, grad_rows: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_rows: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         home = ctx.group.all_to_all(grad_rows.contiguous(), ctx.receive_counts, ctx.send_counts)
         return home, None, None, None, None
 

@@ -225,7 +225,7 @@ class ExpertParallelModel:
             self._context.end()
         if idle:
             self.degraded_rows = []
-            return output.logits.new_zeros(0, output.logits.shape[-1])
+            return torch.zeros(0, output.logits.shape[-1], device=self._device)
         degraded_T = self._context.degraded_T
         num_rows = positions_BQ.shape[0]
         self.degraded_rows = (

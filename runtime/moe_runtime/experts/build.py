@@ -93,7 +93,7 @@ def _check_mixture(facts: ModelFacts, layers: tuple[SlottedExperts, ...]) -> Non
     layer = next((entry for entry in layers if entry.logical_of_slot), None)
     if layer is None:
         return
-    dim = int(layer.entry.module.config.hidden_size)  # type: ignore[union-attr,arg-type]
+    dim = int(layer.entry.module.config.hidden_size)  # type: ignore[union-attr]
     device = next(layer.entry.module.parameters()).device
     x_TD = torch.linspace(-1, 1, 2 * dim, device=device).view(2, dim)
     slot_TK = torch.zeros(2, 2, dtype=torch.long, device=device)

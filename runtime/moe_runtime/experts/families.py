@@ -180,7 +180,7 @@ def facts_of(config: Any, experts: list[ExpertsModule]) -> ModelFacts:
     return ModelFacts(
         family=str(config.model_type),
         num_layers=len(experts),
-        num_experts=int(experts[0].module.num_experts),  # type: ignore[call-overload]
+        num_experts=len(experts[0].module.get_parameter(experts[0].parameter_names[0])),
         top_k=top_k_of(config),
         vocab_size=int(config.vocab_size),
     )

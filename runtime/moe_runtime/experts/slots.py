@@ -29,7 +29,7 @@ class SlottedExperts:
         self.logical_of_slot: tuple[int, ...] = ()
         self.ladder = LayerLadder()
         self._family_forward: Any = entry.module.forward
-        entry.module.forward = self._forward  # type: ignore[method-assign]
+        entry.module.forward = self._forward
 
     def install(self, tensors: dict[str, torch.Tensor], logical_of_slot: Sequence[int], device: str) -> None:
         """Put `tensors` (parameter name -> [slots, ...]) into the slots."""
