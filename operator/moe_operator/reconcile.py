@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import assert_never
 
 from moe_core.decide import decide
-
 from moe_core.facts import (
     Action,
     ApplyObject,
@@ -21,11 +20,14 @@ from moe_core.facts import (
     DeleteOwner,
     DeletePod,
     EnsureToken,
+    Event,
+    Facts,
     InjectFault,
     PutWish,
     Wish,
 )
-from moe_operator.cluster.protocol import Cluster, Conflict, Foreign, Key, Unavailable
+from moe_core.outcome import Reason
+from moe_operator.cluster.protocol import Cluster, Conflict, Foreign, Key, Refused, Unavailable
 from moe_operator.keys import DirtyKeys
 from moe_operator.metrics import Metrics
 from moe_operator.report import merge_conditions
@@ -33,23 +35,40 @@ from moe_operator.report import merge_conditions
 logger = logging.getLogger(__name__)
 
 FIRST_RETRY_S, LAST_RETRY_S = 0.2, 30.0
+LOOK_AGAIN_S = 1.0
+
+Brain = Callable[[Wish, Facts, float], Decision]
+
+
+class NotAllowed(Exception):
+    """This process may not apply now: the lease is not held."""
 
 
 class Reconciler:
     """Drives every marked key to its wish.
 
-    `may_apply` says whether this process holds the lease; without it nothing is changed and the key is looked at later.
-    `clock` gives seconds since the Unix epoch.
+    `may_apply` says whether this process holds the lease. It is asked before every single action: without it nothing is
+    changed and the key is looked at later. `clock` gives seconds since the Unix epoch.
     """
 
     def __init__(
-        self, cluster: Cluster, *, metrics: Metrics, clock: Callable[[], float], may_apply: Callable[[], bool]
+        self,
+        cluster: Cluster,
+        *,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        may_apply: Callable[[], bool],
+        brain: Brain = decide,
     ) -> None:
         self._cluster = cluster
         self._metrics = metrics
         self._clock = clock
         self._may_apply = may_apply
+        self._brain = brain
         self._failures: dict[Key, int] = {}
+        self._not_before: dict[Key, float] = {}
+        self._refusals: dict[Key, str] = {}
+        self._placing = asyncio.Lock()
         self._keys: DirtyKeys | None = None
 
     async def run(self) -> None:
@@ -71,44 +90,86 @@ class Reconciler:
 
     async def reconcile(self, key: Key) -> float | None:
         """One cycle. Returns seconds until the next look, None when only a change can bring news."""
-        if not self._may_apply():
-            return 1.0
+        wait_s = self._not_before.get(key, 0.0) - asyncio.get_running_loop().time()
+        if wait_s > 0 or not self._may_apply():
+            return max(wait_s, LOOK_AGAIN_S)
         with self._metrics.cycle(key.kind):
             try:
                 wake_in = await self._cycle(key)
-            except Conflict as conflict:
-                logger.info("%s: %s; observing again", key, conflict)
-                return self._retry(key)
-            except Unavailable as away:
-                logger.warning("%s: %s", key, away)
-                return away.retry_after or self._retry(key)
-            except Foreign as foreign:
-                logger.warning("%s: %s", key, foreign)
-                return self._retry(key)
-            except Exception:  # one broken object must not stop the others; counted, logged, retried with back-off
-                logger.exception("%s: reconcile failed", key)
-                self._metrics.count_error(key.kind)
-                return self._retry(key)
-        self._failures.pop(key, None)
+            except NotAllowed:
+                return LOOK_AGAIN_S
+            except Exception as error:  # noqa: BLE001 - one broken object must not stop the others; retried with back-off
+                return self._failed(key, error)
+        self._forgive(key)
         return wake_in
 
+    def _failed(self, key: Key, error: Exception) -> float:
+        """Say what went wrong and return the seconds until the next try; marks in between do not shorten them."""
+        failures = self._failures[key] = self._failures.get(key, 0) + 1
+        delay: float = min(FIRST_RETRY_S * 2 ** min(failures - 1, 10), LAST_RETRY_S)
+        if isinstance(error, Conflict):
+            logger.info("%s: %s; observing again", key, error)
+        elif isinstance(error, Unavailable):
+            logger.warning("%s: %s", key, error)
+            delay = max(delay, error.retry_after or 0.0)
+        elif isinstance(error, Foreign | Refused):
+            logger.warning("%s: %s", key, error)
+        else:
+            logger.error("%s: reconcile failed", key, exc_info=error)
+            self._metrics.count_error(key.kind)
+        self._not_before[key] = asyncio.get_running_loop().time() + delay
+        return delay
+
+    def _forgive(self, key: Key) -> None:
+        self._failures.pop(key, None)
+        self._not_before.pop(key, None)
+        self._refusals.pop(key, None)
+
     async def _cycle(self, key: Key) -> float | None:
-        observed = await self._cluster.observe(key)
-        if observed is None:
-            self._failures.pop(key, None)
+        seen = await self._decide(key)
+        if seen is None:
+            self._forgive(key)
             if self._keys is not None:
                 self._keys.forget(key)
             return None
+        if not any(isinstance(action, BindPod) for action in seen[1].actions):
+            return await self._carry_out(key, *seen)
+        # Two gangs that are placed at once would each count on the same free room and both end half placed: one at a
+        # time, and on facts that show what the one before has taken.
+        async with self._placing:
+            seen = await self._decide(key)
+            return await self._carry_out(key, *seen) if seen is not None else None
+
+    async def _decide(self, key: Key) -> tuple[Wish, Decision, float] | None:
+        observed = await self._cluster.observe(key)
+        if observed is None:
+            return None
         wish, facts = observed
         now = self._clock()
-        decision = await asyncio.to_thread(decide, wish, facts, now)
-        if not self._may_apply():
-            return 1.0
+        return wish, await asyncio.to_thread(self._brain, wish, facts, now), now
+
+    async def _carry_out(self, key: Key, wish: Wish, decision: Decision, now: float) -> float | None:
         for action in decision.actions:
+            self._check_lease()
             logger.info("%s: %s", key, describe(action))
-            await self._apply(wish, action)
+            try:
+                await self._apply(wish, action)
+            except Refused as refusal:
+                await self._tell(key, wish, refusal)
+                raise
+        self._check_lease()
         await self._report(wish, decision, now)
         return decision.wake_in
+
+    def _check_lease(self) -> None:
+        if not self._may_apply():
+            raise NotAllowed
+
+    async def _tell(self, key: Key, wish: Wish, refusal: Refused) -> None:
+        """The server's own sentence as an event, once until a cycle succeeds: only a person can help."""
+        if self._refusals.get(key) != str(refusal):
+            self._refusals[key] = str(refusal)
+            await self._cluster.emit(wish, Event("Warning", Reason.REFUSED, str(refusal)))
 
     async def _report(self, wish: Wish, decision: Decision, now: float) -> None:
         if any(isinstance(action, DeleteOwner) for action in decision.actions):
@@ -143,10 +204,6 @@ class Reconciler:
                 await self._cluster.runtime(wish).inject(action.request)
             case _:
                 assert_never(action)
-
-    def _retry(self, key: Key) -> float:
-        failures = self._failures[key] = self._failures.get(key, 0) + 1
-        return min(FIRST_RETRY_S * 2 ** min(failures - 1, 10), LAST_RETRY_S)
 
 
 def describe(action: Action) -> str:

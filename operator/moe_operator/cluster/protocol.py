@@ -1,7 +1,8 @@
 """What reconcile needs of a cluster: about ten verbs, the same for Kubernetes and for one machine.
 
 Every verb is idempotent and may raise `Conflict` (seen state is stale: observe again), `Foreign` (the object belongs to
-somebody else) or `Unavailable` (try later, after `retry_after` seconds when the server said so).
+somebody else), `Refused` (the server does not accept it: the text is the server's own) or `Unavailable` (try later,
+after `retry_after` seconds when the server said so).
 """
 
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -34,6 +35,10 @@ class Conflict(ClusterError):
 
 class Foreign(ClusterError):
     """The object exists and belongs to somebody else; the text names it and its owner."""
+
+
+class Refused(ClusterError):
+    """The server does not accept it (invalid, forbidden, over quota); a retry alone will not help."""
 
 
 class Unavailable(ClusterError):

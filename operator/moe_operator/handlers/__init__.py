@@ -1,4 +1,4 @@
-"""kopf's part: which resources are watched, and that what arrives goes into the cache. No policy, no answer, no finalizer.
+"""kopf's part: which resources are watched, and that what arrives goes into the cache. No policy and no answer.
 
 An index function sees every object before any event handler runs at all, so the first event handler call means that
 all caches are complete; nothing is decided before. Index functions store nothing in kopf: their indices would keep
@@ -40,9 +40,9 @@ WATCHED = (
 def register() -> None:
     """Tell kopf's default registry what to watch."""
     for watched in WATCHED:
-        selector = {"group": watched.group, "version": watched.version, "plural": watched.plural}
-        kopf.index(**selector, id=f"index-{watched.plural}", param=watched.plural)(_keep)
-        kopf.on.event(**selector, id=f"event-{watched.plural}", param=watched.plural)(_see)
+        group, version, plural = watched.group, watched.version, watched.plural
+        kopf.index(group=group, version=version, plural=plural, id=f"index-{plural}", param=plural)(_keep)
+        kopf.on.event(group=group, version=version, plural=plural, id=f"event-{plural}")(_see)
 
 
 def collections() -> dict[str, str]:
@@ -60,11 +60,11 @@ def select(settings: kopf.OperatorSettings) -> None:
             settings.watching.label_selectors[selector] = watched.labels
 
 
-async def _keep(body: kopf.Body, memo: kopf.Memo, param: str, **_: Any) -> None:
+async def _keep(body: kopf.Body, memo: Any, param: Any = None, **_: Any) -> None:
     cast(Shell, memo.shell).cache.put(param, body)
 
 
-async def _see(type: str | None, body: kopf.Body, memo: kopf.Memo, param: str, **_: Any) -> None:  # noqa: A002
+async def _see(type: str, body: kopf.Body, memo: Any, **_: Any) -> None:
     shell = cast(Shell, memo.shell)
     if type == "DELETED":
         shell.cache.drop(body["metadata"]["uid"])
