@@ -23,6 +23,7 @@ class Reason(StrEnum):
     COVERAGE_IMPOSSIBLE = "CoverageImpossible"
     TOPOLOGY_NOT_FOUND = "TopologyNotFound"
     FOREIGN_OBJECT = "ForeignObject"
+    REFUSED = "RefusedByServer"
     MANAGED_ELSEWHERE = "ManagedElsewhere"
     SUSPENDED = "Suspended"
     NO_FIT = "NoFit"
