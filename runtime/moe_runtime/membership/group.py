@@ -1,0 +1,246 @@
+"""The collectives of one epoch: built for a committed membership, used until its first fault, then destroyed.
+
+Stock Gloo on CPUs, stock NCCL on GPUs, without torch's global default group: a process builds many of these in its
+life. Every operation has its own deadline and raises GroupFault for whatever the backend raises; after a fault every
+further operation raises at once, since the ranks no longer agree on what was exchanged. Destroying a group closes its
+sockets, and that is what tells the peers that still wait in a collective: destroy first, then agree on the next
+epoch.
+
+Positions number the members 0..size-1 in the order of `ranks`.
+"""
+
+import contextlib
+import datetime
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._C import _distributed_c10d as c10d
+
+from moe_core.contract.membership import Member, Membership
+from moe_runtime.errors import GroupFault
+from moe_runtime.membership.rendezvous import RendezvousStore
+from moe_runtime.membership.wire import split_address
+
+_DEVICES: dict[str, object] = {}
+"""Gloo devices by bound address: each has a thread and a listening socket, so one serves every group of the process."""
+
+
+class EpochGroup:
+    """One epoch's process group. Not thread-safe: the step thread owns it.
+
+    >>> with EpochGroup.build(membership, rank=0, token=token) as group:      # doctest: +SKIP
+    ...     rows = group.all_gather_ints([tokens, epoch])
+    """
+
+    def __init__(
+        self, store: c10d.Store, ranks: Sequence[int], rank: int, *, address: str, device: str, timeout_ms: int
+    ):
+        """Connects to all members; raises GroupFault when that fails or takes longer than `timeout_ms`.
+
+        `timeout_ms` also bounds every operation that is not given its own. `address` is what this rank binds to.
+        """
+        if rank not in ranks:
+            raise ValueError(f"rank {rank} is not one of {list(ranks)}")
+        self.ranks = tuple(ranks)
+        self.position = self.ranks.index(rank)
+        self.device = torch.device(device)
+        self._timeout_ms = timeout_ms
+        self._broken = ""
+        self._backend: Any = None  # a c10d.Backend; torch's stubs leave its operations out
+        if len(self.ranks) > 1:
+            try:
+                self._backend = _backend(
+                    store, self.position, self.size, address=address, device=self.device, timeout_ms=timeout_ms
+                )
+            except RuntimeError as error:
+                self._broken = f"connect: {_first_line(error)}"
+                raise GroupFault(self._broken) from None
+
+    @classmethod
+    def build(
+        cls, membership: Membership, *, rank: int, token: str, device: str = "cpu", timeout_ms: int = 3000
+    ) -> "EpochGroup":
+        """The group of a committed epoch. Its members meet in the peer face that the membership names as its store."""
+        member = member_of(membership, rank)
+        host, _ = split_address(member.address)
+        prefix = f"{membership.epoch}-{'.'.join(m.pod_uid for m in membership.members)}"
+        store = RendezvousStore(
+            membership.store or membership.members[0].address, prefix=prefix, token=token, timeout_ms=timeout_ms
+        )
+        return cls(store, membership.ranks, rank, address=host, device=device, timeout_ms=timeout_ms)
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def is_broken(self) -> bool:
+        return bool(self._broken)
+
+    def all_to_all(
+        self,
+        rows: torch.Tensor,
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        *,
+        timeout_ms: int | None = None,
+    ) -> torch.Tensor:
+        """Send `send_counts[p]` rows (dim 0, in order of positions) to each position; returns the rows received.
+
+        rows [sum(send_counts), ...] -> [sum(receive_counts), ...]. No autograd.
+        """
+        received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
+        self.all_to_all_single(received, rows.detach(), receive_counts, send_counts, timeout_ms=timeout_ms)
+        return received
+
+    def all_to_all_single(
+        self,
+        out: torch.Tensor,
+        rows: torch.Tensor,
+        out_splits: Sequence[int],
+        in_splits: Sequence[int],
+        *,
+        timeout_ms: int | None = None,
+    ) -> None:
+        """The same into a tensor that is already there."""
+        if len(out_splits) != self.size or sum(out_splits) != out.shape[0]:
+            raise ValueError(f"out_splits {list(out_splits)} do not fit {self.size} members and {out.shape[0]} rows")
+        if len(in_splits) != self.size or sum(in_splits) != rows.shape[0]:
+            raise ValueError(f"in_splits {list(in_splits)} do not fit {self.size} members and {rows.shape[0]} rows")
+        if self._backend is None:
+            self._check("all_to_all")
+            out.copy_(rows)
+            return
+        options = c10d.AllToAllOptions()
+        source, outs, ins = rows.contiguous(), list(out_splits), list(in_splits)
+        self._run(
+            "all_to_all",
+            lambda: self._backend.all_to_all_single(out, source, outs, ins, options),
+            options,
+            timeout_ms,
+        )
+
+    def all_gather_ints(self, row: Sequence[int], *, timeout_ms: int | None = None) -> list[list[int]]:
+        """Every member's row of equally many integers, by position."""
+        if self._backend is None:
+            self._check("all_gather")
+            return [list(row)]
+        mine = torch.tensor(row, dtype=torch.int64, device=self.device)
+        table = torch.empty((self.size, len(row)), dtype=torch.int64, device=self.device)
+        options = c10d.AllgatherOptions()
+        self._run(
+            "all_gather", lambda: self._backend._allgather_base(table.view(-1), mine, options), options, timeout_ms
+        )
+        return table.tolist()  # device sync: the control exchange decides on the host
+
+    def all_reduce_sum(self, tensor: torch.Tensor, *, timeout_ms: int | None = None) -> None:
+        """Sum over members, in place. After a GroupFault the tensor holds anything."""
+        self._check("all_reduce")
+        if self._backend is None:
+            return
+        options = c10d.AllreduceOptions()
+        options.reduceOp = c10d.ReduceOp.SUM
+        self._run("all_reduce", lambda: self._backend.allreduce([tensor], options), options, timeout_ms)
+
+    all_reduce = all_reduce_sum
+
+    def broadcast(self, tensor: torch.Tensor, root_position: int, *, timeout_ms: int | None = None) -> None:
+        """Every member's tensor becomes the root's, in place."""
+        self._check("broadcast")
+        if self._backend is None:
+            return
+        options = c10d.BroadcastOptions()
+        options.rootRank = root_position
+        self._run("broadcast", lambda: self._backend.broadcast([tensor], options), options, timeout_ms)
+
+    def barrier(self, *, timeout_ms: int | None = None) -> None:
+        """Returns once every member has called it."""
+        self.all_gather_ints([0], timeout_ms=timeout_ms)
+
+    def destroy(self) -> None:
+        """Close the sockets and threads of this group; peers that wait for it fault at once. Idempotent."""
+        self._broken = self._broken or "destroyed"
+        backend, self._backend = self._backend, None
+        if backend is None:
+            return
+        with contextlib.suppress(RuntimeError):  # an aborted backend may complain; it is being thrown away
+            if self.device.type == "cuda":
+                backend.abort()
+            else:
+                backend.shutdown()
+
+    def __enter__(self) -> "EpochGroup":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.destroy()
+
+    def _check(self, what: str) -> None:
+        if self._broken:
+            raise GroupFault(f"{what}: this epoch's group is gone: {self._broken}")
+
+    def _run(self, what: str, start: Callable[[], Any], options: Any, timeout_ms: int | None) -> None:
+        self._check(what)
+        options.timeout = _timedelta(timeout_ms or self._timeout_ms)
+        if reason := self._attempt(start, options.timeout):
+            self._broken = f"{what}: {reason}"
+            raise GroupFault(self._broken)
+
+    def _attempt(self, start: Callable[[], Any], deadline: datetime.timedelta) -> str:
+        """Why the operation failed, or nothing.
+
+        Text and not the exception: its traceback, kept by whoever handles the fault, would hold the backend's work and
+        with it the sockets, and `destroy` could not close them.
+        """
+        try:
+            work = start()
+            if self.device.type == "cuda":
+                work.wait(deadline)  # device sync: with a time-out NCCL's wait blocks the host until the deadline
+            else:
+                work.wait()
+        except RuntimeError as error:
+            return _first_line(error)
+        return ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def member_of(membership: Membership, rank: int) -> Member:
+    """The member with this rank id. Raises ValueError."""
+    for member in membership.members:
+        if member.rank == rank:
+            return member
+    raise ValueError(f"rank {rank} is not a member of epoch {membership.epoch}: {list(membership.ranks)}")
+
+
+def _timedelta(milliseconds: float) -> datetime.timedelta:
+    return datetime.timedelta(milliseconds=math.ceil(milliseconds))
+
+
+def _backend(
+    store: c10d.Store, position: int, size: int, *, address: str, device: torch.device, timeout_ms: int
+) -> c10d.Backend:
+    if device.type == "cuda":
+        return _nccl(store, position, size, timeout_ms)
+    options = c10d.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._timeout = _timedelta(timeout_ms)
+    options._threads = 1  # operations of a step come one after the other
+    if address not in _DEVICES:
+        # Not lazily: a member that cannot be reached must fault the build, not a collective in the middle of a step.
+        _DEVICES[address] = c10d.ProcessGroupGloo.create_device(hostname=address, lazy_init=False)
+    options._devices = [_DEVICES[address]]
+    return c10d.ProcessGroupGloo(store, position, size, options)
+
+
+def _nccl(store: c10d.Store, position: int, size: int, timeout_ms: int) -> c10d.Backend:
+    # NCCL's watchdog ends the whole process on a fault unless told to leave errors to us.
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+    os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
+    options = c10d.ProcessGroupNCCL.Options()
+    options._timeout = _timedelta(timeout_ms)
+    return c10d.ProcessGroupNCCL(store, position, size, options)
