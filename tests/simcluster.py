@@ -1,4 +1,4 @@
-"""A tiny pure cluster for tests of the brain: applies a Decision's actions, and moves pods and runtime along. No clock, no I/O."""
+"""A tiny pure cluster for tests of the brain: applies actions, moves pods and runtime along. No clock, no I/O."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

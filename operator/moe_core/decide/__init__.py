@@ -7,6 +7,7 @@ lives), gang and helpers (pods), follow (what the group is told), cycle (all of 
 
 from moe_core.decide.accept import Refusal, accept
 from moe_core.decide.cycle import everything_goes
+from moe_core.decide.drill import decide_drill
 from moe_core.decide.job import after_the_end, decide_job
 from moe_core.decide.memory import condition_in, is_true
 from moe_core.decide.report import events_of
@@ -19,10 +20,12 @@ MANAGER = "moerator.dev/operator"
 __all__ = ["MANAGER", "decide"]
 
 
-def decide(wish: Wish, facts: Facts, now: float) -> Decision:
+def decide(wish: Wish, facts: Facts, now: float) -> Decision:  # noqa: PLR0911 - one way out per kind of wish
     """What to do now. Never raises for anything a user wrote: a bad wish is refused by a condition."""
     if wish.deleting:  # in a cluster the garbage collector follows the owner references
         return Decision(actions=tuple(everything_goes(facts)) if facts.local else (), status=_kept(wish))
+    if wish.kind == "MoEDrill":
+        return decide_drill(wish, facts, now)
     manager = wish.spec.get("managedBy")
     if isinstance(manager, str) and manager != MANAGER:
         return _left_alone(wish, manager)

@@ -1,4 +1,4 @@
-"""One cycle, shared by MoEJob and MoEService: objects, helpers, ranks, wish. What it means job.py and service.py say."""
+"""One cycle, shared by both kinds: objects, helpers, ranks, wish. What it means is said in job.py and service.py."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
