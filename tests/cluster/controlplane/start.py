@@ -200,7 +200,7 @@ def _start(settings: Settings, home: Path, programs: Mapping[str, Path], process
         lambda: _get(f"{etcd_url}/health") is not None, timeout_s=settings.ready_timeout_s
     )
     cluster = ControlPlane(
-        url=f"https://127.0.0.1:{api_port}",
+        url=f"https://{settings.advertise_address or '127.0.0.1'}:{api_port}",  # its certificate names this address
         directory=home,
         ca_file=home / "certificates" / "apiserver.crt",  # kube-apiserver signs its own at start
         tokens=tokens,
