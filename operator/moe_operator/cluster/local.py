@@ -323,7 +323,7 @@ class LocalCluster:
         return None
 
     def _ensure_ray_node(self, wish: Wish, rank: LocalPod) -> None:
-        """The bare Ray node that the owner's ranks share, started with its first rank, gone with its last."""
+        """The bare Ray node that the owner's ranks share, started with its first rank, gone with its last pod."""
         if any(pod.role == ROLE_NODE and not pod.deleting for pod in self._pods_of(wish.uid, with_node=True)):
             return
         manifest = deepcopy(rank.manifest)
@@ -422,11 +422,10 @@ class LocalCluster:
         self._pods.pop(pod.uid, None)
         if self._store.get("Pod", pod.namespace, pod.name) is pod.manifest:
             self._store.remove("Pod", pod.namespace, pod.name)
-        uid = owner_uid_of(pod.manifest) or ""
-        left = self._pods_of(uid, with_node=True)
-        if not any(other.role == ROLE_RANK for other in left):
+        left = self._pods_of(owner_uid_of(pod.manifest) or "", with_node=True)
+        if all(other.role == ROLE_NODE for other in left):
             for node in left:
-                if node.role == ROLE_NODE and not node.deleting:
+                if not node.deleting:
                     self._kubelet.delete(node, grace_s=1)
         for kind in OWNER_KINDS:  # its room is free now, so whoever waits for room should look again
             for thing in self._store.list(kind):

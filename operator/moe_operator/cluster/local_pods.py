@@ -92,7 +92,7 @@ class LocalPod:
             name=self.name,
             uid=self.uid,
             role=self.role,
-            index=int(labels.get(LABEL_RANK, 0)),
+            index=int(labels[LABEL_RANK]) if LABEL_RANK in labels else index_of_name(self.name),
             incarnation=int(labels.get(LABEL_INCARNATION, 0)),
             phase=self.phase,
             ready=self.ready,
@@ -333,6 +333,15 @@ def describe_exit(code: int) -> str:
         with contextlib.suppress(ValueError):
             return f"killed by {signal.Signals(code - 128).name} (exit code {code})"
     return f"exit code {code}"
+
+
+def index_of_name(name: str) -> int:
+    """Ordinal of a pod that is no rank.
+
+    >>> index_of_name("tiny-svc-gateway-1-3")
+    1
+    """
+    return int(name.rsplit("-", 2)[1])
 
 
 def _field(pod: LocalPod, entry: Mapping[str, Any]) -> str:

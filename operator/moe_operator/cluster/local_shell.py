@@ -5,11 +5,11 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_operator.cluster.local import LocalCluster
+from moe_operator.cluster.local import POD_PROGRAM, LocalCluster
 from moe_operator.cluster.local_face import LocalFace
 from moe_operator.cluster.local_runs import KEEP_FILE, LOG_FILE, remove_dead_runs
 from moe_operator.cluster.protocol import Key
@@ -22,8 +22,9 @@ class LocalShell:
     Inside it SIGTERM acts as Ctrl-C does: the task that entered is cancelled.
     """
 
-    def __init__(self, *, keep: bool = False) -> None:
+    def __init__(self, *, keep: bool = False, program: Sequence[str] = POD_PROGRAM) -> None:
         self._keep = keep
+        self._program = program
         self._stack = contextlib.AsyncExitStack()
         self._reconcile: asyncio.Task[None] | None = None
 
@@ -34,7 +35,7 @@ class LocalShell:
         task, loop = asyncio.current_task(), asyncio.get_running_loop()
         assert task is not None
         async with contextlib.AsyncExitStack() as stack:
-            self.cluster = await stack.enter_async_context(LocalCluster(keep=self._keep))
+            self.cluster = await stack.enter_async_context(LocalCluster(program=self._program, keep=self._keep))
             if self._keep:
                 (self.cluster.folder / KEEP_FILE).touch()
             for number in (signal.SIGTERM, signal.SIGHUP):
