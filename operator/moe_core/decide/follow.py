@@ -62,8 +62,10 @@ def follow(plan: Plan, memory: Memory, facts: Facts, ranks: Mapping[int, Seat]) 
             actions=(),
         )
     generation = memory.wish_generation
-    if digest != memory.wish_digest or generation == 0:
-        generation = max(generation, facts.put_generation or 0, runtime.wish_generation or 0) + 1
+    heard_of = max(facts.put_generation or 0, runtime.wish_generation or 0)
+    if digest != memory.wish_digest or generation == 0 or heard_of > generation:
+        # the last: a wish was put, and the status that should remember it was never written
+        generation = max(generation, heard_of) + 1
     wish = RuntimeWish(generation=generation, ranks=tuple(range(size)), expert_map=expert_map, dead_pod_uids=dead)
     heard = facts.put_generation == generation
     return Following(

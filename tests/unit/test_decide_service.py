@@ -1,0 +1,330 @@
+"""MoEService in a simulated cluster: start, lose ranks, resize."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from moe_core.contract.exchange import RuntimeState
+from moe_core.decide import decide
+from moe_core.facts import BindPod, CreatePod, DeletePod, PutWish, Taint
+from simcluster import Sim, edit, gpu_nodes, gpu_template, make, service_spec
+
+
+def service(ranks: int = 4, nodes: int = 6, **more: object) -> Sim:
+    return make("MoEService", service_spec(ranks, template=gpu_template(), **more), gpu_nodes(nodes))
+
+
+def running(ranks: int = 4, nodes: int = 6, **more: object) -> Sim:
+    sim = service(ranks, nodes, **more)
+    sim.settle()
+    assert sim.condition("Ready") == ("True", "AllActive")
+    return sim
+
+
+def test_a_service_starts_and_says_so() -> None:
+    sim = running()
+    assert sim.wish.status["ranks"] == {"desired": 4, "allocated": 4, "available": 4, "active": 4}
+    assert sim.condition("ExpertCoverage") == ("True", "FullCoverage")
+    assert sim.condition("Degraded") == ("False", "Stable")
+    assert sim.condition("Progressing") == ("False", "Stable")
+    assert sim.wish.status["expertCoveragePercent"] == 100
+    assert sim.wish.status["observedGeneration"] == 1
+
+
+def test_a_gang_that_does_not_fit_stays_gated_and_says_what_is_missing() -> None:
+    sim = service(nodes=3)
+    sim.settle()
+    assert sim.ever_bound == []
+    assert [p.role for p in sim.pods] == ["rank"] * 4, "neither coordinator nor gateway may hold room before"
+    assert sim.condition("Placed") == ("False", "NoFit")
+    assert sim.message("Placed").startswith("needs room for 4 ranks in the cluster; best is 3")
+    sim.nodes = gpu_nodes(4)
+    sim.settle()
+    assert sim.condition("Ready") == ("True", "AllActive")
+
+
+def test_all_ranks_are_bound_in_one_cycle_once_all_exist() -> None:
+    sim = service()
+    created = sim.step()
+    assert sum(isinstance(a, CreatePod) and a.gated for a in created.actions) == 4
+    assert not [a for a in created.actions if isinstance(a, BindPod)]
+    bound = [a for a in sim.step().actions if isinstance(a, BindPod)]
+    assert len(bound) == 4
+    assert len({a.node for a in bound}) == 4
+
+
+def test_exactly_the_dead_rank_is_replaced_and_counted_once() -> None:
+    sim = running()
+    others = {p.uid for p in sim.pods if not (p.role == "rank" and p.index == 2)}
+    sim.kill(2)
+    sim.settle()
+    assert sim.condition("Ready") == ("True", "AllActive")
+    assert others <= {p.uid for p in sim.pods}
+    assert [p.name for p in sim.ranks() if p.index == 2] == ["tiny-svc-rank-2-2"]
+    assert sim.wish.status["restarts"] == 1
+
+
+def test_losing_an_uncopied_expert_shows_as_degraded_until_it_is_back() -> None:
+    sim = running()
+    sim.kill(2)
+    sim.tick()
+    sim.step()
+    assert sim.condition("ExpertCoverage") == ("False", "ExpertsLost")
+    assert sim.condition("Degraded") == ("True", "ExpertsLost")
+    assert sim.condition("Ready") == ("False", "RankLost")
+    assert sim.message("Ready") == "3 of 4 ranks active; not active: 2"
+
+
+def test_a_pod_that_a_person_deleted_is_replaced_though_it_is_stuck_terminating() -> None:
+    sim = running()
+    sim.stuck_terminating = True
+    [pod] = sim.live(1)
+    sim.apply(DeletePod(pod.name, pod.uid))
+    sim.settle()
+    assert sim.condition("Ready") == ("True", "AllActive")
+    assert [(p.incarnation, p.deleting) for p in sim.ranks() if p.index == 1] == [(1, True), (2, False)]
+
+
+def test_a_full_cluster_takes_the_place_of_the_pod_that_is_going() -> None:
+    sim = running(nodes=4)
+    [pod] = sim.live(1)
+    sim.stuck_terminating = True
+    sim.apply(DeletePod(pod.name, pod.uid))
+    sim.settle()
+    assert sim.live(1)[0].node == pod.node
+
+
+def test_a_vanished_pod_is_not_forgotten() -> None:
+    sim = running()
+    sim.pods = [p for p in sim.pods if not (p.role == "rank" and p.index == 3)]
+    sim.settle()
+    assert [p.incarnation for p in sim.live(3)] == [2]
+    assert sim.wish.status["restarts"] == 1
+
+
+def test_ranks_on_a_deleted_node_move_to_another_and_the_dead_node_is_not_proof_of_death() -> None:
+    sim = running()
+    gone = sim.live(0)[0]
+    sim.nodes = tuple(n for n in sim.nodes if n.name != gone.node)
+    decision = sim.step()
+    puts = [a for a in decision.actions if isinstance(a, PutWish)]
+    assert all(gone.uid not in put.wish.dead_pod_uids for put in puts)
+    sim.settle()
+    assert sim.live(0)[0].node != gone.node
+    assert sim.condition("Ready") == ("True", "AllActive")
+
+
+def test_a_node_that_is_not_ready_is_waited_for_within_its_grace() -> None:
+    sim = running()
+    name = sim.live(0)[0].node
+    sim.nodes = tuple(replace(n, ready=False, not_ready_since=sim.now) if n.name == name else n for n in sim.nodes)
+    decision = sim.step()
+    assert decision.actions == ()
+    assert decision.wake_in == pytest.approx(20.0)
+    sim.now += 20
+    actions = sim.step().actions
+    assert [(a.index, a.incarnation) for a in actions if isinstance(a, CreatePod) and a.gated] == [(0, 2)]
+    assert [a.uid for a in actions if isinstance(a, DeletePod)]
+
+
+def test_several_dead_ranks_are_replaced_together() -> None:
+    sim = running(nodes=8)
+    for rank in (0, 1, 3):
+        sim.kill(rank)
+    sim.settle()
+    assert sim.condition("Ready") == ("True", "AllActive")
+    assert sim.wish.status["restarts"] == 3
+
+
+def test_one_of_two_dead_ranks_is_replaced_when_there_is_room_for_one() -> None:
+    sim = running(nodes=4)
+    lost = sim.live(3)[0].node
+    sim.nodes = tuple(n for n in sim.nodes if n.name != lost)
+    sim.kill(0)
+    sim.settle()
+    assert sim.condition("Placed") == ("False", "NoFit")
+    assert sim.wish.status["ranks"]["active"] == 3
+
+
+def test_replacements_of_one_rank_back_off() -> None:
+    sim = running()
+    created = []
+    for _ in range(600):
+        sim.kill(1)
+        created += [(sim.now, a.name) for a in sim.step().actions if isinstance(a, CreatePod)]
+        sim.tick()
+    gaps = [round(b[0] - a[0]) for a, b in pairwise(created[1:])]
+    assert gaps[0] >= 5
+    assert gaps == sorted(gaps)
+    assert len(created) < 12
+
+
+def test_a_used_up_budget_stops_replacing_and_says_so() -> None:
+    sim = running(failurePolicy={"maxRestarts": 1})
+    sim.kill(1)
+    sim.settle()
+    sim.now += 100
+    sim.kill(2)
+    sim.settle()
+    assert sim.condition("Degraded") == ("True", "RestartBudgetExhausted")
+    assert "1 of 1 restarts used" in sim.message("Ready")
+    assert "raise failurePolicy.maxRestarts" in sim.message("Ready")
+    edit(sim, failurePolicy={"maxRestarts": 2})
+    sim.settle()
+    assert sim.condition("Ready") == ("True", "AllActive")
+
+
+def test_growing_starts_new_pods_first_and_then_tells_the_group() -> None:
+    sim = running(nodes=8)
+    edit(sim, parallelism={"expert": 6})
+    told_before = sim.told
+    while len(sim.live(5)) == 0 or sim.live(5)[0].phase != "Running":
+        assert sim.told == told_before, "the map of six must wait until six run"
+        assert sim.condition("Ready")[0] in ("True", "False")
+        sim.step()
+        sim.tick()
+    sim.settle()
+    assert sim.told is not None
+    assert sim.told.ranks == (0, 1, 2, 3, 4, 5)
+    assert sim.condition("Ready") == ("True", "AllActive")
+    assert sim.wish.status["restarts"] == 0
+
+
+def test_growing_without_room_leaves_the_service_as_it_is() -> None:
+    sim = running(nodes=5)
+    edit(sim, parallelism={"expert": 6})
+    sim.settle()
+    assert len(sim.members) == 4
+    assert all(p.gated for p in sim.ranks() if p.index >= 4), "the joiners come all or none"
+    assert sim.condition("Placed") == ("False", "NoFit")
+    assert sim.condition("Degraded") == ("False", "Stable")
+    assert sim.condition("Ready") == ("False", "Resizing")
+
+
+def test_shrinking_tells_the_group_first_and_deletes_pods_only_when_their_ranks_are_out() -> None:
+    sim = running()
+    edit(sim, parallelism={"expert": 3})
+    actions = sim.step().actions
+    assert [type(a) for a in actions if isinstance(a, PutWish | DeletePod)] == [PutWish]
+    assert sim.live(3), "still a member: its pod stays"
+    sim.settle()
+    assert not [p for p in sim.ranks() if p.index == 3]
+    assert sorted(sim.members) == [0, 1, 2]
+    assert sim.condition("ExpertCoverage") == ("True", "FullCoverage")
+    assert sim.wish.status["restarts"] == 0
+
+
+def test_shrinking_waits_while_no_coordinator_answers() -> None:
+    sim = running()
+    sim.pods = [replace(p, phase="Pending", node=None) if p.role == "coordinator" else p for p in sim.pods]
+    edit(sim, parallelism={"expert": 3})
+    assert not [a for a in sim.step().actions if isinstance(a, DeletePod)]
+
+
+def test_growing_again_before_the_leaver_is_gone_keeps_it() -> None:
+    sim = running()
+    uid = sim.live(3)[0].uid
+    edit(sim, parallelism={"expert": 3})
+    edit(sim, parallelism={"expert": 4})
+    sim.settle()
+    assert sim.live(3)[0].uid == uid
+
+
+def test_shrinking_and_growing_counts_no_restart() -> None:
+    sim = running()
+    for size in (2, 5, 3, 4):
+        edit(sim, parallelism={"expert": size})
+        sim.settle()
+        assert sim.condition("Ready") == ("True", "AllActive"), size
+    assert sim.wish.status["restarts"] == 0
+
+
+def test_more_copies_per_rank_change_the_map_and_no_pod() -> None:
+    sim = running()
+    uids = {p.uid for p in sim.pods}
+    digest = sim.wish.status["mapDigest"]
+    edit(sim, experts={"redundantPerRank": 4})
+    sim.settle()
+    assert {p.uid for p in sim.pods} == uids
+    assert sim.wish.status["mapDigest"] != digest
+
+
+def test_more_gateways_come_and_go_without_touching_ranks() -> None:
+    sim = running()
+    edit(sim, gateway={"replicas": 4})
+    sim.settle()
+    assert len([p for p in sim.pods if p.role == "gateway"]) == 4
+    edit(sim, gateway={"replicas": 1})
+    sim.settle()
+    assert [p.index for p in sim.pods if p.role == "gateway"] == [0]
+    assert sim.wish.status["restarts"] == 0
+
+
+def test_a_lost_coordinator_is_replaced_and_told_the_wish_again_under_no_older_generation() -> None:
+    sim = running()
+    generation = sim.wish.status["memory"]["wishGeneration"]
+    sim.pods = [p for p in sim.pods if p.role != "coordinator"]
+    sim.told = None
+    sim.step()
+    assert sim.condition("Ready") == ("Unknown", "CoordinatorAway")
+    sim.settle()
+    assert sim.told is not None
+    assert sim.told.generation >= generation
+    assert sim.condition("Ready") == ("True", "AllActive")
+
+
+def test_coordinator_and_rank_lost_together_both_come_back() -> None:
+    sim = running()
+    sim.kill(1)
+    sim.pods = [replace(p, phase="Failed") if p.role == "coordinator" else p for p in sim.pods]
+    sim.settle()
+    assert sim.condition("Ready") == ("True", "AllActive")
+
+
+def test_a_killed_pod_is_vouched_dead_to_the_coordinator() -> None:
+    sim = running()
+    uid = sim.live(2)[0].uid
+    sim.kill(2)
+    sim.settle()
+    assert sim.told is not None
+    assert uid in sim.told.dead_pod_uids
+
+
+def test_a_failure_that_no_restart_mends_is_told_and_nothing_is_churned() -> None:
+    sim = running()
+    facts = replace(sim.facts(), runtime=RuntimeState(version=9, epoch=1, failure="the checkpoint has no expert 3"))
+    decision = decide(sim.wish, facts, sim.now)
+    ready = next(c for c in decision.conditions if c.type == "Ready")
+    assert (ready.status, ready.reason, ready.message) == ("False", "RuntimeFailed", "the checkpoint has no expert 3")
+
+
+def test_suspending_removes_every_pod_and_resuming_counts_no_restart() -> None:
+    sim = running()
+    edit(sim, suspend=True)
+    sim.settle()
+    assert sim.pods == []
+    assert sim.condition("Ready") == ("False", "Suspended")
+    sim.epoch, sim.members, sim.told = 0, {}, None
+    edit(sim, suspend=False)
+    sim.settle()
+    assert sim.condition("Ready") == ("True", "AllActive")
+    assert sim.wish.status["restarts"] == 0
+
+
+def test_a_tainted_node_is_not_used_and_is_told() -> None:
+    sim = service(nodes=4)
+    sim.nodes = (*sim.nodes[:3], replace(sim.nodes[3], taints=(Taint("gpu", "reserved"),)))
+    sim.settle()
+    assert "taint gpu=reserved 1" in sim.message("Placed")
+
+
+def test_events_come_on_transitions_only() -> None:
+    sim = running()
+    sim.step()
+    assert sim.step().events == ()
+    sim.kill(1)
+    reasons = [event.reason for event in sim.step().events]
+    assert "RankReplaced" in reasons
+    sim.step()
+    assert "RankReplaced" not in [event.reason for event in sim.step().events]
