@@ -1,0 +1,175 @@
+"""A gang is placed whole or not at all, and comes back from what clusters do to its pods and nodes.
+
+The operator runs as its own process as a user would start it, kube-apiserver, controllers and scheduler are real, nodes
+are simulated, and a small server answers where a coordinator would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from cluster.controlplane.api import Api
+from cluster.controlplane.nodes import KubeletControls, Node, kubelets
+from cluster.controlplane.start import ControlPlane
+from cluster.operators import (
+    GPU,
+    Coordinator,
+    Operator,
+    World,
+    by_rank,
+    coordinators,
+    is_gated,
+    is_going,
+    is_running,
+    job,
+    operator,
+    path_of,
+    service,
+    uids,
+)
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("crds")]
+
+
+@pytest.fixture
+def nodes(cluster: ControlPlane) -> Iterator[KubeletControls]:
+    """Two nodes with two GPUs each."""
+    with kubelets(cluster, [Node(f"g{i}", {}, {GPU: "2"}) for i in range(2)]) as controls:
+        yield controls
+
+
+@pytest.fixture(scope="module")
+def coordinator(cluster: ControlPlane) -> Iterator[Coordinator]:
+    with coordinators(cluster) as answering:
+        yield answering
+
+
+@pytest.fixture
+def running(cluster: ControlPlane, crds: object, namespace: str, coordinator: Coordinator) -> Iterator[Operator]:
+    with operator(cluster, namespace, MOERATOR_COORDINATOR_URL=coordinator.url) as process:
+        yield process
+
+
+@pytest.fixture
+def world(api: Api, namespace: str) -> World:
+    return World(api, namespace)
+
+
+async def test_a_gang_that_does_not_fit_stays_whole_says_why_and_runs_once_a_node_appears(
+    world: World, nodes: KubeletControls, running: Operator
+) -> None:
+    await world.apply(job(ranks=6))
+    placed = await world.until_condition("moejobs", "tiny", "Placed", "False", reason="NoFit")
+    assert placed["message"].startswith("needs room for 6 ranks")
+    assert " 4" in placed["message"], "how many would fit is part of the answer"
+    waiting = await world.until_pods(lambda pods: len(pods) == 6, what="6 pods behind the gate")
+    assert all(map(is_gated, waiting))
+    assert await world.pods("coordinator") == [], "a gang that waits takes no room at all"
+
+    nodes.add_node(Node("g2", {}, {GPU: "2"}))
+    together = await world.until_running(6)
+    assert uids(together) == uids(waiting)
+    assert sorted(pod["spec"]["nodeName"] for pod in together) == ["g0", "g0", "g1", "g1", "g2", "g2"]
+    assert (await world.until_condition("moejobs", "tiny", "Placed", "True"))["reason"] == "Placed"
+
+
+async def test_a_service_whose_ranks_are_all_active_is_ready(
+    world: World, nodes: KubeletControls, running: Operator, coordinator: Coordinator
+) -> None:
+    await world.apply(service())
+    await world.until_condition("moeservices", "chat", "Ready", "True", reason="AllActive")
+    wish = coordinator.wishes[f"{world.namespace}/chat"][-1]
+    assert wish.ranks == (0, 1, 2, 3)
+    emap = await world.find("expertmaps", "chat-svc-map")
+    assert emap is not None and emap["spec"]["digest"] == wish.expert_map.digest
+    seen = await world.find("moeservices", "chat")
+    assert seen is not None and "finalizers" not in seen["metadata"]
+    assert not any("kopf" in name for name in seen["metadata"].get("annotations", {}))
+
+
+async def test_a_killed_rank_is_replaced_and_its_peers_stay(
+    world: World, nodes: KubeletControls, running: Operator
+) -> None:
+    await world.apply(service())
+    await world.until_condition("moeservices", "chat", "Ready", "True")
+    before = await world.pods()
+    nodes.fail_pod(world.namespace, "chat-svc-rank-1-1")
+    after = await world.until_pods(
+        lambda pods: len(pods) == 4 and all(map(is_running, pods)) and uids(pods) != uids(before),
+        what="the replacement",
+    )
+    assert by_rank(after)[1] == ["chat-svc-rank-1-2"]
+    assert len(uids(after) & uids(before)) == 3
+    await world.until_condition("moeservices", "chat", "Ready", "True")
+
+
+async def test_ranks_of_a_node_that_is_not_ready_move_to_another(
+    world: World, nodes: KubeletControls, running: Operator
+) -> None:
+    nodes.add_node(Node("g2", {}, {GPU: "2"}))
+    await world.apply(service())
+    first = await world.until_running(4)
+    lost_node = next(pod["spec"]["nodeName"] for pod in first if pod["metadata"]["name"] == "chat-svc-rank-1-1")
+    lost = [pod for pod in first if pod["spec"]["nodeName"] == lost_node]
+    nodes.silence_node(lost_node)
+    spare = ({"g0", "g1", "g2"} - {pod["spec"]["nodeName"] for pod in first}).pop()
+    after = await world.until_pods(
+        lambda pods: sum(is_running(pod) and pod["spec"].get("nodeName") == spare for pod in pods) == len(lost),
+        what=f"{len(lost)} ranks on {spare}",
+        timeout_s=60,
+    )
+    kept = uids(first) - uids(lost)
+    assert kept <= uids(after)
+    assert all(is_going(pod) for pod in after if pod["metadata"]["uid"] in uids(lost)), "asked to go, and still there"
+
+
+async def test_ranks_of_a_deleted_node_move_to_another(world: World, nodes: KubeletControls, running: Operator) -> None:
+    nodes.add_node(Node("g2", {}, {GPU: "2"}))
+    await world.apply(service())
+    first = await world.until_running(4)
+    used = {pod["spec"]["nodeName"] for pod in first}
+    gone = sorted(used)[0]
+    nodes.delete_node(gone)
+    after = await world.until_pods(
+        lambda pods: sum(is_running(p) and p["spec"].get("nodeName") != gone for p in pods) == 4,
+        what="4 ranks on living nodes",
+        timeout_s=45,
+    )
+    stayed = uids([pod for pod in first if pod["spec"]["nodeName"] != gone])
+    assert stayed <= uids(after)
+
+
+async def test_a_pod_stuck_terminating_does_not_hold_up_its_successor(
+    world: World, nodes: KubeletControls, running: Operator
+) -> None:
+    nodes.add_node(Node("g2", {}, {GPU: "2"}))
+    await world.apply(service())
+    before = await world.until_running(4)
+    nodes.hang_deletion(world.namespace, "chat-svc-rank-2-1")
+    await world.api.delete(path_of("pods", world.namespace, "chat-svc-rank-2-1"))
+    after = await world.until_pods(
+        lambda pods: len([p for p in pods if is_running(p)]) == 4, what="4 running ranks beside the one that hangs"
+    )
+    assert by_rank(after)[2] == ["chat-svc-rank-2-1", "chat-svc-rank-2-2"]
+    assert len(uids(before) & uids(after)) == 4
+    nodes.hang_deletion(world.namespace, "chat-svc-rank-2-1", False)
+    await world.until_running(4)
+
+
+async def test_two_gangs_that_want_the_same_room_never_hold_half_each(
+    world: World, nodes: KubeletControls, running: Operator
+) -> None:
+    for name in ("left", "right"):
+        await world.apply(job(name, ranks=4))
+    pods = await world.until_pods(
+        lambda pods: sum(map(is_running, pods)) == 4 and len(pods) == 8, what="one whole gang"
+    )
+    winners = {pod["metadata"]["labels"]["moerator.dev/owner-name"] for pod in pods if is_running(pod)}
+    assert len(winners) == 1
+    assert all(is_gated(pod) for pod in pods if not is_running(pod))
+    loser = ({"left", "right"} - winners).pop()
+    await world.until_condition("moejobs", loser, "Placed", "False", reason="NoFit")
+    await world.api.delete(path_of("moejobs", world.namespace, winners.pop()))
+    await world.until_running(4)
