@@ -2,18 +2,24 @@
 ARG BASE=python:3.11-slim
 
 FROM ${BASE} AS build
-# Empty where the dependencies come with the base or a mounted environment (air-gapped builds, the node tests).
+# Empty installs only moerator itself: its dependencies are then mounted at /opt/site-packages (air-gapped clusters and
+# the node tests, where a torch of 6 GB is not copied into an image).
 ARG EXTRAS=operator
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY operator operator
 COPY runtime runtime
-RUN python3 -m venv /opt/moerator \
+RUN python3 -m venv --without-pip /opt/moerator \
  && if [ -n "${EXTRAS}" ]; then \
-      /opt/moerator/bin/pip install --no-cache-dir --constraint constraints.txt ".[${EXTRAS}]" \
+      python3 -m venv --upgrade --upgrade-deps /opt/moerator \
+      && /opt/moerator/bin/python -m pip install --no-cache-dir --constraint constraints.txt ".[${EXTRAS}]" \
       && /opt/moerator/bin/python -m compileall -q /opt/moerator; \
     else \
-      mkdir /opt/moerator/app && cp -r operator/moe_core operator/moe_operator runtime/moe_runtime /opt/moerator/app/; \
+      mkdir -p /opt/moerator/app /opt/site-packages \
+      && cp -r operator/moe_core operator/moe_operator runtime/moe_runtime /opt/moerator/app/ \
+      && printf '/opt/moerator/app\n/opt/site-packages\n' > "$(echo /opt/moerator/lib/python3*/site-packages)/moerator.pth" \
+      && printf '#!/opt/moerator/bin/python\nfrom moe_operator.cli import main\n\nmain()\n' > /opt/moerator/bin/moerator \
+      && chmod +x /opt/moerator/bin/moerator; \
     fi
 
 FROM ${BASE}
