@@ -54,7 +54,14 @@ class Images:
         home.mkdir(parents=True, exist_ok=True)
 
     def _buildah(self, *arguments: str | Path, timeout_s: float = 300) -> str:
-        store = ("--root", self._home / "store", "--runroot", self._home / "run", "--storage-driver", "overlay")
+        store: tuple[str | Path, ...] = (
+            "--root",
+            self._home / "store",
+            "--runroot",
+            self._home / "run",
+            "--storage-driver",
+            "overlay",
+        )
         return run("buildah", *store, *arguments, timeout_s=timeout_s)
 
     def build_all(self) -> list[Path]:
