@@ -1,8 +1,8 @@
 """Text to train on: which files, which of them are held out, and which bytes a step reads.
 
-Tokens are bytes. Files are joined with one NUL (it does not occur in text and marks where a file starts). A file is held
-out when the hash of its relative path says so: the split needs no list, is the same on every rank, and does not change
-when files come or go. Test folders of the standard library are left out: many distributions ship without them.
+Tokens are bytes. Files are joined with one NUL (it does not occur in text and marks where a file starts). A file is
+held out when the hash of its relative path says so: the split needs no list, is the same on every rank, and does not
+change when files come or go. Test folders of the standard library are left out: many distributions ship without them.
 
 Window order is a pure function of (seed, cursor), where the cursor counts windows taken by all ranks so far: a restored
 run reads exactly what the lost steps would have read, also with another number of ranks.

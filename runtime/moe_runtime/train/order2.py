@@ -19,6 +19,7 @@ import numpy.typing as npt
 from moe_runtime.train.data import Bytes_N
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 V = 256
 DISCOUNTS = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)
 _TUNING_BLOCK = 4096
@@ -29,8 +30,8 @@ _TUNING_BLOCK = 4096
 class Order2Model:
     """Probabilities of a byte after two bytes. Counts: n3 [256*256*256], the lower orders are their margins."""
 
-    count_abc: npt.NDArray[np.int64]
-    count_bc: npt.NDArray[np.int64]
+    count_abc: Ints
+    count_bc: Ints
     count_c: npt.NDArray[np.int64]
     discount2: float
     discount1: float
@@ -47,30 +48,15 @@ class Order2Model:
         """Count `training_N`, with the discounts that are best for a tenth of it after counting the other nine."""
         blocks = np.arange(len(training_N)) // _TUNING_BLOCK
         aside = blocks % 10 == 9
-        if not aside.any() or aside.all():
-            return cls.counted(training_N, discount2=0.5, discount1=0.5)
-        base = cls.counted(training_N[~aside], discount2=0.5, discount1=0.5)
-        best: tuple[float, float, float] | None = None
-        for discount2, discount1 in product(DISCOUNTS, DISCOUNTS):
-            model = cls(base.count_abc, base.count_bc, base.count_c, discount2, discount1)
-            bits = model.bits_per_byte(training_N[aside])
-            if best is None or bits < best[0]:
-                best = (bits, discount2, discount1)
-        assert best is not None, "the grid of discounts is not empty"
-        return cls.counted(training_N, discount2=best[1], discount1=best[2])
+        discounts = (0.5, 0.5)
+        if aside.any():
+            counts = cls.counted(training_N[~aside], discount2=0.5, discount1=0.5)._look_up(training_N[aside])
+            discounts = min(product(DISCOUNTS, DISCOUNTS), key=lambda pair: -np.log2(counts.mixed(*pair)).sum())
+        return cls.counted(training_N, discount2=discounts[0], discount1=discounts[1])
 
-    def probability(self, a: npt.NDArray[np.int64], b: npt.NDArray[np.int64], c: npt.NDArray[np.int64]) -> Floats:
+    def probability(self, a: Ints, b: Ints, c: Ints) -> Floats:
         """p(c | a b), elementwise."""
-        p0 = (self.count_c[c] + 1.0) / (self.count_c.sum() + V)
-        by_b = self.count_bc.reshape(V, V)
-        p1 = _interpolate(self.count_bc[b * V + c], by_b.sum(1)[b], (by_b > 0).sum(1)[b], self.discount1, p0)
-        by_ab = self.count_abc.reshape(V * V, V)
-        totals, kinds = self._context_sums(by_ab)
-        ab = a * V + b
-        return _interpolate(by_ab[ab, c], totals[ab], kinds[ab], self.discount2, p1)
-
-    def _context_sums(self, by_ab: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        return by_ab.sum(1), (by_ab > 0).sum(1)
+        return self._counts_at(a, b, c).mixed(self.discount2, self.discount1)
 
     def bits_per_byte(self, text_N: Bytes_N, *, scored_N: npt.NDArray[np.bool_] | None = None) -> float:
         """Mean -log2 p over the bytes from the third on; with `scored_N` [N] only over those marked."""
@@ -80,20 +66,44 @@ class Order2Model:
             a, b, c = a[keep], b[keep], c[keep]
         return float(-np.log2(self.probability(a, b, c)).mean())
 
+    def _look_up(self, text_N: Bytes_N) -> "_Counts":
+        return self._counts_at(*_triples(text_N))
 
-def _triples(text_N: Bytes_N) -> tuple[npt.NDArray[np.int64], ...]:
+    def _counts_at(self, a: Ints, b: Ints, c: Ints) -> "_Counts":
+        by_ab, by_b = self.count_abc.reshape(V * V, V), self.count_bc.reshape(V, V)
+        ab = a * V + b
+        return _Counts(
+            order2=_Order(by_ab[ab, c], by_ab.sum(1)[ab], (by_ab > 0).sum(1)[ab]),
+            order1=_Order(by_b[b, c], by_b.sum(1)[b], (by_b > 0).sum(1)[b]),
+            order0=(self.count_c[c] + 1.0) / (self.count_c.sum() + V),
+        )
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Of each asked byte: its count in its context, the context's total, and how many different bytes followed it."""
+
+    count: Ints
+    total: Ints
+    kinds: Ints
+
+    def over(self, below: Floats, *, discount: float) -> Floats:
+        """This order interpolated with the one below; a context never seen passes the lower order through."""
+        seen = np.maximum(self.total, 1)
+        mixed: Floats = (np.maximum(self.count - discount, 0.0) + discount * self.kinds * below) / seen
+        return np.where(self.total > 0, mixed, below)
+
+
+@dataclass(frozen=True)
+class _Counts:
+    order2: _Order
+    order1: _Order
+    order0: Floats
+
+    def mixed(self, discount2: float, discount1: float) -> Floats:
+        return self.order2.over(self.order1.over(self.order0, discount=discount1), discount=discount2)
+
+
+def _triples(text_N: Bytes_N) -> tuple[Ints, Ints, Ints]:
     wide = text_N.astype(np.int64)
     return wide[:-2], wide[1:-1], wide[2:]
-
-
-def _interpolate(
-    count: npt.NDArray[np.int64],
-    total: npt.NDArray[np.int64],
-    kinds: npt.NDArray[np.int64],
-    discount: float,
-    below: Floats,
-) -> Floats:
-    """One order over the one below; a context never seen passes the lower order through."""
-    seen = np.maximum(total, 1)
-    mixed = (np.maximum(count - discount, 0.0) + discount * kinds * below) / seen
-    return np.where(total > 0, mixed, below)

@@ -1,0 +1,88 @@
+"""The end of a run: one folder that transformers loads, with the generalists and what the training was.
+
+    <output>/config.json, model.safetensors     `AutoModelForCausalLM.from_pretrained(output)` gives the same logits
+             generalist.safetensors, generalist.json    what answers for a lost expert
+             moerator.json      tokenizer, training summary, held-out figures; written last: its presence means complete
+
+Files are written beside and renamed into place one by one, because the output folder itself may be a mount, which
+cannot be renamed; the old moerator.json goes first, so that no mixture of two runs passes for a checkpoint.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_runtime.train.snapshot import FOLDER, SnapshotReader, write_file
+
+SUMMARY = "moerator.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """moerator.json. Bits per byte are of the same held-out bytes for the model and the order-2 model."""
+
+    tokenizer: str
+    bits_per_byte: float
+    order2_bits_per_byte: float
+    heldout_bytes: int
+    window: int
+    steps: int
+    tokens: int
+    seconds: float
+    data: str
+    training_bytes: int
+    version: int = 1
+
+
+def read_summary(folder: Path) -> Summary | None:
+    """None when the folder holds no complete checkpoint of ours. Raises ValueError for a file that is not ours."""
+    try:
+        return Summary(**json.loads((folder / SUMMARY).read_text()))
+    except FileNotFoundError:
+        return None
+    except TypeError as error:
+        raise ValueError(f"{folder / SUMMARY}: {error}") from error
+
+
+def whole_model(config: Any, reader: SnapshotReader, expert_layers: dict[str, int], *, num_experts: int) -> Any:
+    """The transformers model of a snapshot. expert_layers: stacked parameter's name -> MoE layer. CPU, float32."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(config)
+    state = {key: value for key, value in reader.dense().items() if "#" not in key}
+    for name, layer_idx in expert_layers.items():
+        rows = [reader.expert(name, layer_idx=layer_idx, logical_id=e) for e in range(num_experts)]
+        state[name] = torch.stack(rows)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    missing, unknown = model.load_state_dict(state, strict=False)
+    if unknown or set(missing) - tied:
+        raise ValueError(f"the snapshot does not fit the model: lacks {sorted(set(missing) - tied)}, knows {unknown}")
+    model.tie_weights()
+    return model.eval()
+
+
+def publish(output: Path, fill: Callable[[Path], None], summary: Summary) -> None:
+    """`fill` writes the checkpoint into a folder beside; then everything is renamed into place."""
+    staging = output / f".checkpoint-{os.getpid()}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        fill(staging)
+        (output / SUMMARY).unlink(missing_ok=True)
+        for path in sorted(staging.iterdir()):
+            path.replace(output / path.name)
+        write_file(output / SUMMARY, json.dumps(asdict(summary), indent=1).encode())
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def remove_snapshots(output: Path) -> None:
+    """A finished run needs none; the next job with this folder starts anew."""
+    shutil.rmtree(output / FOLDER, ignore_errors=True)

@@ -1,0 +1,176 @@
+"""Held-out bits per byte: of the model in training over all ranks, and of a checkpoint with and without some experts.
+
+A fixed number of held-out bytes is scored: the second half of windows that are spread evenly over the held-out text, so
+that every scored byte has at least half a window before it. The order-2 model is scored on the very same bytes.
+
+    python -m moe_runtime.train.evaluate CHECKPOINT --lost 0,5,9      # prints JSON
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from moe_core.contract.expert_map import EMPTY_SLOT, ExpertMap
+from moe_core.contract.runtime_config import ModelSource
+from moe_runtime.dispatch.group_face import Group
+from moe_runtime.engine.model import ExpertParallelModel
+from moe_runtime.train.data import Bytes_N, Corpus, DataError, Ids_BQ, load_corpus
+from moe_runtime.train.order2 import Order2Model
+
+SCORED_BYTES = 131_072
+BATCH = 16
+"""Windows per forward."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Where the scored bytes lie: windows of `length` + 1 bytes, of which the last `scored` are predicted."""
+
+    starts: tuple[int, ...]
+    length: int
+    scored: int
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.starts) * self.scored
+
+    def windows(self, text_N: Bytes_N) -> Ids_BQ:
+        return np.stack([text_N[s : s + self.length + 1] for s in self.starts]).astype(np.int64)
+
+    def mask(self, num_bytes: int) -> npt.NDArray[np.bool_]:
+        """[N] the bytes of the text that are scored."""
+        mask = np.zeros(num_bytes, dtype=np.bool_)
+        for start in self.starts:
+            mask[start + self.length + 1 - self.scored : start + self.length + 1] = True
+        return mask
+
+
+def sample(text_N: Bytes_N, *, length: int, num_bytes: int = SCORED_BYTES) -> Sample:
+    """About `num_bytes` scored bytes, fewer when the text is short; no byte is scored twice. Raises DataError."""
+    scored = max(1, length // 2)
+    room = len(text_N) - length - 1
+    if room < 0:
+        raise DataError(f"held-out text of {len(text_N)} bytes is shorter than one window of {length + 1}")
+    count = max(1, min(num_bytes // scored, room // scored))
+    return Sample(tuple(int(start) for start in np.linspace(0, room, count).astype(np.int64)), length, scored)
+
+
+@torch.no_grad()
+def heldout_bits(epm: ExpertParallelModel, text_N: Bytes_N, chosen: Sample, *, group: Group | None = None) -> float:
+    """Bits per byte over the sample, its windows dealt out to the ranks; all ranks get the sum. Raises GroupFault.
+
+    Every rank runs equally many batches: dispatch is lockstep. The model's counters are left as they were.
+    """
+    size, position = (group.size, group.position) if group is not None else (1, 0)
+    windows = chosen.windows(text_N)
+    rounds = math.ceil(len(windows) / (size * BATCH))
+    sums = torch.zeros(2, dtype=torch.float64)
+    device = next(parameter for _, parameter in epm.dense_parameters()).device
+    for number in range(rounds):
+        first = (number * size + position) * BATCH
+        mine = windows[first : first + BATCH]
+        ids_BQ = torch.from_numpy(mine if len(mine) else windows[:1]).to(device)
+        logits = epm.module(input_ids=ids_BQ[:, :-1], use_cache=False).logits[:, -chosen.scored :]
+        if len(mine):
+            targets = ids_BQ[:, -chosen.scored :].reshape(-1)
+            nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum")
+            sums += torch.tensor([float(nats), float(targets.numel())], dtype=torch.float64)
+    epm.rollback()
+    if group is not None and group.size > 1:
+        group.all_reduce_sum(sums)
+    return float(sums[0] / sums[1]) / math.log(2.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Bits per byte on the same held-out bytes; `generalist` is None without generalists or lost experts."""
+
+    full: float
+    generalist: float | None
+    drop: float | None
+    order2: float
+    num_bytes: int
+    num_lost: int
+
+
+def evaluate_checkpoint(
+    folder: Path,
+    *,
+    data: str,
+    length: int,
+    lost: Iterable[tuple[int, int]] = (),
+    num_bytes: int = SCORED_BYTES,
+) -> Held:
+    """Score a checkpoint in this process: whole, and with the (MoE layer, logical expert) pairs of `lost` gone.
+
+    Raises OSError, InvalidInput, DataError.
+    """
+    corpus = load_corpus(data)
+    chosen = sample(corpus.heldout_N, length=length, num_bytes=num_bytes)
+    gone = frozenset(lost)
+
+    def bits(fallback: Literal["Generalist", "Drop"], missing: frozenset[tuple[int, int]]) -> float:
+        source = ModelSource(path=str(folder))
+        epm = ExpertParallelModel.load(source, expert_map=_map_without(folder, missing), rank=0, fallback=fallback)
+        return heldout_bits(epm, corpus.heldout_N, chosen)
+
+    has_generalist = (folder / "generalist.json").is_file()
+    return Held(
+        full=bits("Drop", frozenset()),
+        generalist=bits("Generalist", gone) if gone and has_generalist else None,
+        drop=bits("Drop", gone) if gone else None,
+        order2=order2_bits(corpus, chosen),
+        num_bytes=chosen.num_bytes,
+        num_lost=len(gone),
+    )
+
+
+def order2_bits(corpus: Corpus, chosen: Sample) -> float:
+    """The order-2 model of the training text on the sample's bytes."""
+    model = Order2Model.fitted(corpus.training_N)
+    return model.bits_per_byte(corpus.heldout_N, scored_N=chosen.mask(len(corpus.heldout_N)))
+
+
+def _map_without(folder: Path, missing: frozenset[tuple[int, int]]) -> ExpertMap:
+    """All experts on one rank, the missing ones' slots empty."""
+    from moe_runtime.experts.families import read_facts
+
+    facts = read_facts(ModelSource(path=str(folder)))
+    return ExpertMap(
+        generation=0,
+        num_logical_experts=facts.num_experts,
+        slots_of_rank=(facts.num_experts,),
+        logical_of_slot=tuple(
+            tuple(EMPTY_SLOT if (layer, e) in missing else e for e in range(facts.num_experts))
+            for layer in range(facts.num_layers)
+        ),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m moe_runtime.train.evaluate", description="Held-out bits per byte.")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--data", default="stdlib", help="stdlib or a folder of text")
+    parser.add_argument("--length", type=int, default=128, help="window in bytes")
+    parser.add_argument("--bytes", type=int, default=SCORED_BYTES, help="held-out bytes to score")
+    parser.add_argument("--lost", default="", help="expert ids, comma-separated, lost in every layer")
+    given = parser.parse_args(arguments)
+    ids = [int(part) for part in given.lost.split(",") if part]
+    layers = _map_without(given.checkpoint, frozenset()).num_layers
+    lost = [(layer, e) for layer in range(layers) for e in ids]
+    held = evaluate_checkpoint(given.checkpoint, data=given.data, length=given.length, lost=lost, num_bytes=given.bytes)
+    sys.stdout.write(json.dumps(asdict(held)) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Gradients of one step, complete on every rank that applies them, after one flattened all-reduce.
+
+Dense tensors: every rank has the gradient of its own tokens; the sum is wanted. Experts: dispatch's backward has
+already brought the gradients of all ranks' tokens to the owner; only experts with several copies must be summed over
+the copies. Numbers that all ranks want summed (losses, squared norms) ride along.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moe_core.contract.expert_map import EMPTY_SLOT, ExpertMap
+from moe_runtime.dispatch.group_face import Group
+from moe_runtime.engine.model import ExpertParallelModel
+
+
+@dataclass(frozen=True, slots=True)
+class Complete:
+    """`of`: gradient per parameter name, not yet clipped; `norm` over all logical experts and dense
+    tensors.
+    """
+
+    of: dict[str, torch.Tensor]
+    norm: float
+    sums: tuple[float, ...]
+
+
+def copied_experts(expert_map: ExpertMap, ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Per MoE layer the experts with more than one copy on the living ranks, ascending."""
+    living = [slot_id for rank in ranks for slot_id in expert_map.slot_range(rank)]
+    layers = []
+    for row in expert_map.logical_of_slot:
+        held = [row[slot_id] for slot_id in living if row[slot_id] != EMPTY_SLOT]
+        layers.append(tuple(sorted({e for e in held if held.count(e) > 1})))
+    return tuple(layers)
+
+
+def complete_gradients(epm: ExpertParallelModel, group: Group | None, *, sums: Sequence[float]) -> Complete:
+    """Raises GroupFault. All ranks get bit-identical values for what they share."""
+    dense = list(epm.dense_parameters())
+    experts = epm.expert_parameters()
+    copied = copied_experts(epm.expert_map, group.ranks if group is not None else (epm.rank,))
+    of = {name: _gradient(parameter) for name, parameter in dense}
+    of.update({item.name: _gradient(item.parameter) for item in experts})
+
+    # what every rank contributes to, in one order on all ranks: dense, copied experts, numbers
+    shared = [of[name] for name, _ in dense]
+    stacks: list[tuple[str, list[tuple[int, int]], torch.Tensor]] = []
+    own_square = torch.zeros((), dtype=torch.float64)
+    for item in experts:
+        ids = copied[item.layer_idx]
+        stack = torch.zeros((len(ids), *item.parameter.shape[1:]))
+        pairs = [(slot, ids.index(e)) for slot, e in enumerate(item.logical_of_slot) if e in ids]
+        for slot, row in pairs:
+            stack[row] += of[item.name][slot].cpu()
+        single = [slot for slot, e in enumerate(item.logical_of_slot) if e != EMPTY_SLOT and e not in ids]
+        own_square += of[item.name][single].double().square().sum().cpu()
+        shared.append(stack)
+        stacks.append((item.name, pairs, stack))
+    numbers = torch.tensor([float(own_square), *sums], dtype=torch.float64)
+
+    if group is not None and group.size > 1:
+        flat = torch.cat([tensor.reshape(-1) for tensor in shared])
+        group.all_reduce_sum(flat)
+        group.all_reduce_sum(numbers)
+        for tensor, summed in zip(shared, torch.split(flat, [tensor.numel() for tensor in shared]), strict=True):
+            tensor.copy_(summed.view_as(tensor))
+    for name, pairs, stack in stacks:
+        for slot, row in pairs:
+            of[name][slot] = stack[row]
+    shared_square = sum(float(tensor.double().square().sum()) for tensor in shared)
+    return Complete(of, (float(numbers[0]) + shared_square) ** 0.5, tuple(numbers[1:].tolist()))
+
+
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """A tensor of our own: the step may be thrown away, and a parameter without tokens has no gradient at all."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach()

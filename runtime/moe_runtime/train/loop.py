@@ -1,0 +1,394 @@
+"""The training loop of one rank: dense layers data-parallel, experts where they live, every step a transaction.
+
+    trainer = Trainer(config, epm, run_id=uid)
+    trainer.bind(group)              # at each new epoch, after epm.bind
+    trainer.restore()                # all ranks: nothing when they agree, else the newest snapshot that all can read
+    while not trainer.step().finished: ...
+    trainer.finish()                 # checkpoint
+
+A step raises GroupFault when a rank is lost; parameters, optimizer state, counters and the place in the text are then
+as before it. Ranks commit after a last exchange; a rank that dies right there can leave others one step apart, which
+the next `restore` sees and mends. Single process: bind(None).
+
+The load-balancing loss is computed on each rank's own tokens, per layer, and averaged over layers and ranks.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_core.contract.base import digest_of
+from moe_core.contract.expert_map import EMPTY_SLOT
+from moe_core.contract.runtime_config import TrainingConfig
+from moe_runtime.dispatch.group_face import Group
+from moe_runtime.engine.model import ExpertParallelModel
+from moe_runtime.errors import RuntimeFault
+from moe_runtime.train import snapshot as snapshots
+from moe_runtime.train.checkpoint import Summary, publish, remove_snapshots, whole_model
+from moe_runtime.train.data import WindowOrder, load_corpus
+from moe_runtime.train.evaluate import heldout_bits, order2_bits, sample
+from moe_runtime.train.gradients import complete_gradients
+from moe_runtime.train.optim import Optimizer, Trained, rule_for
+from moe_runtime.train.schedule import progress, rate_share
+from moe_runtime.train.snapshot import RunState, SnapshotDamaged, SnapshotReader
+
+MAX_GRADIENT_NORM = 1.0
+BITS = 1.0 / math.log(2.0)
+MAX_SKIPPED = 20
+
+
+class OutOfStep(RuntimeFault):
+    """Ranks stand at different steps: `restore` first."""
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a number; a lower learning rate is the lever."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One committed step. `loss_bits`: training bits per byte over all ranks' tokens of this step."""
+
+    step: int
+    loss_bits: float
+    router_loss: float
+    gradient_norm: float
+    learning_rate: float
+    tokens: int
+    seconds: float
+    """Training time so far, by the clock of the rank at position 0."""
+    progress: float
+    finished: bool
+
+
+class Trainer:
+    """One rank's side of the run. Not thread-safe."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        epm: ExpertParallelModel,
+        *,
+        run_id: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`run_id` (the job's UID) tells the snapshots of this run from those of an earlier one in the same folder."""
+        self.config = config
+        self.epm = epm
+        self.output = Path(config.output_path)
+        self.corpus = load_corpus(config.data)
+        self.state = RunState()
+        self._order = WindowOrder(self.corpus.training_N, length=config.sequence_length + 1, seed=config.seed)
+        self._clock = clock
+        self._mark = clock()
+        self._group: Group | None = None
+        self._skipped = 0
+        self._stale = True  # a fresh process knows nothing of the run yet
+        self._optimizer = self._new_optimizer()
+        self._slots = self._slots_now()
+        self._identity = digest_of(
+            "/".join(
+                map(str, (run_id, self.corpus.digest, config.sequence_length, config.seed, config.optimizer))
+                # the model's shape decides the tensors: another one is another run
+            )
+            + "".join(f"{name}{tuple(p.shape)}" for name, p in sorted(epm.dense_parameters()))
+        )
+
+    # ---------------------------------------------------------------- epochs
+
+    def bind(self, group: Group | None) -> None:
+        """Work in this group from now on (None: alone). `restore` comes next, on all ranks."""
+        self._group = group
+        self._mark = self._clock()
+        if self._slots_now() != self._slots:  # other experts came into the slots: their optimizer state is not here
+            self._slots = self._slots_now()
+            self._optimizer = self._new_optimizer()
+            self._stale = True
+
+    def restore(self) -> int:
+        """Agree on a step, on all ranks together; returns it. Nothing is read when all stand at the same one.
+
+        Else the newest snapshot that every rank can read in full is taken, damaged ones are passed over. A run that has
+        none begins with one. Raises GroupFault, and SnapshotDamaged when no common snapshot is left.
+        """
+        rows = self._gather((self.state.step, int(self._stale)))
+        if len({row[0] for row in rows}) == 1 and not any(row[1] for row in rows):
+            return self.state.step
+        offered = self._readable_steps()
+        padded = (*offered, *([-1] * snapshots.KEPT))[: snapshots.KEPT]
+        of_rank = self._gather(padded)
+        common = set.intersection(*({step for step in row if step >= 0} for row in of_rank))
+        if common:
+            self._load(SnapshotReader(snapshots.step_folder(self.output, max(common))))
+        elif all(row == (0, 1) for row in map(tuple, rows)) and not any(step >= 0 for r in of_rank for step in r):
+            self._stale = False
+            self.snapshot()
+        else:
+            raise SnapshotDamaged(f"{self.output}: no snapshot that all ranks can read, they offer {of_rank}")
+        self._mark = self._clock()
+        return self.state.step
+
+    # ---------------------------------------------------------------- steps
+
+    def step(self) -> StepReport:
+        """One optimizer step over all ranks. Raises GroupFault (nothing changed), OutOfStep, Diverged."""
+        rows = self._gather((self.state.step, self.state.cursor))
+        if len({tuple(row) for row in rows}) > 1:
+            raise OutOfStep(f"ranks stand at (step, cursor) {[tuple(row) for row in rows]}")
+        done = progress(self.config, step=self.state.step, seconds=self.state.seconds)
+        share = rate_share(self.config, step=self.state.step, done=done)
+
+        size, position = (self._group.size, self._group.position) if self._group is not None else (1, 0)
+        count = self.config.sequences_per_rank
+        windows = self._order.take(self.state.cursor + position * count, count=count)
+        ids_BQ = torch.from_numpy(windows).to(self._device)
+        self.epm.module.zero_grad(set_to_none=True)
+        self.epm.rollback()
+        with self._precision():
+            text_loss, router_loss = self._losses(ids_BQ)
+            torch.autograd.backward((text_loss + self.config.aux_loss_coefficient * router_loss) / size)
+            gradients = complete_gradients(
+                self.epm, self._group, sums=(float(text_loss.detach()) / size, float(router_loss.detach()) / size)
+            )
+            self.epm.module.zero_grad(set_to_none=True)
+            # The last exchange: who passes it knows that all got this far. The clock of position 0 comes along, for all
+            # must see the same learning rate.
+            spent_us = self._gather((int((self._clock() - self._mark) * 1e6),))[0][0]
+            self._commit(gradients.of, norm=gradients.norm, share=share)
+        self.epm.commit()
+        self._mark = self._clock()
+        tokens = size * count * self.config.sequence_length
+        self.state = RunState(
+            step=self.state.step + 1,
+            cursor=self.state.cursor + size * count,
+            seconds=self.state.seconds + spent_us / 1e6,
+            tokens=self.state.tokens + tokens,
+        )
+        done = progress(self.config, step=self.state.step, seconds=self.state.seconds)
+        report = StepReport(
+            step=self.state.step,
+            loss_bits=gradients.sums[0] * BITS,
+            router_loss=gradients.sums[1],
+            gradient_norm=gradients.norm,
+            learning_rate=self.config.learning_rate * share,
+            tokens=tokens,
+            seconds=self.state.seconds,
+            progress=done,
+            finished=done >= 1.0,
+        )
+        if not report.finished and self.state.step % self.config.snapshot_every_steps == 0:
+            self.snapshot()
+        return report
+
+    def _losses(self, ids_BQ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        output = self.epm.module(input_ids=ids_BQ[:, :-1], use_cache=False, output_router_logits=True)
+        text_loss = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1).float(), ids_BQ[:, 1:].reshape(-1))
+        return text_loss, balance_loss(getattr(output, "router_logits", None), self.epm.top_k, like=text_loss)
+
+    def _commit(self, gradients: dict[str, torch.Tensor], *, norm: float, share: float) -> None:
+        """Needs no other rank. A step whose gradient is no number is passed over, on all ranks alike."""
+        if not math.isfinite(norm):
+            self._skipped += 1
+            if self._skipped > MAX_SKIPPED:
+                raise Diverged(
+                    f"the gradient was no number in {self._skipped} steps, last at step {self.state.step}; "
+                    f"lower training.learningRate ({self.config.learning_rate:g})"
+                )
+            return
+        if norm > MAX_GRADIENT_NORM:
+            torch._foreach_mul_(list(gradients.values()), MAX_GRADIENT_NORM / norm)
+        self._optimizer.apply(gradients, rate_share=share, step=self.state.step)
+
+    # ---------------------------------------------------------------- snapshots
+
+    def snapshot(self) -> Path:
+        """Write this step on all ranks together; complete when position 0 has put the manifest. Raises GroupFault."""
+        ranks = self._group.ranks if self._group is not None else (self.epm.rank,)
+        position = self._group.position if self._group is not None else 0
+        folder = snapshots.step_folder(self.output, self.state.step)
+        plan = snapshots.slots_to_write(self.epm.expert_map, ranks)
+        tensors: dict[str, torch.Tensor] = {}
+        for item in self.epm.expert_parameters():
+            slots = [slot for slot, _ in plan[self.epm.rank][item.layer_idx]]
+            for key, stack in self._keyed(item.name, item.parameter):
+                tensors[key] = stack[slots]
+        digests = [snapshots.write_tensors(folder, snapshots.experts_file(self.epm.rank), tensors)]
+        if position == 0:
+            digests.append(snapshots.write_tensors(folder, snapshots.DENSE_FILE, self._dense_tensors()))
+        of_rank = self._gather(_as_ints(digests[0]))
+        if position == 0:
+            files = {snapshots.experts_file(rank): _as_hex(row) for rank, row in zip(ranks, of_rank, strict=True)}
+            snapshots.write_manifest(
+                folder,
+                snapshots.Manifest(
+                    version=snapshots.VERSION,
+                    identity=self._identity,
+                    state=self.state,
+                    digests={**files, snapshots.DENSE_FILE: digests[1]},
+                    experts={
+                        snapshots.experts_file(rank): tuple(tuple(e for _, e in layer) for layer in layers)
+                        for rank, layers in plan.items()
+                    },
+                ),
+            )
+            kept = snapshots.complete_steps(self.output, self._identity)[: snapshots.KEPT]
+            snapshots.prune(self.output, keep=kept)
+        return folder
+
+    def _readable_steps(self) -> list[int]:
+        steps = []
+        wanted = {(i.layer_idx, e) for i in self.epm.expert_parameters() for e in i.logical_of_slot if e != EMPTY_SLOT}
+        for step in snapshots.complete_steps(self.output, self._identity)[: snapshots.KEPT]:
+            with contextlib.suppress(SnapshotDamaged):
+                SnapshotReader(snapshots.step_folder(self.output, step)).verify(wanted)
+                steps.append(step)
+        return steps
+
+    @torch.no_grad()
+    def _load(self, reader: SnapshotReader) -> None:
+        dense = reader.dense()
+        for key, tensor in self._dense_tensors().items():
+            tensor.copy_(dense[key])
+        for item in self.epm.expert_parameters():
+            for key, stack in self._keyed(item.name, item.parameter):
+                for slot, logical_id in enumerate(item.logical_of_slot):
+                    if logical_id != EMPTY_SLOT:
+                        stack[slot].copy_(reader.expert(key, layer_idx=item.layer_idx, logical_id=logical_id))
+        self.state = reader.manifest.state
+        self._stale = False
+        self._skipped = 0
+
+    def _dense_tensors(self) -> dict[str, torch.Tensor]:
+        """Dense parameters, their optimizer state and the model's saved buffers, the live ones."""
+        found: dict[str, torch.Tensor] = {}
+        for name, parameter in self.epm.dense_parameters():
+            found.update(self._keyed(name, parameter))
+        saved = self.epm.module.state_dict()
+        found.update({name: buffer for name, buffer in self.epm.module.named_buffers() if name in saved})
+        return found
+
+    def _keyed(self, name: str, parameter: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        yield name, parameter.detach()
+        for moment, tensor in self._optimizer.state.get(name, {}).items():
+            yield f"{name}#{moment}", tensor
+
+    # ---------------------------------------------------------------- the end
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has reached its bound: `finish` comes next."""
+        return progress(self.config, step=self.state.step, seconds=self.state.seconds) >= 1.0
+
+    def evaluate(self) -> float:
+        """Held-out bits per byte, all ranks together. Raises GroupFault. Takes no training time."""
+        chosen = sample(self.corpus.heldout_N, length=self.config.sequence_length)
+        bits = heldout_bits(self.epm, self.corpus.heldout_N, chosen, group=self._group)
+        self._mark = self._clock()
+        return bits
+
+    def finish(self) -> Summary | None:
+        """A last snapshot and the held-out figure, on all ranks together; then position 0 alone writes the checkpoint.
+
+        The other ranks return None at once and must not wait for position 0 in a collective (it takes seconds).
+        Raises GroupFault before anything of an older checkpoint is touched; may be called again then.
+        """
+        folder = self.snapshot()
+        bits = self.evaluate()
+        if self._group is not None and self._group.position != 0:
+            return None
+        chosen = sample(self.corpus.heldout_N, length=self.config.sequence_length)
+        summary = Summary(
+            tokenizer="bytes",
+            bits_per_byte=round(bits, 4),
+            order2_bits_per_byte=round(order2_bits(self.corpus, chosen), 4),
+            heldout_bytes=chosen.num_bytes,
+            window=chosen.length,
+            steps=self.state.step,
+            tokens=self.state.tokens,
+            seconds=round(self.state.seconds, 1),
+            data=self.config.data,
+            training_bytes=len(self.corpus.training_N),
+        )
+        reader = SnapshotReader(folder)
+        layers = {item.name: item.layer_idx for item in self.epm.expert_parameters()}
+
+        def fill(staging: Path) -> None:
+            model = whole_model(self.epm.module.config, reader, layers, num_experts=self.epm.num_experts)
+            model.save_pretrained(staging)
+
+        publish(self.output, fill, summary)
+        remove_snapshots(self.output)
+        return summary
+
+    # ---------------------------------------------------------------- parts
+
+    def _new_optimizer(self) -> Optimizer:
+        module: Any = self.epm.module
+        faces = (module.get_input_embeddings(), module.get_output_embeddings())
+        embeddings = {id(face.weight) for face in faces if face is not None}
+        experts = {item.name: item.parameter for item in self.epm.expert_parameters()}
+        trained = [
+            Trained(
+                name,
+                parameter,
+                rule_for(
+                    parameter,
+                    optimizer=self.config.optimizer,
+                    per_expert=name in experts,
+                    is_embedding=id(parameter) in embeddings,
+                    num_experts=self.epm.num_experts,
+                ),
+                name in experts,
+            )
+            for name, parameter in [*self.epm.dense_parameters(), *experts.items()]
+        ]
+        return Optimizer(trained, learning_rate=self.config.learning_rate, weight_decay=self.config.weight_decay)
+
+    def _slots_now(self) -> list[tuple[str, int, tuple[int, ...]]]:
+        return [(item.name, id(item.parameter), item.logical_of_slot) for item in self.epm.expert_parameters()]
+
+    def _gather(self, row: tuple[int, ...]) -> list[list[int]]:
+        return self._group.all_gather_ints(row) if self._group is not None else [list(row)]
+
+    @property
+    def _device(self) -> torch.device:
+        return next(parameter for _, parameter in self.epm.dense_parameters()).device
+
+    @contextlib.contextmanager
+    def _precision(self) -> Iterator[None]:
+        """The setting is the process's, so it is put back: serving and evaluation multiply in full precision."""
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(self.config.matmul_precision.lower())
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+def balance_loss(router_logits: Any, top_k: int, *, like: torch.Tensor) -> torch.Tensor:
+    """Switch Transformer's load-balancing loss per layer, averaged: 1 when every expert gets the same share.
+
+    router_logits: per layer [T, E], before the softmax; None or empty for a family that does not give them: no loss.
+    """
+    losses = []
+    for logits_TE in router_logits or ():
+        probability_TE = logits_TE.float().softmax(dim=-1)
+        num_experts = probability_TE.shape[-1]
+        picks_TK = probability_TE.topk(top_k, dim=-1).indices
+        share_E = torch.bincount(picks_TK.reshape(-1), minlength=num_experts).float() / picks_TK.numel()
+        losses.append(num_experts * (share_E * probability_TE.mean(dim=0)).sum())
+    return torch.stack(losses).mean() if losses else torch.zeros_like(like)
+
+
+def _as_ints(digest: str) -> tuple[int, ...]:
+    return tuple(int(digest[i : i + 8], 16) for i in range(0, 64, 8))
+
+
+def _as_hex(row: list[int]) -> str:
+    return "".join(f"{value:08x}" for value in row)
