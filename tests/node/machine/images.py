@@ -83,20 +83,8 @@ class Images:
         return [self._export(name) for name in (PAUSE, OPERATOR, RUNTIME)]
 
     def _build(self, name: str, dockerfile: Path, context: Path, *arguments: str) -> None:
-        self._buildah(
-            *(
-                "build",
-                "--isolation",
-                "chroot",
-                "--pull=never",
-                *arguments,
-                "--tag",
-                name,
-                "--file",
-                dockerfile,
-                context,
-            )
-        )
+        how: list[str | Path] = ["--isolation", "chroot", "--pull=never", *arguments]
+        self._buildah("build", *how, "--tag", name, "--file", dockerfile, context)
 
     def _export(self, name: str) -> Path:
         archive = self._home / f"{name.rpartition('/')[2].replace(':', '-')}.tar"
