@@ -1,0 +1,1 @@
+"""Slots, weights and what answers for an expert that was lost."""

@@ -1,0 +1,1 @@
+"""Training over the ranks of one epoch: data, steps that commit or roll back, snapshots, checkpoints."""
