@@ -1,0 +1,68 @@
+"""The rank's side of its guard: a thread that says "alive" and ends the process when nobody listens any more.
+
+A rank must not outlive its guard: without it nobody could fence the rank, and a pod whose parent is gone would go on
+holding a device. So a dropped connection ends the process at once, without exit hooks that might wait for peers.
+"""
+
+import json
+import os
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+BEAT_S = 0.25
+EXIT_GUARD_GONE = 70
+_CONNECT_S = 5.0
+
+
+def _end_process(code: int) -> None:
+    os._exit(code)
+
+
+class Heartbeat:
+    """Beats from its creation until `close()`. Raises OSError when no guard listens at `path`."""
+
+    def __init__(self, path: Path, *, pod_uid: str, end_process: Callable[[int], None] = _end_process) -> None:
+        self._end_process = end_process
+        self._closed = threading.Event()
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._sock.settimeout(_CONNECT_S)
+        try:
+            self._sock.connect(str(path))
+            self._sock.sendall(json.dumps({"pod_uid": pod_uid, "pid": os.getpid()}).encode() + b"\n")
+        except OSError:
+            self._sock.close()
+            raise
+        self._sock.settimeout(BEAT_S)
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Say goodbye: the guard then expects this process to end by itself soon."""
+        self._closed.set()
+        try:
+            self._sock.sendall(b"bye\n")
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the guard went first
+        self._thread.join(timeout=2.0)
+        self._sock.close()
+
+    def _beat(self) -> None:
+        while not self._closed.is_set():
+            try:
+                self._sock.sendall(b".\n")
+                order = self._sock.recv(256)
+            except TimeoutError:
+                continue
+            except OSError:
+                order = b""
+            if self._closed.is_set():
+                return
+            if not order:
+                self._end_process(EXIT_GUARD_GONE)
+                return
+            if order.startswith(b"exit "):
+                self._end_process(int(order.split()[1]))
+                return
