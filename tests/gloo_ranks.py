@@ -1,21 +1,21 @@
 """Real rank processes over real Gloo for tests: forked from one preloaded process, bounded in time, killed at the end.
 
-`run_ranks(task, num_ranks=4, ...)` calls `task(rank, store_path, **arguments)` in every process and returns the results by rank; a rank that
-died has none. Tasks live in importable modules (tests/ is on the path), because processes are started by name.
+`run_ranks(task, num_ranks=4, ...)` calls `task(rank, store_path, **arguments)` in every process and returns the
+results by rank; a rank that died has none. Tasks live in importable modules (tests/ is on the path), because processes
+are started by name.
 """
 
 import multiprocessing
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from datetime import timedelta
+from collections.abc import Callable, Collection, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
-from torch.distributed import AllreduceOptions, AllToAllOptions, FileStore, PrefixStore, ProcessGroupGloo
+from torch._C._distributed_c10d import FileStore, PrefixStore
 
-from moe_runtime.errors import GroupFault
+from moe_runtime.membership.group import EpochGroup
 
 PRELOAD = [
     "torch",
@@ -28,57 +28,41 @@ PRELOAD = [
     "transformers.models.deepseek_v3.modeling_deepseek_v3",
     "transformers.models.gpt_oss.modeling_gpt_oss",
     "moe_runtime.engine.model",
+    "moe_runtime.membership.group",
 ]
 
 
-class GlooGroup:
-    """The data plane's Group over a FileStore."""
-
-    def __init__(self, store_path: str, *, ranks: Sequence[int], rank: int, epoch: int = 1, timeout_s: float = 20) -> None:
-        self.ranks, self.size, self.position = tuple(ranks), len(ranks), list(ranks).index(rank)
-        self._timeout = timedelta(seconds=timeout_s)
-        store = PrefixStore(f"epoch{epoch}", FileStore(store_path, -1))
-        options = ProcessGroupGloo._Options()
-        options._devices = [ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-        options._timeout = self._timeout
-        self._group = ProcessGroupGloo(store, self.position, self.size, options)
-
-    def all_to_all(self, rows: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> torch.Tensor:
-        options = AllToAllOptions()
-        options.timeout = self._timeout
-        received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
-        try:
-            self._group.alltoall_base(received, rows, list(receive_counts), list(send_counts), options).wait()
-        except RuntimeError as error:
-            raise GroupFault(f"all_to_all: {error}") from error
-        return received
-
-    def all_gather_ints(self, row: Sequence[int]) -> list[list[int]]:
-        sent = torch.tensor([list(row)] * self.size)
-        gathered: list[list[int]] = self.all_to_all(sent, [1] * self.size, [1] * self.size).tolist()
-        return gathered
-
-    def all_reduce_sum(self, tensor: torch.Tensor) -> None:
-        options = AllreduceOptions()
-        options.timeout = self._timeout
-        try:
-            self._group.allreduce([tensor], options).wait()
-        except RuntimeError as error:
-            raise GroupFault(f"all_reduce: {error}") from error
+def join_group(
+    store_path: str, *, ranks: Sequence[int], rank: int, epoch: int = 1, timeout_ms: int = 20000
+) -> EpochGroup:
+    """The group of `ranks` over a store in a file: what a membership's store does, without the membership."""
+    store = PrefixStore(f"epoch{epoch}", FileStore(store_path, -1))
+    return EpochGroup(store, ranks, rank, address="127.0.0.1", device="cpu", timeout_ms=timeout_ms)
 
 
-def _main(task: Callable[..., Any], connection: Connection, rank: int, store_path: str, arguments: dict[str, Any]) -> None:
+def _main(
+    task: Callable[..., Any], connection: Connection, rank: int, store_path: str, arguments: dict[str, Any]
+) -> None:
     torch.set_num_threads(1)
     try:
         connection.send((True, task(rank, store_path, **arguments)))
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - whatever went wrong belongs in the test's report
         connection.send((False, traceback.format_exc()))
 
 
 def run_ranks(
-    task: Callable[..., Any], *, num_ranks: int, store_path: str, timeout_s: float = 90, **arguments: Any
+    task: Callable[..., Any],
+    *,
+    num_ranks: int,
+    store_path: str,
+    timeout_s: float = 90,
+    expected_ranks: Collection[int] | None = None,
+    **arguments: Any,
 ) -> dict[int, Any]:
-    """Results by rank; ranks that died are missing. Raises AssertionError with the traceback of a rank that failed."""
+    """Results by rank; ranks that died are missing. Raises AssertionError with the traceback of a rank that failed.
+
+    Returns once `expected_ranks` (all by default) have answered or died.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     ends: dict[Connection, int] = {}
@@ -93,7 +77,8 @@ def run_ranks(
             processes.append(process)
             ends[here] = rank
         deadline = time.monotonic() + timeout_s
-        while ends and time.monotonic() < deadline:
+        awaited = set(range(num_ranks) if expected_ranks is None else expected_ranks)
+        while awaited & set(ends.values()) and time.monotonic() < deadline:
             for ready in wait(list(ends), timeout=0.5):
                 assert isinstance(ready, Connection)
                 rank = ends.pop(ready)
@@ -103,7 +88,8 @@ def run_ranks(
                     continue
                 assert ok, f"rank {rank}:\n{value}"
                 results[rank] = value
-        assert not ends, f"ranks {sorted(ends.values())} did not finish in {timeout_s} s"
+        late = awaited & set(ends.values())
+        assert not late, f"ranks {sorted(late)} did not finish in {timeout_s} s"
     finally:
         for process in processes:
             process.kill()

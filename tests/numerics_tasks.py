@@ -1,19 +1,27 @@
 """What rank processes do in the numerics tests: run a family's tiny model over a group and hand back numbers."""
 
+import os
+import signal
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from gloo_ranks import GlooGroup
 
+from gloo_ranks import join_group
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.runtime_config import ModelSource
 from moe_runtime.engine.model import ExpertParallelModel
+from moe_runtime.errors import GroupFault
+from moe_runtime.experts import slots
+from moe_runtime.membership.group import EpochGroup
 
+NUM_LAYERS = 3
 COMMON = {
     "vocab_size": 64,
     "hidden_size": 32,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": NUM_LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "num_experts_per_tok": 2,
@@ -53,7 +61,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def num_moe_layers(family: str) -> int:
-    return int(COMMON["num_hidden_layers"]) - int(FAMILIES[family].get("first_k_dense_replace", 0))  # type: ignore[call-overload]
+    dense_layers: int = FAMILIES[family].get("first_k_dense_replace", 0)
+    return NUM_LAYERS - dense_layers
 
 
 def batch_of_rank(rank: int, num_ranks: int) -> torch.Tensor:
@@ -66,10 +75,12 @@ def load(folder: str, expert_map: ExpertMap, rank: int) -> ExpertParallelModel:
     return ExpertParallelModel.load(ModelSource(path=folder), expert_map=expert_map, rank=rank)
 
 
-def forward_and_gradients(rank: int, store_path: str, *, folder: str, expert_map: ExpertMap, world: int) -> dict[str, Any]:
+def forward_and_gradients(
+    rank: int, store_path: str, *, folder: str, expert_map: ExpertMap, world: int
+) -> dict[str, Any]:
     """Logits of this rank's batch without a cache, and the gradients of the sum over ranks of its weighted logits."""
     epm = load(folder, expert_map, rank)
-    group = GlooGroup(store_path, ranks=range(world), rank=rank)
+    group = join_group(store_path, ranks=range(world), rank=rank)
     epm.bind(group)
     ids = batch_of_rank(rank, world)
     logits = epm.module(input_ids=ids).logits
@@ -104,7 +115,9 @@ def reference_model(family: str) -> torch.nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model: torch.nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family]}))
+    model: torch.nn.Module = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family]})
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 or "bias" in name or "sinks" in name:
@@ -117,3 +130,144 @@ def reference_model(family: str) -> torch.nn.Module:
 
 def save_reference(family: str, folder: Path) -> None:
     reference_model(family).save_pretrained(folder)  # type: ignore[operator]
+
+
+PROMPT_LENGTHS = ((5, 9), (7,), (), (3, 4, 11))
+"""Prompts of ranks 0..3: uneven, and rank 2 has none."""
+NEW_TOKENS = 6
+
+
+def prompts_of_rank(rank: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(500 + rank)
+    return [torch.randint(0, 64, (length,), generator=generator) for length in PROMPT_LENGTHS[rank]]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`victim` stops being of use at its `exchange`-th exchange: signal before sending, or after the exchange is
+    done.
+    """
+
+    victim: int
+    exchange: int
+    after: bool
+    signal: int = signal.SIGKILL
+
+
+class FaultyGroup:
+    """A group whose owner is hit by a signal in the middle of a step."""
+
+    def __init__(self, group: EpochGroup, fault: Fault) -> None:
+        self._group, self._fault, self._done = group, fault, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._group, name)
+
+    def all_to_all(self, rows: torch.Tensor, send_counts: Any, receive_counts: Any) -> torch.Tensor:
+        self._done += 1
+        hit = self._done == self._fault.exchange
+        if hit and not self._fault.after:
+            os.kill(os.getpid(), self._fault.signal)
+        received = self._group.all_to_all(rows, send_counts, receive_counts)
+        if hit and self._fault.after:
+            os.kill(os.getpid(), self._fault.signal)
+        return received
+
+
+def serve(
+    rank: int,
+    store_path: str,
+    *,
+    folder: str,
+    expert_map: ExpertMap,
+    world: int,
+    forced: list[list[list[int]]],
+    fault: Fault | None = None,
+    timeout_ms: int = 20000,
+    by_pick: bool = False,
+) -> dict[str, Any]:
+    """Prefill and decode this rank's prompts in cache rows of their own, feeding the tokens `forced[rank][prompt]`.
+
+    A fault is met as the step loop does: roll back, build a group of the living, bind, run the same step again.
+    """
+    if by_pick:
+        slots.SMALL_STEP_TOKENS = -1
+    epm = load(folder, expert_map, rank)
+    group: Any = join_group(store_path, ranks=range(world), rank=rank, timeout_ms=timeout_ms)
+    if fault is not None and fault.victim == rank:
+        group = FaultyGroup(group, fault)
+    epm.bind(group)
+    cache = epm.new_cache(num_rows=5, max_length=24)
+    prompts = prompts_of_rank(rank)
+    rows = [4, 1, 2][: len(prompts)]
+    steps: list[Any] = []
+    faults = 0
+    fault_seconds = 0.0
+    for step in range(NEW_TOKENS):
+        inputs = _step_inputs(prompts, forced[rank], step)
+        started = time.monotonic()
+        try:
+            logits = epm.forward_tokens(*inputs, rows, cache)
+        except GroupFault:
+            faults += 1
+            fault_seconds = time.monotonic() - started
+            assert fault is not None
+            epm.rollback()
+            group.destroy()
+            living = [r for r in range(world) if r != fault.victim]
+            group = join_group(store_path, ranks=living, rank=rank, epoch=2, timeout_ms=timeout_ms)
+            epm.bind(group)
+            logits = epm.forward_tokens(*inputs, rows, cache)
+        epm.commit()
+        steps.append(logits.numpy())
+    return {
+        "steps": steps,
+        "faults": faults,
+        "fault_seconds": fault_seconds,
+        "lengths": [cache.lengths[row] for row in rows],
+        "picks": sum(map(sum, epm.load_window())),
+        "degraded": epm.degraded_tokens(),
+    }
+
+
+def _step_inputs(
+    prompts: list[torch.Tensor], forced: list[list[int]], step: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The prompts padded (left and right by turns) at step 0, one token each after that."""
+    if not prompts:
+        return None, None
+    if step:
+        ids = torch.tensor([[tokens[step - 1]] for tokens in forced])
+        return ids, torch.tensor([[len(prompt) + step - 1] for prompt in prompts])
+    width = max(len(prompt) for prompt in prompts)
+    ids, positions = torch.zeros(len(prompts), width, dtype=torch.long), torch.full((len(prompts), width), -1)
+    for row, prompt in enumerate(prompts):
+        first = width - len(prompt) if row % 2 else 0
+        ids[row, first : first + len(prompt)] = prompt
+        positions[row, first : first + len(prompt)] = torch.arange(len(prompt))
+    return ids, positions
+
+
+def train_through_fault(
+    rank: int, store_path: str, *, folder: str, expert_map: ExpertMap, world: int, fault: Fault
+) -> dict[str, Any]:
+    """Forward and backward with a death in the middle, then again among the living; gradients as before the fault."""
+    epm = load(folder, expert_map, rank)
+    group: Any = join_group(store_path, ranks=range(world), rank=rank)
+    if fault.victim == rank:
+        group = FaultyGroup(group, fault)
+    epm.bind(group)
+    ids = batch_of_rank(rank, world)
+    try:
+        epm.module(input_ids=ids).logits.square().sum().backward()
+        outcome = "finished"
+    except GroupFault:
+        outcome = "fault"
+    epm.rollback()
+    epm.module.zero_grad()
+    group.destroy()
+    epm.bind(join_group(store_path, ranks=[r for r in range(world) if r != fault.victim], rank=rank, epoch=2))
+    logits = epm.module(input_ids=ids).logits
+    logits.square().sum().backward()
+    epm.commit()
+    return {"outcome": outcome, "logits": logits.detach().numpy(), "picks": sum(map(sum, epm.load_window()))}

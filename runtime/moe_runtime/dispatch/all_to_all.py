@@ -57,7 +57,7 @@ def combine_picks(outputs_RD: torch.Tensor, state: DispatchState, group: Group) 
     num_tokens, top_k = state.weight_TK.shape
     # rows of LOST picks stay zero
     output_ND = home_PD.new_zeros(num_tokens * top_k, home_PD.shape[-1]).index_copy(0, state.sent_P, home_PD)
-    return (output_ND.view(num_tokens, top_k, -1) * state.weight_TK.unsqueeze(-1)).sum(dim=1)
+    return (output_ND.view(num_tokens, top_k, home_PD.shape[-1]) * state.weight_TK.unsqueeze(-1)).sum(dim=1)
 
 
 def run_by_pick(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -66,13 +67,13 @@ def build(source: ModelSource, *, expert_map: ExpertMap, rank: int, device: str,
 
 def _materialise_dense(model: torch.nn.Module, expert_names: frozenset[str]) -> None:
     """Zeros in place of everything on the meta device but the experts; tied parameters stay one."""
-    made: dict[int, torch.Tensor] = {}
+    made: dict[int, torch.nn.Parameter] = {}
     for module_name, module in model.named_modules():
         prefix = f"{module_name}." if module_name else ""
         for name, parameter in list(module.named_parameters(recurse=False)):
             if prefix + name not in expert_names:
                 real = made.setdefault(id(parameter), torch.nn.Parameter(torch.zeros_like(parameter, device="cpu")))
-                module.register_parameter(name, real)  # type: ignore[arg-type]
+                module.register_parameter(name, real)
         for name, buffer in list(module.named_buffers(recurse=False)):
             module._buffers[name] = torch.zeros_like(buffer, device="cpu")
 
@@ -93,7 +94,8 @@ def _check_mixture(facts: ModelFacts, layers: tuple[SlottedExperts, ...]) -> Non
     layer = next((entry for entry in layers if entry.logical_of_slot), None)
     if layer is None:
         return
-    dim = int(layer.entry.module.config.hidden_size)  # type: ignore[union-attr]
+    config: Any = layer.entry.module.config
+    dim = int(config.hidden_size)
     device = next(layer.entry.module.parameters()).device
     x_TD = torch.linspace(-1, 1, 2 * dim, device=device).view(2, dim)
     slot_TK = torch.zeros(2, 2, dtype=torch.long, device=device)
