@@ -5,14 +5,16 @@ remembered lies in the resource's own status (memory.py). Read in this order: ac
 lives), gang and helpers (pods), follow (what the group is told), cycle (all of it once), job and service (its meaning).
 """
 
-from moe_core.decide.accept import Refusal, accept
+from dataclasses import replace
+
+from moe_core.decide.accept import Accepted, Refusal, accept
 from moe_core.decide.cycle import everything_goes
 from moe_core.decide.drill import decide_drill
 from moe_core.decide.job import after_the_end, decide_job
-from moe_core.decide.memory import condition_in, is_true
+from moe_core.decide.memory import Memory, condition_in, is_true
 from moe_core.decide.report import events_of
-from moe_core.decide.service import decide_service
-from moe_core.facts import Condition, Decision, Facts, Wish
+from moe_core.decide.service import at_rest, decide_service
+from moe_core.facts import Action, Condition, Decision, Facts, Wish
 from moe_core.outcome import Reason
 
 MANAGER = "moerator.dev/operator"
@@ -33,7 +35,7 @@ def decide(wish: Wish, facts: Facts, now: float) -> Decision:  # noqa: PLR0911 -
         return after_the_end(wish, facts, now)
     accepted = accept(wish, facts)
     if isinstance(accepted, Refusal):
-        return _refused(wish, accepted)
+        return _refused(wish, accepted, facts, now)
     if wish.kind == "MoEJob":
         return decide_job(wish, accepted, facts, now)
     return decide_service(wish, accepted, facts, now)
@@ -52,11 +54,23 @@ def _left_alone(wish: Wish, manager: str) -> Decision:
     return Decision(conditions=(Condition("Accepted", "False", Reason.MANAGED_ELSEWHERE, told),), status=_kept(wish))
 
 
-def _refused(wish: Wish, refusal: Refusal) -> Decision:
+def _refused(wish: Wish, refusal: Refusal, facts: Facts, now: float) -> Decision:
     """Nothing is created. What already runs is left as it is: an edit that is refused must not hurt."""
     told = Condition("Accepted", "False", refusal.reason, refusal.message)
+    memory = Memory.of(wish.status)
+    if wish.kind == "MoEService" and refusal.reason == Reason.COVERAGE_IMPOSSIBLE and memory.wish_ranks:
+        before = replace(wish, spec={**wish.spec, "parallelism": {"expert": memory.wish_ranks}})
+        accepted = accept(before, facts)
+        if isinstance(accepted, Accepted):  # the size that runs is kept, and kept healthy
+            return decide_service(wish, accepted, facts, now, refused=told)
     conditions = [told]
     if condition_in(wish.status, "Ready") is None:
         conditions.append(Condition("Ready", "False", refusal.reason, refusal.message))
     status = {**_kept(wish), "observedGeneration": wish.generation, "message": refusal.message}
-    return Decision(conditions=tuple(conditions), status=status, events=events_of(wish.status, [told]))
+    actions: list[Action] = []
+    if wish.spec.get("suspend") is True:  # stopping needs no acceptance
+        actions = everything_goes(facts)
+        status = {**status, "epoch": 0, "memory": at_rest(memory, facts, now).as_status()}
+    return Decision(
+        actions=tuple(actions), conditions=tuple(conditions), status=status, events=events_of(wish.status, [told])
+    )

@@ -44,7 +44,7 @@ def run_cycle(plan: Plan, memory: Memory, facts: Facts, now: float, *, keep_fini
     coordinator = seats(facts, now, ROLE_COORDINATOR)
     following = follow(plan, memory, facts, ranks)
 
-    seen, base = remember(plan, memory, ranks, planned=False)
+    seen, base = remember(plan.num_ranks, memory, ranks, planned=False)
     filled = fill(plan, now, ranks=ranks, seen=seen, base=base, keep_finished=keep_finished)
     ran = min(memory.wish_ranks or plan.num_ranks, plan.num_ranks) if formed else 0
     bound = bind(plan, facts, ranks=ranks, others=[*coordinator.values(), *gateways.values()], formed=ran)

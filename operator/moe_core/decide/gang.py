@@ -37,17 +37,19 @@ class Steps:
     restarts: int = 0
 
 
-def remember(plan: Plan, memory: Memory, ranks: Mapping[int, Seat], *, planned: bool) -> tuple[list[int], list[int]]:
+def remember(
+    num_ranks: int, memory: Memory, ranks: Mapping[int, Seat], *, planned: bool
+) -> tuple[list[int], list[int]]:
     """(incarnations, baselines) by rank. `planned` says that no missing pod counts as a failure now (suspended)."""
-    size = max([plan.num_ranks, len(memory.incarnations), *(index + 1 for index in ranks)])
+    size = max([num_ranks, len(memory.incarnations), *(index + 1 for index in ranks)])
     seen = [max(memory.incarnation(r), ranks[r].highest if r in ranks else 0) for r in range(size)]
-    base = [seen[r] if planned or _is_planned(r, plan, memory, ranks) else memory.baseline(r) for r in range(size)]
+    base = [seen[r] if planned or _is_planned(r, num_ranks, memory, ranks) else memory.baseline(r) for r in range(size)]
     return seen, base
 
 
-def _is_planned(rank: int, plan: Plan, memory: Memory, ranks: Mapping[int, Seat]) -> bool:
+def _is_planned(rank: int, num_ranks: int, memory: Memory, ranks: Mapping[int, Seat]) -> bool:
     """Whether the absence of this rank's pod is a resize's doing."""
-    if rank >= plan.num_ranks:
+    if rank >= num_ranks:
         return rank not in ranks or ranks[rank].live is None
     return memory.epoch > 0 and rank >= memory.wish_ranks and rank in ranks and ranks[rank].has_left
 

@@ -13,7 +13,10 @@ from moe_core.facts import Condition, Decision, Facts, Wish
 from moe_core.outcome import Reason
 
 
-def decide_service(wish: Wish, accepted: Accepted, facts: Facts, now: float) -> Decision:
+def decide_service(
+    wish: Wish, accepted: Accepted, facts: Facts, now: float, *, refused: Condition | None = None
+) -> Decision:
+    """`refused` is the Accepted condition of an edit that cannot be; `accepted` is then what ran before it."""
     memory = Memory.of(wish.status)
     if accepted.spec.suspend:
         return suspended(wish, accepted, memory, facts, now)
@@ -21,7 +24,7 @@ def decide_service(wish: Wish, accepted: Accepted, facts: Facts, now: float) -> 
     ready = _ready(cycle, accepted, facts)
     coverage = _coverage(cycle, facts)
     conditions = (
-        Condition("Accepted", "True", Reason.ACCEPTED, accepted.note),
+        refused or Condition("Accepted", "True", Reason.ACCEPTED, accepted.note),
         placed_condition(accepted.plan, cycle),
         ready,
         coverage,
@@ -39,13 +42,11 @@ def decide_service(wish: Wish, accepted: Accepted, facts: Facts, now: float) -> 
     )
 
 
-def suspended(wish: Wish, accepted: Accepted, memory: Memory, facts: Facts, now: float) -> Decision:
-    """No pod stays; nothing that happens now counts as a failure. Shared with jobs."""
-    plan = accepted.plan
-    ranks = seats(facts, now, "rank")
-    seen, base = remember(plan, memory, ranks, planned=True)
+def at_rest(memory: Memory, facts: Facts, now: float) -> Memory:
+    """What is remembered while nothing shall run: the next start begins a new group, and no pod's end was a failure."""
+    seen, base = remember(0, memory, seats(facts, now, "rank"), planned=True)
     known = memory.dead_pod_uids
-    memory = replace(
+    return replace(
         memory,
         incarnations=tuple(seen),
         baselines=tuple(base),
@@ -54,6 +55,13 @@ def suspended(wish: Wish, accepted: Accepted, memory: Memory, facts: Facts, now:
         started_at=None,
         dead_pod_uids=(*known, *(uid for uid in proven_dead(facts) if uid not in known)),
     )
+
+
+def suspended(wish: Wish, accepted: Accepted, memory: Memory, facts: Facts, now: float) -> Decision:
+    """No pod stays; nothing that happens now counts as a failure. Shared with jobs."""
+    plan = accepted.plan
+    ranks = seats(facts, now, "rank")
+    memory = at_rest(memory, facts, now)
     left = len(facts.pods)
     told = f"suspended; {left} pods are going" if left else "suspended; no pod is left"
     conditions = [

@@ -1,0 +1,186 @@
+"""Refusals come before any pod exists, with a typed reason and a sentence that helps."""
+
+from dataclasses import replace
+
+import pytest
+
+from moe_core.decide import decide
+from moe_core.facts import Facts, ModelFact, PodFact, Wish
+from simcluster import Sim, edit, gpu_nodes, job_spec, make, service_spec
+
+LEVELS = (("block", "net/block"), ("rack", "net/rack"))
+
+
+def refused(kind: str, spec: dict[str, object], facts: Facts | None = None) -> tuple[str, str]:
+    wish = Wish(kind=kind, namespace="d", name="tiny", uid="u", generation=1, spec=spec)  # type: ignore[arg-type]
+    decision = decide(wish, facts or Facts(nodes=gpu_nodes(4)), 0.0)
+    assert decision.actions == ()
+    [accepted] = [c for c in decision.conditions if c.type == "Accepted"]
+    assert accepted.status == "False"
+    return accepted.reason.value, accepted.message
+
+
+def test_a_bad_spec_names_every_problem() -> None:
+    reason, message = refused("MoEJob", {**job_spec(0), "output": {}})
+    assert reason == "InvalidSpec"
+    assert "spec.parallelism.expert: must be greater than or equal to 1 (got 0)" in message
+    assert "spec.output.path: is required" in message
+
+
+def test_many_problems_are_counted_not_all_told() -> None:
+    _, message = refused("MoEService", {f"wrong{i}": 1 for i in range(9)})
+    assert "more" in message
+
+
+def test_a_checkpoint_nobody_can_read_is_asked_for() -> None:
+    spec = service_spec()
+    spec["model"] = {"path": "/model"}
+    reason, message = refused("MoEService", spec)
+    assert reason == "ModelNotFound"
+    assert "give model.numExperts and model.numMoeLayers" in message
+
+
+def test_an_unsupported_model_says_what_the_shell_found() -> None:
+    facts = Facts(model=ModelFact(0, 0, "llama", problem="llama is a dense family: it has no experts"))
+    assert refused("MoEService", service_spec(), facts) == (
+        "ModelNotSupported",
+        "llama is a dense family: it has no experts",
+    )
+
+
+def test_a_claim_against_the_checkpoint_is_refused() -> None:
+    facts = Facts(model=ModelFact(8, 4, "mixtral"))
+    reason, message = refused("MoEService", service_spec(), facts)
+    assert (reason, message) == ("InvalidSpec", "spec.model.numExperts: the checkpoint at /model has 8 (got 16)")
+
+
+def test_fewer_slots_than_promised_copies_is_refused_with_the_lever() -> None:
+    reason, message = refused("MoEService", service_spec(4, experts={"minCopies": 2, "redundantPerRank": 1}))
+    assert reason == "CoverageImpossible"
+    assert message == (
+        "4 ranks have 20 slots per layer, 2 copies of 16 experts need 32; "
+        "raise experts.redundantPerRank by 3 or parallelism.expert"
+    )
+
+
+def test_an_unknown_topology_and_an_unknown_level_name_what_exists() -> None:
+    spec = service_spec(topologyConstraint={"topologyName": "dc", "pack": {"required": "row"}})
+    assert refused("MoEService", spec) == (
+        "TopologyNotFound",
+        "ClusterTopology dc does not exist; there is none",
+    )
+    reason, message = refused("MoEService", spec, Facts(topologies={"dc": LEVELS}))
+    assert reason == "TopologyNotFound"
+    assert message == "ClusterTopology dc: level 'row' is not in the topology; its levels are block, rack"
+
+
+def test_a_preferred_level_that_is_not_narrower_is_refused_rather_than_ignored() -> None:
+    pack = {"required": "rack", "preferred": "block"}
+    spec = service_spec(topologyConstraint={"topologyName": "dc", "pack": pack})
+    reason, message = refused("MoEService", spec, Facts(topologies={"dc": LEVELS}))
+    assert reason == "InvalidSpec"
+    assert "must be narrower than required rack (got block)" in message
+
+
+def test_a_foreign_object_is_refused_by_name() -> None:
+    facts = Facts(nodes=gpu_nodes(4), foreign=("Service/tiny-svc-gateway", "Pod/tiny-svc-rank-0-1"))
+    reason, message = refused("MoEService", service_spec(), facts)
+    assert reason == "ForeignObject"
+    assert message.startswith("Pod/tiny-svc-rank-0-1, Service/tiny-svc-gateway exists and belongs to somebody else")
+
+
+def test_a_name_too_long_for_its_pods_is_refused() -> None:
+    wish = Wish(kind="MoEJob", namespace="d", name="x" * 50, uid="u", generation=1, spec=job_spec())
+    assert decide(wish, Facts(), 0.0).conditions[0].reason == "InvalidSpec"
+
+
+def test_policy_deepseek_needs_equal_ranks() -> None:
+    reason, message = refused("MoEService", service_spec(3, experts={"policy": "DeepSeek"}))
+    assert reason == "CoverageImpossible"
+    assert "equal" in message
+
+
+def test_a_refusal_is_told_once_and_counted_for_its_generation() -> None:
+    sim = make("MoEJob", job_spec(0))
+    assert [e.type for e in sim.step().events] == ["Warning"]
+    assert sim.step().events == ()
+    assert sim.wish.status["observedGeneration"] == 1
+    assert sim.condition("Ready") == ("False", "InvalidSpec")
+
+
+def test_another_controllers_object_is_left_alone() -> None:
+    sim = make("MoEJob", job_spec(managedBy="kueue.x-k8s.io/multikueue"), gpu_nodes(4))
+    decision = sim.step()
+    assert decision.actions == ()
+    assert sim.condition("Accepted") == ("False", "ManagedElsewhere")
+    theirs = {"conditions": [{"type": "Accepted", "status": "True", "reason": "Theirs", "message": ""}]}
+    sim.wish = replace(sim.wish, status=theirs)
+    assert sim.step().conditions == ()
+
+
+def test_our_own_manager_name_is_ours() -> None:
+    sim = make("MoEJob", job_spec(managedBy="moerator.dev/operator"), gpu_nodes(4))
+    assert sim.step().actions
+
+
+def running_service(spec: dict[str, object]) -> Sim:
+    sim = make("MoEService", spec, gpu_nodes(6))
+    sim.settle()
+    return sim
+
+
+def test_an_edit_to_a_size_that_cannot_cover_is_refused_and_the_old_size_is_kept_alive() -> None:
+    sim = running_service(service_spec(4, experts={"minCopies": 2, "redundantPerRank": 4}))
+    edit(sim, parallelism={"expert": 2})
+    sim.settle()
+    assert sim.condition("Accepted") == ("False", "CoverageImpossible")
+    assert sorted(sim.members) == [0, 1, 2, 3]
+    sim.kill(3)
+    sim.settle()
+    assert sorted(sim.members) == [0, 1, 2, 3], "a refused edit must not stop the healing"
+    edit(sim, parallelism={"expert": 3})
+    sim.settle()
+    assert sim.condition("Accepted")[0] == "False"
+    edit(sim, parallelism={"expert": 4})
+    sim.settle()
+    assert sim.condition("Accepted") == ("True", "Accepted")
+
+
+def test_a_refused_edit_leaves_the_pods_alone() -> None:
+    sim = running_service(service_spec())
+    pods = list(sim.pods)
+    edit(sim, template={"spec": {"resources": {"requests": {"cpu": "lots"}}}})
+    sim.step()
+    assert sim.pods == pods
+    assert sim.condition("Accepted") == ("False", "InvalidSpec")
+
+
+def test_what_is_refused_can_still_be_suspended() -> None:
+    sim = running_service(service_spec())
+    edit(sim, suspend=True, topologyConstraint={"topologyName": "gone", "pack": {"required": "rack"}})
+    sim.settle()
+    assert sim.pods == []
+    assert sim.condition("Accepted") == ("False", "TopologyNotFound")
+
+
+def test_deleting_leaves_the_pods_to_the_garbage_collector_but_not_on_one_machine() -> None:
+    wish = Wish(
+        kind="MoEJob",
+        namespace="d",
+        name="t",
+        uid="u",
+        generation=1,
+        spec=job_spec(),
+        status={"epoch": 3},
+        deleting=True,
+    )
+    pods = (PodFact("t-job-rank-0-1", "p", "rank", 0, 1, "Running"),)
+    assert decide(wish, Facts(pods=pods), 0.0).actions == ()
+    assert len(decide(wish, Facts(pods=pods, local=True), 0.0).actions) == 1
+    assert decide(wish, Facts(pods=pods), 0.0).status == {"epoch": 3}
+
+
+@pytest.mark.parametrize("kind", ["MoEJob", "MoEService", "MoEDrill"])
+@pytest.mark.parametrize("spec", [{}, {"parallelism": "many"}, {"parallelism": {"expert": None}}, {"suspend": "yes"}])
+def test_no_spec_makes_decide_fail(kind: str, spec: dict[str, object]) -> None:
+    assert refused(kind, spec)[0] == "InvalidSpec"

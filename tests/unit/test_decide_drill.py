@@ -1,0 +1,166 @@
+"""MoEDrill: one fault, once, on a whole target; times and verdict."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from moe_core.contract.exchange import Recovery, RuntimeState, ServingProgress
+from moe_core.decide import decide
+from moe_core.facts import Decision, Facts, InjectFault, TargetFact, Wish
+from simcluster import Sim, gpu_nodes, gpu_template, make, service_spec
+
+
+@dataclass
+class Drill:
+    """A drill beside its simulated target."""
+
+    target: Sim
+    spec: dict[str, Any]
+    status: dict[str, Any] = field(default_factory=dict)
+    recoveries: tuple[Recovery, ...] = ()
+    serving: ServingProgress = field(default_factory=ServingProgress)
+
+    def runtime(self) -> RuntimeState | None:
+        state = self.target.runtime()
+        if state is None:
+            return None
+        return state.model_copy(update={"recoveries": self.recoveries, "serving": self.serving})
+
+    def step(self, *, crash: bool = False) -> Decision:
+        wish = Wish("MoEDrill", "default", "d", "drill", 1, self.spec, self.status)
+        target = TargetFact(self.target.wish, tuple(self.target.pods), self.runtime())
+        decision = decide(wish, Facts(target=target), self.target.now)
+        for action in decision.actions:
+            self.target.apply(action)
+        if not crash:
+            conditions = {c["type"]: c for c in self.status.get("conditions", ())}
+            for c in decision.conditions:
+                conditions[c.type] = {"type": c.type, "status": c.status, "reason": str(c.reason), "message": c.message}
+            self.status = {**decision.status, "conditions": list(conditions.values())}
+        return decision
+
+    def condition(self, type_: str) -> tuple[str, str]:
+        return next((c["status"], c["reason"]) for c in self.status["conditions"] if c["type"] == type_)
+
+
+def drill(**slo: int) -> Drill:
+    sim = make("MoEService", service_spec(template=gpu_template(), drills="Allowed"), gpu_nodes(6))
+    sim.settle()
+    spec = {
+        "target": {"kind": "MoEService", "name": "tiny", "rank": 2},
+        "fault": {"type": "KillRank"},
+        "slo": {"maxRequestsFailed": 0, "restoredWithinSeconds": 60, **slo},
+    }
+    return Drill(sim, spec)
+
+
+def injure(found: Drill) -> str:
+    """Through arming and sending; returns the uid that was hit."""
+    found.step()
+    found.step()
+    [uid] = found.target.injected
+    at = found.target.now
+    found.target.kill(2)
+    found.recoveries = (
+        Recovery(
+            epoch=2, lost_ranks=(2,), detected_at=at + 0.1, agreed_at=at + 0.2, rebuilt_at=at + 0.3, resumed_at=at + 0.5
+        ),
+    )
+    return uid
+
+
+def test_a_drill_that_is_survived_passes_with_its_times() -> None:
+    found = drill()
+    injure(found)
+    for _ in range(8):
+        found.target.step()
+        found.target.tick()
+        found.step()
+    assert found.condition("Complete") == ("True", "DrillPassed")
+    assert found.status["verdict"] == "Passed"
+    assert (found.status["detectedSeconds"], found.status["degradedSeconds"]) == ("0.100", "0.500")
+    assert float(found.status["restoredSeconds"]) > 0.5
+    assert found.step().actions == ()
+
+
+def test_nothing_is_injured_before_the_choice_is_written_down() -> None:
+    found = drill()
+    assert found.step(crash=True).actions == ()
+    assert found.step(crash=True).actions == ()
+    assert found.step().actions == ()
+    assert [type(a) for a in found.step().actions] == [InjectFault]
+    assert found.step().actions == ()
+
+
+def test_an_operator_that_dies_after_sending_hits_no_second_pod() -> None:
+    found = drill()
+    found.step()
+    found.step(crash=True)
+    found.target.kill(2)
+    found.target.settle()
+    found.step()
+    assert len(set(found.target.injected)) == 1, "the successor has another uid"
+
+
+def test_a_fault_that_did_not_take_is_sent_again() -> None:
+    found = drill()
+    found.step()
+    found.step()
+    found.target.now += 6
+    assert [type(a) for a in found.step().actions] == [InjectFault]
+
+
+def test_failed_requests_fail_the_drill() -> None:
+    found = drill()
+    found.serving = ServingProgress(requests_failed=3)
+    injure(found)
+    found.serving = ServingProgress(requests_failed=5, degraded_tokens={"generalist": 40})
+    for _ in range(8):
+        found.target.step()
+        found.target.tick()
+        found.step()
+    assert found.condition("Complete") == ("True", "DrillFailed")
+    assert found.condition("Failed") == ("True", "DrillFailed")
+    assert (found.status["requestsFailed"], found.status["tokensDegraded"]) == (2, 40)
+
+
+def test_a_target_that_does_not_come_back_in_time_fails_the_drill() -> None:
+    found = drill()
+    injure(found)
+    found.target.now += 61
+    found.step()
+    assert found.status["verdict"] == "Failed"
+    assert found.status["message"].startswith("not restored within 60 s, the fault was detected")
+
+
+def test_a_drill_waits_for_a_whole_target() -> None:
+    found = drill()
+    found.target.kill(0)
+    found.target.step()
+    found.step()
+    assert found.condition("Injected") == ("False", "TargetNotReady")
+    found.target.settle()
+    found.step()
+    assert found.condition("Injected") == ("False", "DrillPending")
+
+
+def test_a_target_that_forbids_drills_is_not_touched() -> None:
+    found = drill()
+    found.target.wish = replace(found.target.wish, spec={**found.target.wish.spec, "drills": "Forbidden"})
+    assert found.step().actions == ()
+    assert found.condition("Accepted") == ("False", "DrillsForbidden")
+
+
+def test_a_target_that_does_not_exist_is_said() -> None:
+    wish = Wish("MoEDrill", "default", "d", "drill", 1, drill().spec)
+    decision = decide(wish, Facts(), 0.0)
+    assert decision.conditions[0].reason == "TargetNotFound"
+    assert decision.wake_in is not None
+
+
+def test_a_hang_is_sent_as_a_hang() -> None:
+    found = drill()
+    found.spec["fault"] = {"type": "HangRank"}
+    found.step()
+    [action] = found.step().actions
+    assert isinstance(action, InjectFault)
+    assert action.request.fault == "hang"
