@@ -1,7 +1,8 @@
 """The demo: train, serve, kill a rank under load, watch nothing fail. Everything in it is the product's own.
 
 The same resources as on Kubernetes, from the examples folder; the same reconcile; real processes; a real SIGKILL sent
-by a MoEDrill. Exit code 0 only if no request failed, every expert has a live copy again, and the generalist beat dropping.
+by a MoEDrill. Exit code 0 only if no request failed, every expert has a live copy again, and the generalist beat
+dropping.
 """
 
 import asyncio

@@ -9,13 +9,17 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """GET `path` on the loopback port, or only a connection when `path` is None."""
+    """GET `path` on the loopback port, or only a connection when `path` is None.
+
+    `any_status`: every answer is a success, because only a process that lives can give one.
+    """
 
     port: int
     path: str | None
     period_s: float
     timeout_s: float
     failure_threshold: int
+    any_status: bool = False
 
     @property
     def url(self) -> str:
@@ -35,7 +39,9 @@ class Probe:
                 return True
             writer.write(f"GET {self.path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
             status = (await reader.readline()).split()
-            return len(status) > 1 and status[1].isdigit() and 200 <= int(status[1]) < 400
+            if len(status) < 2 or not status[1].isdigit():
+                return False
+            return self.any_status or 200 <= int(status[1]) < 400
         finally:
             writer.close()
             with contextlib.suppress(OSError):
@@ -45,8 +51,8 @@ class Probe:
 def probe_of(manifest: Mapping[str, Any], field: str, *, port: int | None) -> Probe | None:
     """The probe `field` of the pod's container, None when it has none. `port` replaces the manifest's.
 
-    A container that can be asked whether it is ready, but names no liveness probe, is asked the same for that: on one
-    machine nobody else would notice a stopped process.
+    A container that can be asked whether it is ready, but names no liveness probe, must at least answer that question:
+    on one machine nobody else would notice a stopped process.
     """
     container = manifest["spec"]["containers"][0]
     ports = {entry.get("name", ""): int(entry["containerPort"]) for entry in container.get("ports", ())}
@@ -61,4 +67,5 @@ def probe_of(manifest: Mapping[str, Any], field: str, *, port: int | None) -> Pr
         period_s=float(given.get("periodSeconds", 10)),
         timeout_s=float(given.get("timeoutSeconds", 1)),
         failure_threshold=int(given.get("failureThreshold", 3)),
+        any_status=field not in container,
     )
