@@ -1,1 +1,1 @@
-"""Who takes part in steps: epochs agreed among the ranks themselves, and the process group of each epoch."""
+"""Who takes part in steps: epochs agreed among the ranks, the groups built on them, and the fencing of who is out."""
