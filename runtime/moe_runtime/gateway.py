@@ -1,0 +1,195 @@
+"""A gateway's process: a Ray driver that calls ranks directly, kept informed, behind the OpenAI face.
+
+Calls go from here to the rank's process without any head in between, so requests go on while the coordinator's pod, Ray's
+head included, is dead. Only finding a rank that this gateway has never met needs Ray's head.
+"""
+
+import asyncio
+import contextlib
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import ray
+from aiohttp import web
+from ray.actor import ActorHandle
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
+
+from moe_core.contract.membership import Membership
+from moe_core.contract.names import rank_actor_name
+from moe_core.outcome import InvalidInput
+from moe_runtime.engine.scheduler import GenerationRequest
+from moe_runtime.gateway_http import GatewayFace
+from moe_runtime.gateway_ranks import RankDirectory
+from moe_runtime.gateway_replay import RankForgot, RankUnreachable
+from moe_runtime.pod_env import PodEnv
+from moe_runtime.rank_desk import Poll, UnknownRequest
+from moe_runtime.ray_env import is_loopback, ray_temp_dir
+from moe_runtime.registration import GatewayReport, MembersView
+from moe_runtime.tokenizer import load_tokenizer
+
+_REPORT_EVERY_S = 0.5
+_ASK_RANKS_EVERY_S = 1.0
+_CALL_S = 3.0
+_CONNECT_S = 120.0
+
+
+class RayRanks:
+    """RankClient over actor handles, each looked up once by its name."""
+
+    def __init__(self, namespace: str) -> None:
+        self._namespace = namespace
+        self._handles: dict[str, ActorHandle] = {}
+
+    async def _handle(self, pod_uid: str, timeout_s: float) -> ActorHandle:
+        if pod_uid not in self._handles:
+            # In a thread: it asks Ray's head, which may be gone, and blocks until then.
+            lookup = asyncio.to_thread(ray.get_actor, rank_actor_name(pod_uid), namespace=self._namespace)
+            try:
+                self._handles[pod_uid] = await asyncio.wait_for(lookup, timeout_s)
+            except (ValueError, TimeoutError, RayError) as error:
+                raise RankUnreachable(f"no actor of pod {pod_uid}: {error}") from error
+        return self._handles[pod_uid]
+
+    async def _call(self, pod_uid: str, method: str, *args: Any, timeout_s: float) -> Any:
+        handle = await self._handle(pod_uid, timeout_s)
+        try:
+            return await asyncio.wait_for(getattr(handle, method).remote(*args), timeout_s)
+        except RayTaskError as error:
+            if isinstance(error.cause, UnknownRequest):
+                raise RankForgot(str(error.cause)) from error
+            raise RankUnreachable(f"{method} on pod {pod_uid} failed: {error.cause!r}") from error
+        except ActorDiedError as error:
+            self._handles.pop(pod_uid, None)
+            raise RankUnreachable(f"pod {pod_uid} died", is_gone=True) from error
+        except (RayError, TimeoutError) as error:
+            raise RankUnreachable(f"{method} on pod {pod_uid}: {type(error).__name__}") from error
+
+    async def submit(self, pod_uid: str, request: GenerationRequest, *, wait_s: float, timeout_s: float) -> Poll:
+        answer: Poll = await self._call(pod_uid, "submit", request, wait_s, timeout_s=timeout_s)
+        return answer
+
+    async def poll(self, pod_uid: str, request_id: str, *, have: int, wait_s: float, timeout_s: float) -> Poll:
+        answer: Poll = await self._call(pod_uid, "poll", request_id, have, wait_s, timeout_s=timeout_s)
+        return answer
+
+    async def view(self, pod_uid: str) -> Membership | None:
+        text = await self._call(pod_uid, "view", timeout_s=_CALL_S)
+        return Membership.parse(text) if text else None
+
+    def cancel(self, pod_uid: str, request_id: str) -> None:
+        handle = self._handles.get(pod_uid)
+        if handle is not None:
+            with contextlib.suppress(RayError):
+                handle.cancel.remote(request_id)
+
+    def forget(self, living: set[str]) -> None:
+        for pod_uid in set(self._handles) - living:
+            del self._handles[pod_uid]
+
+
+class Scout:
+    """Keeps the directory true: from the coordinator while it answers, and from the ranks in any case."""
+
+    def __init__(self, env: PodEnv, directory: RankDirectory, ranks: RayRanks, face: GatewayFace) -> None:
+        self._env = env
+        self._directory = directory
+        self._ranks = ranks
+        self._face = face
+
+    async def follow_coordinator(self) -> None:
+        """Report this gateway's counts, get the members in return."""
+        headers = {"Authorization": f"Bearer {self._env.token}"}
+        timeout = aiohttp.ClientTimeout(total=_CALL_S)
+        async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
+            while True:
+                counts = self._face.counts
+                report = GatewayReport(
+                    pod_uid=self._env.pod_uid,
+                    requests_ok=counts.ok,
+                    requests_failed=counts.failed,
+                    requests_replayed=counts.replayed,
+                    tokens_out=counts.tokens_out,
+                )
+                url = f"{self._env.coordinator_url}/v1/register"
+                with contextlib.suppress(aiohttp.ClientError, TimeoutError, InvalidInput):
+                    async with session.post(url, data=report.canonical()) as response:
+                        if response.status == 200:
+                            self._take(MembersView.parse(await response.read()))
+                await asyncio.sleep(_REPORT_EVERY_S)
+
+    def _take(self, view: MembersView) -> None:
+        # A coordinator that has just started knows nobody yet: no members is no news.
+        if view.ranks and view.epoch >= self._directory.epoch:
+            active = [(r.rank, r.pod_uid) for r in view.ranks if r.phase == "Active"]
+            if active:
+                self._directory.tell(view.epoch, active)
+            self._directory.covered, self._directory.total = view.covered, view.total
+
+    async def ask_ranks(self) -> None:
+        """Any rank knows the committed membership: one is asked in turn, a dead or hung one is found out on the way."""
+        turn = 0
+        while True:
+            await asyncio.sleep(_ASK_RANKS_EVERY_S)
+            uids = self._directory.active_uids()
+            if not uids:
+                continue
+            turn += 1
+            uid = uids[turn % len(uids)]
+            try:
+                membership = await self._ranks.view(uid)
+            except RankUnreachable as error:
+                self._directory.suspect(uid, is_gone=error.is_gone)
+                continue
+            except RankForgot:
+                continue
+            self._directory.clear(uid)
+            if membership is not None and membership.epoch > self._directory.epoch:
+                self._directory.tell(membership.epoch, [(m.rank, m.pod_uid) for m in membership.members])
+            self._ranks.forget(set(self._directory.known_uids()))
+
+
+def _connect(env: PodEnv) -> None:
+    """Join the Ray cluster as a driver; waits for its head. Raises ConnectionError after two minutes."""
+    deadline = time.monotonic() + _CONNECT_S
+    while True:
+        try:
+            ray.init(
+                address=env.ray_address,
+                namespace=env.ray_namespace,
+                _node_ip_address=env.pod_ip,
+                _temp_dir=str(ray_temp_dir(env)),
+                log_to_driver=False,
+                configure_logging=False,
+            )
+            return
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            if time.monotonic() > deadline:
+                raise ConnectionError(f"no Ray at {env.ray_address}: {error}") from error
+            time.sleep(0.5)
+
+
+async def serve_gateway(env: PodEnv) -> None:
+    """Serve until cancelled. Raises TokenizerMissing, OSError (port), ConnectionError (no Ray)."""
+    source = env.config.model.path
+    tokenizer = await asyncio.to_thread(load_tokenizer, Path(source) if source else None)
+    directory, ranks = RankDirectory(), RayRanks(env.ray_namespace)
+    face = GatewayFace(env.config, directory, ranks, tokenizer)
+    runner = web.AppRunner(face.app(), access_log=None, shutdown_timeout=0.5)
+    await runner.setup()
+    assert env.config.serving is not None
+    host = env.pod_ip if is_loopback(env.pod_ip) else None
+    port = env.config.serving.gateway_port
+    tasks = []
+    try:
+        await web.TCPSite(runner, host, port, reuse_port=True).start()
+        print(f"moe-pod: gateway on port {port}", flush=True)
+        await asyncio.to_thread(_connect, env)
+        scout = Scout(env, directory, ranks, face)
+        tasks = [asyncio.create_task(scout.follow_coordinator()), asyncio.create_task(scout.ask_ranks())]
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await runner.cleanup()

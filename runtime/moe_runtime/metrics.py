@@ -1,0 +1,73 @@
+"""Prometheus metrics, every name in one place. Registries of their own: nothing global, nothing twice."""
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from moe_core.contract.exchange import RuntimeState
+from moe_runtime.load import balancedness
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+
+class CoordinatorMetrics:
+    """The state as metrics; the state is the only source, so nothing is counted twice."""
+
+    def render(self, state: RuntimeState) -> bytes:
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(_StateCollector(state))
+        return generate_latest(registry)
+
+
+class _StateCollector(Collector):
+    def __init__(self, state: RuntimeState) -> None:
+        self._state = state
+
+    def collect(self) -> list[Metric]:
+        state = self._state
+        active = [rank for rank in state.ranks if rank.phase == "Active"]
+        tokens = CounterMetricFamily("moe_rank_tokens", "Tokens a rank has put through the model.", labels=["rank"])
+        for rank in state.ranks:
+            tokens.add_metric([str(rank.rank)], rank.tokens)
+        fallback = CounterMetricFamily(
+            "moe_fallback_tokens", "Routed picks not answered by a live copy.", labels=["reason"]
+        )
+        requests = CounterMetricFamily("moe_requests", "Requests at the gateways, by outcome.", labels=["outcome"])
+        if state.serving is not None:
+            for reason, count in sorted(state.serving.degraded_tokens.items()):
+                fallback.add_metric([reason], count)
+            requests.add_metric(["ok"], state.serving.requests_ok)
+            requests.add_metric(["failed"], state.serving.requests_failed)
+            requests.add_metric(["replayed"], state.serving.requests_replayed)
+        info = GaugeMetricFamily("moe_map_info", "The expert map in force.", labels=["digest"])
+        info.add_metric([state.map_digest], 1)
+        gauges = [
+            GaugeMetricFamily("moe_active_ranks", "Ranks that take part in steps.", value=len(active)),
+            GaugeMetricFamily("moe_epoch", "Committed epoch of the membership.", value=state.epoch),
+        ]
+        if state.coverage is not None:
+            gauges += [
+                GaugeMetricFamily("moe_experts_covered", "(layer, expert) pairs alive.", value=state.coverage.covered),
+                GaugeMetricFamily("moe_experts_total", "(layer, expert) pairs.", value=state.coverage.total),
+            ]
+        if (mean := balancedness(state.load)) is not None:
+            gauges.append(
+                GaugeMetricFamily("moe_load_balancedness", "Mean over max of expert load, mean of layers.", value=mean)
+            )
+        return [tokens, fallback, requests, info, *gauges]
+
+
+class GatewayMetrics:
+    """What one gateway counts itself."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter("moe_requests", "Requests by outcome.", ["outcome"], registry=self.registry)
+        self.replays = Counter("moe_replays", "Replays on another rank, by cause.", ["cause"], registry=self.registry)
+        self.tokens_out = Counter("moe_tokens_out", "Tokens sent to clients.", registry=self.registry)
+        self.in_flight = Gauge("moe_requests_in_flight", "Requests being answered.", registry=self.registry)
+        self.epoch = Gauge("moe_epoch", "Newest epoch a rank has told.", registry=self.registry)
+        self.active_ranks = Gauge("moe_active_ranks", "Ranks this gateway would send to.", registry=self.registry)
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)

@@ -1,0 +1,188 @@
+"""The entry point of every pod (`moe-pod`): the same in a container and under the local shell.
+
+    coordinator   Ray head (a child) and the coordinator's HTTP face
+    rank          guard of one rank: Ray node (or the shared one), the rank's actor, fencing
+    gateway       Ray node (or the shared one) and the OpenAI face
+    node          a bare Ray node that pods of one machine share
+
+Exit codes: 0 after SIGTERM or SIGINT, 2 for a wrong environment, 1 for everything that broke.
+"""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from moe_core.contract.names import ROLE_COORDINATOR, ROLE_GATEWAY, ROLE_RANK
+from moe_core.outcome import InvalidSpec
+from moe_runtime import processes
+from moe_runtime.pod_env import PodEnv, read_pod_env
+from moe_runtime.rank_pod import RankEnded
+from moe_runtime.ray_env import OBJECT_STORE_BYTES, head_environment, ray_environment, ray_temp_dir
+from moe_runtime.ray_node import READY_LINE
+
+_NODE_START_S = 120.0
+"""Seen: 7 s for a head, 6 s for a node (2 busy cores, 22 Nov); a cold disk takes ten times that."""
+_GRACE_S = 3.0
+
+
+class PodBroke(RuntimeError):
+    """A part that this pod cannot do without ended or never came up."""
+
+
+def main() -> None:
+    try:
+        env = read_pod_env(os.environ)
+    except InvalidSpec as error:
+        print(f"moe-pod: the environment is wrong:\n{error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    parent_pid = os.getppid()
+    processes.lead_session()
+    try:
+        asyncio.run(_run(env, parent_pid))
+        code = 0
+    except (PodBroke, RankEnded) as error:
+        print(f"moe-pod: {env.role}: {error}", file=sys.stderr, flush=True)
+        code = 1
+    finally:
+        processes.end_descendants(grace_s=_GRACE_S)
+        if not env.shared_ray:
+            shutil.rmtree(ray_temp_dir(env), ignore_errors=True)
+    # Not sys.exit: a Ray driver's own exit hooks wait for a head that may be gone.
+    sys.stdout.flush()
+    os._exit(code)
+
+
+async def _run(env: PodEnv, parent_pid: int) -> None:
+    """Run the role until it ends, a signal arrives or the starting process dies."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    work = asyncio.ensure_future(_role(env)(env))
+    watchers = [asyncio.create_task(stop.wait()), asyncio.create_task(_parent_gone(parent_pid))]
+    done, pending = await asyncio.wait([work, *watchers], return_when=asyncio.FIRST_COMPLETED)
+    for task in pending:
+        task.cancel()
+    await asyncio.wait([*pending, asyncio.create_task(asyncio.sleep(0))], timeout=_GRACE_S)
+    if work in done:
+        work.result()
+
+
+async def _parent_gone(parent_pid: int) -> None:
+    """Returns when the process that started this one died. Polled: the kernel's death signal follows a thread, not a process."""
+    while parent_pid <= 1 or os.getppid() == parent_pid:
+        await asyncio.sleep(0.5)
+
+
+def _role(env: PodEnv) -> Callable[[PodEnv], Awaitable[None]]:
+    if env.role == ROLE_COORDINATOR:
+        return _coordinator
+    if env.role == ROLE_RANK:
+        return _rank
+    if env.role == ROLE_GATEWAY:
+        return _gateway
+    return _node
+
+
+async def _coordinator(env: PodEnv) -> None:
+    from moe_runtime.coordinator import serve_coordinator
+
+    head = start_ray_node(env, head=True)
+    serving = asyncio.create_task(serve_coordinator(env))
+    await _first_end(serving, _watch_child(head, "the Ray head"))
+
+
+async def _gateway(env: PodEnv) -> None:
+    node = await _own_node(env)
+    os.environ.update(ray_environment(env, os.environ))
+    from moe_runtime.gateway import serve_gateway
+
+    serving = asyncio.create_task(serve_gateway(env))
+    await _first_end(serving, *([_watch_child(node, "the Ray node")] if node else []))
+
+
+async def _rank(env: PodEnv) -> None:
+    from moe_runtime.rank_pod import guard_rank
+
+    node = await _own_node(env)
+    guarding = asyncio.create_task(guard_rank(env))
+    await _first_end(guarding, *([_watch_child(node, "the Ray node")] if node else []))
+
+
+async def _node(env: PodEnv) -> None:
+    node = start_ray_node(env, head=False)
+    await ray_node_ready(env, node)
+    print("moe-pod: the shared Ray node is up", flush=True)
+    await _watch_child(node, "the Ray node")
+
+
+async def _own_node(env: PodEnv) -> "subprocess.Popen[bytes] | None":
+    if env.shared_ray:
+        return None
+    node = start_ray_node(env, head=False)
+    await ray_node_ready(env, node)
+    return node
+
+
+async def _first_end(*parts: Awaitable[None]) -> None:
+    """Runs until any part ends; raises what it raised."""
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _watch_child(child: "subprocess.Popen[bytes]", what: str) -> None:
+    while child.poll() is None:
+        await asyncio.sleep(0.2)
+    raise PodBroke(f"{what} ended with code {child.returncode}")
+
+
+def _node_log(env: PodEnv) -> Path:
+    return env.state_dir / "ray-node.log"
+
+
+def start_ray_node(env: PodEnv, *, head: bool) -> "subprocess.Popen[bytes]":
+    """Start the node's processes as a child that dies with this pod; its output goes to ray-node.log."""
+    environment = (head_environment if head else ray_environment)(env, os.environ)
+    temp_dir = ray_temp_dir(env)
+    temp_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    options = {
+        "head": head,
+        "ip": env.pod_ip,
+        "port": env.config.ray_port,
+        "address": env.ray_address,
+        "object_store_bytes": OBJECT_STORE_BYTES,
+        "temp_dir": str(temp_dir),
+        "num_gpus": 1 if env.config.device == "cuda" and env.role == ROLE_RANK else 0,
+    }
+    _node_log(env).write_bytes(b"")
+    return processes.start(
+        [sys.executable, "-m", "moe_runtime.ray_node", json.dumps(options)], env=environment, log=_node_log(env)
+    )
+
+
+async def ray_node_ready(env: PodEnv, node: "subprocess.Popen[bytes]") -> None:
+    """Waits for the node to be up. Raises PodBroke when it ends or takes too long."""
+    deadline = time.monotonic() + _NODE_START_S
+    while READY_LINE not in (text := _node_log(env).read_text(errors="replace")):
+        if node.poll() is not None:
+            raise PodBroke(f"the Ray node ended with code {node.returncode} at its start:\n{text[-2000:]}")
+        if time.monotonic() > deadline:
+            raise PodBroke(f"the Ray node was not up after {_NODE_START_S:.0f} s:\n{text[-2000:]}")
+        await asyncio.sleep(0.05)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Puts one rank's parts together. Imports torch and transformers: only inside the rank's own process."""
+
+import os
+
+import torch
+
+from moe_core.contract.runtime_config import RuntimeConfig
+from moe_runtime.membership.keeper import MembershipKeeper
+from moe_runtime.rank_desk import Desk
+from moe_runtime.rank_link import CoordinatorLink
+from moe_runtime.rank_loop import StepLoop
+from moe_runtime.rank_work import Work
+
+
+def assemble(
+    config: RuntimeConfig,
+    *,
+    token: str,
+    rank: int,
+    pod_uid: str,
+    pod_ip: str,
+    guard_address: str,
+    coordinator_url: str,
+    desk: Desk,
+) -> StepLoop:
+    """The step loop with its link started; `run` it in a thread of its own."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    keeper = MembershipKeeper(
+        rank=rank,
+        pod_uid=pod_uid,
+        token=token,
+        host=pod_ip,
+        guard_address=guard_address,
+        deadlines=config.deadlines,
+    )
+    link = CoordinatorLink(coordinator_url, token)
+    loop = StepLoop(
+        config,
+        rank=rank,
+        token=token,
+        keeper=keeper,
+        work=_work(config, rank=rank, desk=desk),
+        directive=lambda: link.directive,
+    )
+    link.start(loop.report)
+    return loop
+
+
+def _work(config: RuntimeConfig, *, rank: int, desk: Desk) -> Work:
+    if config.mode == "train":
+        from moe_runtime.rank_train import TrainWork
+
+        return TrainWork(config, rank=rank)
+    from moe_runtime.rank_serve import ServeWork
+
+    return ServeWork(config, rank=rank, desk=desk)

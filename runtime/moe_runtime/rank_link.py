@@ -1,0 +1,54 @@
+"""A rank's line to the coordinator: reports go there, the newest directive comes back. Its own thread; steps never wait for it.
+
+While no coordinator answers, the last directive stays: ranks go on with what they know.
+"""
+
+import http.client
+import threading
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from moe_core.outcome import InvalidInput
+from moe_runtime.registration import Directive, RankReport
+
+_HOLD_S = 0.4
+"""The coordinator holds a report's answer for so long when there is no news; a phase is never reported later than this."""
+_CALL_S = 3.0
+_RETRY_S = 0.3
+
+
+class CoordinatorLink:
+    """`directive` is the newest that came back; an empty one before the first."""
+
+    def __init__(self, url: str, token: str) -> None:
+        parts = urlsplit(url)
+        self._host, self._port = parts.hostname or "", parts.port or 80
+        self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        self._stop = threading.Event()
+        self.directive = Directive()
+
+    def start(self, report: Callable[[], RankReport]) -> None:
+        """`report()` is called before every message, from the link's thread."""
+        threading.Thread(target=self._run, args=(report,), name="coordinator-link", daemon=True).start()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _run(self, make_report: Callable[[], RankReport]) -> None:
+        connection: http.client.HTTPConnection | None = None
+        while not self._stop.is_set():
+            if connection is None:
+                connection = http.client.HTTPConnection(self._host, self._port, timeout=_CALL_S)
+            report = make_report().model_copy(update={"directive_seen": self.directive.seal, "wait_s": _HOLD_S})
+            try:
+                connection.request("POST", "/v1/register", body=report.canonical(), headers=self._headers)
+                response = connection.getresponse()
+                body = response.read()
+                if response.status == 200:
+                    self.directive = Directive.parse(body)
+                elif response.status != 204:
+                    self._stop.wait(_RETRY_S)
+            except (OSError, http.client.HTTPException, InvalidInput):
+                connection.close()
+                connection = None
+                self._stop.wait(_RETRY_S)

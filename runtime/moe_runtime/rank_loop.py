@@ -1,0 +1,293 @@
+"""The step loop of one rank, in a thread of its own: load, wait for an epoch, step, recover, leave, join again.
+
+    Starting -> Loading -> Ready -> Active -> (Draining -> Left) or, fenced by the others, back to Ready
+
+Every decision here follows from the directive (what the coordinator wants), the keeper (what the ranks have agreed) and the
+control exchange (what all ranks see at the same boundary), never from a message that must not be lost.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+
+from moe_core.contract.base import digest_of
+from moe_core.contract.exchange import Coverage, RankPhase, Recovery
+from moe_core.contract.expert_map import ExpertMap
+from moe_core.contract.membership import Membership
+from moe_core.contract.runtime_config import RuntimeConfig
+from moe_runtime.errors import Fenced, GroupFault, MinorityStop
+from moe_runtime.membership.group import EpochGroup
+from moe_runtime.membership.keeper import MembershipKeeper
+from moe_runtime.processes import resident_bytes
+from moe_runtime.rank_staging import Staging
+from moe_runtime.rank_work import ModelUnusable, Work, coverage
+from moe_runtime.registration import Directive, RankReport
+
+_IDLE_S = 0.02
+"""Between two control exchanges while no rank has work: the most that a first request waits for its step to begin."""
+_LONG_IDLE_S = 0.05
+_LONG_IDLE_AFTER = 100
+_FORM_MS = 1500
+_JOIN_MS = 300
+_KEPT_RECOVERIES = 16
+
+
+class StepLoop:
+    """`run` is the thread. `directive()` gives the newest directive. Ends when stopped or when the model cannot be used; else never."""
+
+    def __init__(
+        self,
+        config: RuntimeConfig,
+        *,
+        rank: int,
+        token: str,
+        keeper: MembershipKeeper,
+        work: Work,
+        directive: Callable[[], Directive],
+    ) -> None:
+        self._config, self._rank, self._token = config, rank, token
+        self._keeper, self._work, self._directive = keeper, work, directive
+        self._staging = Staging()
+        self._group: EpochGroup | None = None
+        self._halt = threading.Event()
+        self._phase: RankPhase = "Starting"
+        self._message = ""
+        self._failure = ""
+        self._coverage: Coverage | None = None
+        self._recoveries: tuple[Recovery, ...] = ()
+        self._recovering: tuple[tuple[int, ...], float, float, float] | None = None
+        self._quiet_rounds = 0
+        self.crashed: BaseException | None = None
+
+    # -- seen from other threads --
+
+    @property
+    def membership(self) -> Membership | None:
+        """The committed epoch this rank takes part in; None while it is outside."""
+        return self._keeper.current if self._phase in ("Active", "Draining") else None
+
+    def halt(self) -> None:
+        self._halt.set()
+
+    def report(self) -> RankReport:
+        """What the coordinator is told."""
+        epm, work = self._work.epm, self._work.report
+        return RankReport(
+            member=self._keeper.me,
+            phase=self._phase,
+            membership=self._keeper.current,
+            staged_digest=self._staging.digest or (epm.expert_map.digest if epm is not None else ""),
+            applied_digest=epm.expert_map.digest if epm is not None else "",
+            memory_bytes=resident_bytes(),
+            tokens=work.tokens,
+            message=self._message,
+            degraded_tokens=work.degraded_tokens,
+            coverage=self._coverage,
+            recoveries=self._recoveries,
+            load=work.load,
+            training=work.training,
+            failure=self._failure,
+        )
+
+    # -- the thread --
+
+    def run(self) -> None:
+        try:
+            self._load()
+            while not self._halt.is_set():
+                membership = self._await_epoch()
+                if membership is not None:
+                    self._live(membership)
+        except ModelUnusable as error:
+            self._phase, self._failure, self._message = "Failed", str(error), str(error)
+        except BaseException as error:
+            self.crashed = error
+            raise
+
+    def _load(self) -> None:
+        while (wanted := self._directive().expert_map) is None:
+            if self._halt.wait(0.05):
+                return
+        self._phase = "Loading"
+        self._work.load(wanted)
+        self._phase = "Ready"
+
+    def _await_epoch(self) -> Membership | None:
+        """Ready and outside: form the first epoch or be taken into a running one. None: look again."""
+        directive = self._directive()
+        self._phase = "Ready" if self._rank in directive.ranks else "Left"
+        self._follow_map(directive, outside=True)
+        plan = directive.plan
+        am_in = plan is not None and self._keeper.me.pod_uid in plan.pod_uids
+        try:
+            if directive.is_first and plan is not None and am_in and self._keeper.known is None:
+                return self._keeper.form(plan, timeout_ms=_FORM_MS)
+            return self._keeper.join(timeout_ms=_JOIN_MS)
+        except MinorityStop as stop:
+            self._message = str(stop)
+            return None
+
+    def _follow_map(self, directive: Directive, *, outside: bool) -> None:
+        """Bring a new map's slots into memory: in the background while stepping, at once when outside."""
+        wanted, epm = directive.expert_map, self._work.epm
+        if wanted is None or epm is None:
+            return
+        self._staging.want(wanted, epm, wait=outside)
+        if outside and self._staging.digest == wanted.digest and epm.expert_map.digest != wanted.digest:
+            self._apply_map(wanted.digest)
+
+    def _apply_map(self, digest: str) -> ExpertMap | None:
+        """Swap in the staged map if it is the one named; None when the map in force is that already."""
+        epm = self._work.epm
+        assert epm is not None
+        if epm.expert_map.digest == digest:
+            return None
+        staged = self._staging.take(digest)
+        if staged is None:
+            raise GroupFault(f"epoch needs map {digest}, here are {epm.expert_map.digest} and {self._staging.digest}")
+        epm.commit_map(staged)
+        epm.bind(None)
+        return epm.expert_map
+
+    def _live(self, membership: Membership) -> None:
+        """From entering an epoch to being out of every epoch."""
+        entered = False
+        try:
+            while not self._halt.is_set():
+                try:
+                    if not entered:
+                        self._enter(membership)
+                        entered = True
+                    if not self._step():
+                        break
+                except GroupFault as fault:
+                    entered = False
+                    membership = self._recover(fault)
+        except Fenced as fenced:
+            self._message = str(fenced)
+            self._keeper.rejoin()
+        finally:
+            self._drop_group()
+            self._work.leave("this rank left the epoch")
+            self._coverage = None
+            self._recovering = None
+
+    def _enter(self, membership: Membership) -> None:
+        epm = self._work.epm
+        assert epm is not None
+        self._drop_group()
+        self._group = EpochGroup.build(
+            membership,
+            rank=self._rank,
+            token=self._token,
+            device=self._config.device,
+            timeout_ms=self._config.deadlines.step_ms,
+        )
+        self._apply_map(membership.map_digest)
+        epm.bind(self._group)
+        self._coverage = coverage(epm)
+        self._work.enter(self._group, membership.epoch)
+        self._phase, self._message = "Active", ""
+        if self._recovering is not None and self._recovering[3] == 0.0:
+            lost, detected, agreed, _ = self._recovering
+            self._recovering = (lost, detected, agreed, time.time())
+
+    def _step(self) -> bool:
+        """One boundary and one step; False when this rank is out. Raises GroupFault, Fenced."""
+        group = self._group
+        assert group is not None
+        self._keeper.check()
+        current, known = self._keeper.current, self._keeper.known
+        assert current is not None
+        if known is not None and known.epoch > current.epoch:
+            raise GroupFault(f"epoch {known.epoch} is decided, this rank steps in {current.epoch}")
+        directive = self._directive()
+        if directive.ranks and self._rank not in directive.ranks:
+            self._phase = "Draining"
+        self._follow_map(directive, outside=False)
+        plan = self._ready_plan(directive, current)
+        rows = group.all_gather_ints((self._work.prepare(), _key(plan)))
+        if plan is not None and all(row[1] == _key(plan) for row in rows):
+            return self._change(plan)
+        tokens = [row[0] for row in rows]
+        self._work.run(tokens)
+        self._resumed()
+        if any(tokens):
+            self._quiet_rounds = 0
+        else:
+            self._quiet_rounds += 1
+            self._work.idle(_IDLE_S if self._quiet_rounds < _LONG_IDLE_AFTER else _LONG_IDLE_S)
+        return True
+
+    def _ready_plan(self, directive: Directive, current: Membership) -> Membership | None:
+        """The directive's plan if it follows on this epoch and this rank could go along now."""
+        plan, epm = directive.plan, self._work.epm
+        assert epm is not None
+        if plan is None or directive.is_first or plan.epoch != current.epoch + 1:
+            return None
+        stays = self._keeper.me.pod_uid in plan.pod_uids
+        has_map = plan.map_digest in (epm.expert_map.digest, self._staging.digest)
+        return plan if has_map or not stays else None
+
+    def _change(self, plan: Membership) -> bool:
+        """All members saw the same plan at this boundary. False when this rank has left by it."""
+        self._drop_group()
+        self._work.rollback()
+        try:
+            decided = self._keeper.change(plan)
+        except MinorityStop as stop:
+            decided = self._recover(GroupFault(str(stop)))
+        if self._keeper.me.pod_uid not in decided.pod_uids:
+            self._keeper.rejoin()
+            return False
+        self._enter(decided)
+        return True
+
+    def _recover(self, fault: GroupFault) -> Membership:
+        """The next epoch without whom the fault took. Waits for a vouching as a minority. Raises Fenced."""
+        detected = time.time()
+        self._message = str(fault)
+        before = self._keeper.current
+        self._drop_group()
+        self._work.rollback()
+        while True:
+            directive = self._directive()
+            self._keeper.vouch(directive.vouched_dead, newest_epoch=directive.newest_epoch)
+            try:
+                membership = self._keeper.recover()
+                break
+            except MinorityStop as stop:
+                self._message = str(stop)
+                if self._halt.is_set():
+                    raise Fenced("stopped while recovering") from stop
+        lost = tuple(sorted(set(before.ranks if before else ()) - set(membership.ranks)))
+        if lost and self._recovering is None:
+            self._recovering = (lost, detected, time.time(), 0.0)
+        return membership
+
+    def _resumed(self) -> None:
+        """The first step after a recovery is through."""
+        if self._recovering is None or self._recovering[3] == 0.0:
+            return
+        lost, detected, agreed, rebuilt = self._recovering
+        self._recovering = None
+        current = self._keeper.current
+        recovery = Recovery(
+            epoch=current.epoch if current else 0,
+            lost_ranks=lost,
+            detected_at=detected,
+            agreed_at=agreed,
+            rebuilt_at=rebuilt,
+            resumed_at=time.time(),
+        )
+        self._recoveries = (*self._recoveries, recovery)[-_KEPT_RECOVERIES:]
+
+    def _drop_group(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            group.destroy()
+
+
+def _key(plan: Membership | None) -> int:
+    """A plan as one number in the control exchange; 0 for none."""
+    return 0 if plan is None else int(digest_of(plan.canonical())[:15], 16) + 1

@@ -1,0 +1,128 @@
+"""A rank's pod as its guard sees it: have the rank created, watch it, end with it.
+
+This process imports neither torch nor Ray, so that it stays small and alive when they do not; the rank's actor is created
+by a child that ends at once.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from moe_runtime import processes
+from moe_runtime.guard import Guard
+from moe_runtime.pod_env import PodEnv
+from moe_runtime.ray_env import ray_environment, ray_temp_dir
+
+_CREATE = "from moe_runtime.rank import create; create()"
+_BEGIN_S = 180.0
+"""From the actor's creation to its first heartbeat: a Ray worker starts in 1 to 7 s (4 at once on 2 cores)."""
+
+
+class RankEnded(RuntimeError):
+    """The rank is gone, so its pod is."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Boot:
+    """The same fields as `rank.RankBoot`, which this process must not import."""
+
+    config_path: str
+    token_path: str
+    rank: int
+    pod_uid: str
+    pod_ip: str
+    guard_socket: str
+    guard_address: str
+    coordinator_url: str
+    log_path: str
+    ray_address: str
+    ray_namespace: str
+    ray_temp_dir: str
+
+
+async def guard_rank(env: PodEnv) -> None:
+    """Runs until the rank has ended (RankEnded) or this is cancelled, which ends the rank."""
+    assert env.rank is not None
+    env.state_dir.mkdir(parents=True, exist_ok=True)
+    guard = Guard(
+        pod_uid=env.pod_uid,
+        token=env.token,
+        socket_path=_socket_path(env),
+        host=env.pod_ip,
+        faults_enabled=env.config.faults_enabled,
+    )
+    log = env.state_dir / "rank.log"
+    following = asyncio.create_task(_follow(log))
+    try:
+        await _create(env, guard, log)
+        while not guard.ended.is_set():
+            await asyncio.sleep(0.1)
+        raise RankEnded(f"rank {env.rank}: {guard.reason}")
+    finally:
+        await asyncio.shield(asyncio.to_thread(guard.fence, "its pod ends"))
+        following.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await following
+        guard.close()
+
+
+def _socket_path(env: PodEnv) -> Path:
+    """Short: a unix socket's path must stay under 108 bytes."""
+    key = sha256(f"{env.config.uid}:{env.pod_uid}".encode()).hexdigest()[:12]
+    folder = Path(tempfile.gettempdir()) / f"moe-guard-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder / f"{key}.sock"
+
+
+async def _create(env: PodEnv, guard: Guard, log: Path) -> None:
+    boot = _Boot(
+        config_path=str(env.config_path),
+        token_path=str(env.token_path),
+        rank=env.rank if env.rank is not None else -1,
+        pod_uid=env.pod_uid,
+        pod_ip=env.pod_ip,
+        guard_socket=str(guard.socket_path),
+        guard_address=guard.address,
+        coordinator_url=env.coordinator_url,
+        log_path=str(log),
+        ray_address=env.ray_address,
+        ray_namespace=env.ray_namespace,
+        ray_temp_dir=str(ray_temp_dir(env)),
+    )
+    command = [sys.executable, "-c", _CREATE, json.dumps(asdict(boot))]
+    creator = processes.start(command, env=ray_environment(env, os.environ), log=log)
+    deadline = time.monotonic() + _BEGIN_S
+    while guard.state == "absent":
+        if creator.poll() not in (None, 0):
+            raise RankEnded(f"rank {env.rank} was not created (code {creator.returncode}):\n{_tail(log)}")
+        if time.monotonic() > deadline:
+            raise RankEnded(f"rank {env.rank} gave no sign of life in {_BEGIN_S:.0f} s:\n{_tail(log)}")
+        await asyncio.sleep(0.05)
+    while creator.poll() is None and not guard.ended.is_set():
+        await asyncio.sleep(0.1)
+
+
+def _tail(log: Path) -> str:
+    try:
+        return log.read_text(errors="replace")[-2000:]
+    except FileNotFoundError:
+        return ""
+
+
+async def _follow(log: Path) -> None:
+    """The rank's output becomes this pod's, as people expect of `kubectl logs`."""
+    log.touch()
+    with log.open(errors="replace") as file:
+        while True:
+            text = file.read()
+            if text:
+                sys.stdout.write(text)
+                sys.stdout.flush()
+            await asyncio.sleep(0.3)

@@ -1,0 +1,145 @@
+"""Training, as the step loop drives it: one optimizer step per boundary, on all ranks or on none.
+
+With an expert lost the run waits for the rank's replacement: a step without it would train another model. When it has
+joined, all ranks restore the newest snapshot that they can read, unless all still stand at the same step.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from moe_core.contract.exchange import TrainingProgress
+from moe_core.contract.expert_map import ExpertMap
+from moe_core.contract.runtime_config import RuntimeConfig
+from moe_core.outcome import InvalidInput
+from moe_runtime.engine.model import ExpertParallelModel
+from moe_runtime.experts.families import UnsupportedModel
+from moe_runtime.membership.group import EpochGroup
+from moe_runtime.rank_work import ModelUnusable, WorkReport
+from moe_runtime.train.loop import Diverged, OutOfStep, Trainer
+from moe_runtime.train.snapshot import SnapshotDamaged
+
+_PUBLISH_MS = 600_000
+"""How long the others wait for position 0 to write the checkpoint; its death they see at once."""
+_WAITING = 0.2
+
+
+class TrainWork:
+    """One rank's side of the run. `is_done` once the checkpoint is published."""
+
+    def __init__(self, config: RuntimeConfig, *, rank: int) -> None:
+        if config.training is None:
+            raise ValueError(f"mode {config.mode} has no training configuration")
+        self._config, self._training, self._rank = config, config.training, rank
+        self.report = WorkReport()
+        self.epm: ExpertParallelModel | None = None
+        self._trainer: Trainer | None = None
+        self._group: EpochGroup | None = None
+        self._is_whole = False
+        self._must_restore = True
+        self._is_done = False
+        self._restored_from: int | None = None
+
+    def load(self, expert_map: ExpertMap) -> None:
+        try:
+            self.epm = ExpertParallelModel.load(
+                self._config.model,
+                expert_map=expert_map,
+                rank=self._rank,
+                device=self._config.device,
+                seed=self._training.seed,
+            )
+            self._trainer = Trainer(self._training, self.epm, run_id=self._config.uid)
+        except (UnsupportedModel, InvalidInput, OSError) as error:
+            raise ModelUnusable(str(error)) from error
+        self.epm.module.train()
+
+    def _parts(self) -> tuple[ExpertParallelModel, Trainer, EpochGroup]:
+        assert self.epm is not None and self._trainer is not None and self._group is not None, "load and enter first"
+        return self.epm, self._trainer, self._group
+
+    def enter(self, group: EpochGroup, epoch: int) -> None:  # noqa: ARG002 - serving marks its answers with it
+        self._group = group
+        epm, trainer, _ = self._parts()
+        trainer.bind(group)
+        self._is_whole = not any(epm.lost_experts())
+        self._must_restore = True
+
+    def prepare(self) -> int:
+        return 1 if self._is_whole and not self._is_done else 0
+
+    def run(self, tokens_of_rank: Sequence[int]) -> None:
+        """Raises GroupFault; ModelUnusable when the run cannot go on at all."""
+        if not all(tokens_of_rank):
+            return
+        _, trainer, group = self._parts()
+        try:
+            if self._must_restore:
+                before = trainer.state.step
+                step = trainer.restore()
+                self._restored_from = step if step < before or (before == 0 and step > 0) else self._restored_from
+                self._must_restore = False
+            if trainer.finished:
+                self._finish(trainer, group)
+                return
+            began = time.monotonic()
+            report = trainer.step()
+        except OutOfStep:
+            self._must_restore = True
+            return
+        except (Diverged, SnapshotDamaged) as error:
+            raise ModelUnusable(str(error)) from error
+        seconds = time.monotonic() - began
+        self._tell(
+            step=report.step,
+            loss=report.loss_bits * math.log(2.0),
+            tokens_per_s=report.tokens / seconds if seconds > 0 else 0.0,
+            seconds=report.seconds,
+        )
+
+    def _finish(self, trainer: Trainer, group: EpochGroup) -> None:
+        summary = trainer.finish()
+        # Position 0 comes here once the checkpoint is published; should it die on the way, this faults, and the next
+        # epoch's position 0 writes it.
+        group.all_gather_ints((1,), timeout_ms=_PUBLISH_MS)
+        self._is_done = True
+        last = self.report.training
+        progress = TrainingProgress(
+            step=trainer.state.step,
+            max_steps=self._training.max_steps,
+            loss=last.loss if last else None,
+            tokens_per_s=last.tokens_per_s if last else 0.0,
+            seconds=trainer.state.seconds,
+            restored_from_step=self._restored_from,
+            heldout_bits_per_byte=summary.bits_per_byte if summary else None,
+            order2_bits_per_byte=summary.order2_bits_per_byte if summary else None,
+            done=True,
+            checkpoint_path=str(Path(self._training.output_path)),
+        )
+        self.report = WorkReport(tokens=self.report.tokens, load=self.report.load, training=progress)
+
+    def _tell(self, *, step: int, loss: float, tokens_per_s: float, seconds: float) -> None:
+        epm, trainer, _ = self._parts()
+        progress = TrainingProgress(
+            step=step,
+            max_steps=self._training.max_steps,
+            loss=loss,
+            tokens_per_s=tokens_per_s,
+            seconds=seconds,
+            restored_from_step=self._restored_from,
+        )
+        load = tuple(tuple(row) for row in epm.load_window()) if step % 20 == 1 else self.report.load
+        self.report = WorkReport(tokens=trainer.state.tokens, load=load, training=progress)
+
+    def rollback(self) -> None:
+        """The trainer's own steps leave nothing behind; the model's counters do."""
+        if self.epm is not None:
+            self.epm.rollback()
+
+    def leave(self, why: str) -> None:  # noqa: ARG002 - nobody waits for this rank's work
+        self._group = None
+
+    def idle(self, seconds: float) -> None:
+        if not (self._is_whole and not self._is_done):
+            time.sleep(max(seconds, _WAITING) if self._is_done else seconds)

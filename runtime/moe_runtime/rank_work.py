@@ -1,0 +1,60 @@
+"""What the step loop drives: serving or training, seen from the loop. One thread calls all of it.
+
+A step is a transaction: `run` either finishes, or raises GroupFault and `rollback` leaves everything as before it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from moe_core.contract.exchange import Coverage, TrainingProgress
+from moe_core.contract.expert_map import ExpertMap
+from moe_runtime.engine.model import ExpertParallelModel
+from moe_runtime.membership.group import EpochGroup
+
+
+@dataclass(slots=True)
+class WorkReport:
+    """Written by the loop's thread, read by the coordinator link; plain values that are replaced, never changed."""
+
+    tokens: int = 0
+    degraded_tokens: dict[str, int] = field(default_factory=dict)
+    load: tuple[tuple[int, ...], ...] = ()
+    training: TrainingProgress | None = None
+
+
+class ModelUnusable(RuntimeError):
+    """No restart can mend it: the checkpoint is missing, damaged, or of a family that is not supported."""
+
+
+class Work(Protocol):
+    """One rank's work in steps."""
+
+    report: WorkReport
+    epm: ExpertParallelModel | None
+
+    def load(self, expert_map: ExpertMap) -> None:
+        """Bring the model and this rank's slots into memory. Raises ModelUnusable."""
+
+    def enter(self, group: EpochGroup, epoch: int) -> None:
+        """A new epoch: the model is bound already."""
+
+    def prepare(self) -> int:
+        """Plan this rank's part of the next step; returns its tokens. 0: nothing to do."""
+
+    def run(self, tokens_of_rank: Sequence[int]) -> None:
+        """The step. Raises GroupFault."""
+
+    def rollback(self) -> None:
+        """The step did not happen."""
+
+    def leave(self, why: str) -> None:
+        """Out of the epoch: hand everything back."""
+
+    def idle(self, seconds: float) -> None:
+        """Wait for work of this rank's own, at most so long."""
+
+
+def coverage(epm: ExpertParallelModel) -> Coverage:
+    total = epm.num_layers * epm.num_experts
+    return Coverage(covered=total - sum(len(lost) for lost in epm.lost_experts()), total=total)

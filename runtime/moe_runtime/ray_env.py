@@ -1,0 +1,74 @@
+"""The environment every Ray process of ours runs in; no Ray is imported here.
+
+Ray reads its settings from the environment of each process, so head, nodes, drivers and actors must agree on them.
+"""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+
+from moe_runtime.pod_env import ROLE_NODE, PodEnv, ray_token
+
+_RECONNECT_S = 7 * 24 * 3600
+"""How long nodes, actors and drivers wait for a dead head; Ray's default of 60 s would end them."""
+
+OBJECT_STORE_BYTES = 78643200
+"""Ray's smallest object store (75 MiB): nothing large goes through it here."""
+
+
+def ray_environment(env: PodEnv, environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` plus what Ray needs. Writes the derived token to a private file in the pod's state folder."""
+    token_path = write_ray_token(env)
+    settings = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_path),
+        "RAY_gcs_rpc_server_reconnect_timeout_s": str(_RECONNECT_S),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_enable_metrics_collection": "false",
+        "RAY_timeout_ms_task_wait_for_death_info": "100",  # default 1000: how long a caller waits to learn why
+        "RAY_worker_register_timeout_seconds": "120",
+        "RAY_agent_register_timeout_ms": "120000",  # a node on busy cores: its agent needs its imports first
+        "RAY_DEDUP_LOGS": "0",
+        "PYTHONFAULTHANDLER": "1",
+    }
+    if is_loopback(env.pod_ip):
+        # Without it Ray replaces 127.0.0.1 by the machine's outer address, where its head does not listen.
+        settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    threads = {name: environ.get(name, "1") for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    return {**environ, **settings, **threads}
+
+
+def head_environment(env: PodEnv, environ: Mapping[str, str]) -> dict[str, str]:
+    """For the head: its state lies in an embedded store, so that a new head on the same folder takes its nodes back."""
+    store = env.state_dir / "gcs"
+    store.mkdir(parents=True, exist_ok=True)
+    return {**ray_environment(env, environ), "RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(store)}
+
+
+def write_ray_token(env: PodEnv) -> Path:
+    """The file that RAY_AUTH_TOKEN_PATH names, readable by its owner only."""
+    env.state_dir.mkdir(parents=True, exist_ok=True)
+    path = env.state_dir / "ray-token"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(ray_token(env.token))
+    return path
+
+
+def ray_temp_dir(env: PodEnv) -> Path:
+    """Where a pod's node keeps its sockets and logs: a short path, because a socket's must stay under 108 bytes.
+
+    The same for every incarnation on one state folder, so that a new head takes the old one's place. A driver finds its
+    node by this path (several may run on one machine), so a shared node's follows from what all its pods know.
+    """
+    if env.shared_ray or env.role == ROLE_NODE:
+        key = f"shared:{env.config.uid}:{env.config.ray_port}"
+    else:
+        key = str(env.state_dir)
+    return Path(tempfile.gettempdir()) / f"moe-{sha256(key.encode()).hexdigest()[:12]}"
+
+
+def is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address in ("localhost", "::1")

@@ -1,0 +1,60 @@
+"""One Ray node, started as a child of the pod: `python -m moe_runtime.ray_node '{"head": true, ...}'`.
+
+Not the `ray start` command: that one always brings the Ray Client server (a fixed port, one more process) and the API
+server of the dashboard, 250 MiB that nothing here asks for. Prints one line when the node is up; ends when any process
+of the node ends; the node's processes die with this one.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+READY_LINE = "ray node is up"
+
+
+def main() -> None:
+    options: dict[str, Any] = json.loads(sys.argv[1])
+    import ray._private.services as ray_services
+    from ray._private.node import Node
+    from ray._private.parameter import RayParams
+
+    class LeanNode(Node):  # type: ignore[misc]  # Ray publishes no types
+        """A node without the dashboard's API server, which `include_dashboard=False` only strips."""
+
+        def start_api_server(self, *, include_dashboard: bool | None, raise_on_failure: bool) -> None:
+            """Nothing: no dashboard."""
+
+    # The per-node agent is started in its minimal form: no dashboard modules, half the memory.
+    ray_services.ray._private.utils.get_dashboard_dependency_error = lambda: ImportError("not wanted")
+    head = bool(options["head"])
+    params = RayParams(
+        node_ip_address=options["ip"],
+        gcs_server_port=options["port"] if head else None,
+        gcs_address=None if head else options["address"],
+        num_cpus=0,
+        num_gpus=options.get("num_gpus", 0),
+        object_store_memory=options["object_store_bytes"],
+        temp_dir=options["temp_dir"],
+        include_log_monitor=False,
+        include_dashboard=False,
+        no_monitor=True,
+    )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    if head:
+        # A head that was killed leaves this file; the next one on the same folder would take it for a running one.
+        (Path(options["temp_dir"]) / "ray_current_cluster").unlink(missing_ok=True)
+    node = LeanNode(params, head=head, shutdown_at_exit=True, spawn_reaper=True)
+    print(READY_LINE, node.node_id, flush=True)
+    while not node.dead_processes():
+        time.sleep(0.2)
+    print("a process of the Ray node ended:", [kind for kind, _ in node.dead_processes()], flush=True)
+    node.kill_all_processes(check_alive=False, allow_graceful=False)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""What ranks and gateways tell the coordinator, and what they get back. Inside the runtime only; JSON, bearer token.
+
+POST /v1/register   RankReport | GatewayReport -> Directive; held back for up to `wait_s` while the directive the caller
+                    has seen is still the newest, so that a change reaches every rank at once
+GET  /v1/members    -> MembersView
+
+The coordinator keeps nothing else: a new one knows everything again after one round of reports.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from moe_core.contract.base import WireModel
+from moe_core.contract.exchange import Coverage, RankPhase, Recovery, TrainingProgress
+from moe_core.contract.expert_map import ExpertMap
+from moe_core.contract.membership import Member, Membership
+
+
+class RankReport(WireModel):
+    kind: Literal["rank"] = "rank"
+    member: Member
+    phase: RankPhase
+    membership: Membership | None = None
+    """Committed membership as this rank knows it; None before its first epoch."""
+    staged_digest: str = ""
+    """Digest of the map whose slots this rank has in memory and could use at the next boundary."""
+    applied_digest: str = ""
+    memory_bytes: int = 0
+    tokens: int = 0
+    message: str = ""
+    degraded_tokens: dict[str, int] = Field(default_factory=dict)
+    coverage: Coverage | None = None
+    recoveries: tuple[Recovery, ...] = ()
+    load: tuple[tuple[int, ...], ...] = ()
+    training: TrainingProgress | None = None
+    failure: str = ""
+    directive_seen: str = ""
+    wait_s: float = 0.0
+
+
+class GatewayReport(WireModel):
+    kind: Literal["gateway"] = "gateway"
+    pod_uid: str
+    requests_ok: int = 0
+    requests_failed: int = 0
+    requests_replayed: int = 0
+    tokens_out: int = 0
+
+
+class Directive(WireModel):
+    """What every rank shall make true. The same for all; `seal` names its content."""
+
+    expert_map: ExpertMap | None = None
+    """The map to have staged."""
+    plan: Membership | None = None
+    """The next membership, to be committed at the first boundary where every current member is ready for it."""
+    vouched_dead: tuple[str, ...] = ()
+    """Pods that are proven gone."""
+    ranks: tuple[int, ...] = ()
+    """Rank ids that are wished; a rank not named here leaves."""
+    is_first: bool = False
+    """The plan is a first epoch, to be formed; else it is a change of the committed one."""
+    newest_epoch: int = 0
+    """The newest epoch seen anywhere: an older rank may not go on by vouching."""
+
+    @property
+    def seal(self) -> str:
+        rest = f"{self.vouched_dead}{self.ranks}{self.is_first}{self.newest_epoch}"
+        map_seal = "" if self.expert_map is None else f"{self.expert_map.generation}.{self.expert_map.digest}"
+        plan_seal = "" if self.plan is None else self.plan.canonical()
+        return f"{map_seal}|{plan_seal}|{rest}"
+
+
+class RankView(WireModel):
+    rank: int
+    pod_uid: str
+    phase: RankPhase
+
+
+class MembersView(WireModel):
+    epoch: int
+    ranks: tuple[RankView, ...]
+    covered: int = 0
+    total: int = 0
