@@ -7,6 +7,7 @@ stalled. A blocked loop answers no probe at all, which is an answer too.
 """
 
 import asyncio
+import functools
 import logging
 import re
 from collections.abc import Callable, Iterable
@@ -124,9 +125,9 @@ class HealthServer:
     ) -> None:
         self._host, self._port = host, port
         app = web.Application()
-        app.router.add_get("/healthz", lambda _: _verdict(alive()))
-        app.router.add_get("/readyz", lambda _: _verdict(ready()))
-        app.router.add_get("/metrics", lambda _: _text(200, metrics().decode()))
+        app.router.add_get("/healthz", functools.partial(_verdict, alive))
+        app.router.add_get("/readyz", functools.partial(_verdict, ready))
+        app.router.add_get("/metrics", functools.partial(_scrape, metrics))
         self._runner = web.AppRunner(app, handle_signals=False, access_log=None, shutdown_timeout=1.0)
 
     async def start(self) -> None:
@@ -138,9 +139,10 @@ class HealthServer:
         await self._runner.cleanup()
 
 
-async def _verdict(problems: list[str]) -> web.Response:
-    return await (_text(503, "\n".join(problems) + "\n") if problems else _text(200, "ok\n"))
+async def _verdict(look: Callable[[], list[str]], _request: web.Request) -> web.Response:
+    problems = look()
+    return web.Response(status=503 if problems else 200, text="\n".join(problems or ["ok"]) + "\n")
 
 
-async def _text(status: int, text: str) -> web.Response:
-    return web.Response(status=status, text=text)
+async def _scrape(metrics: Callable[[], bytes], _request: web.Request) -> web.Response:
+    return web.Response(body=metrics(), content_type="text/plain", charset="utf-8")

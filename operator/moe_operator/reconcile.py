@@ -34,7 +34,9 @@ from moe_operator.report import merge_conditions
 
 logger = logging.getLogger(__name__)
 
-FIRST_RETRY_S, LAST_RETRY_S = 0.2, 30.0
+FIRST_RETRY_S = 0.2
+# A conflict is settled by looking again, an absent server comes back soon; anything else needs somebody to act.
+LAST_RETRY_S, LAST_RETRY_OF_UNAVAILABLE_S, LAST_RETRY_OF_CONFLICT_S = 30.0, 5.0, 1.0
 LOOK_AGAIN_S = 1.0
 
 Brain = Callable[[Wish, Facts, float], Decision]
@@ -109,9 +111,10 @@ class Reconciler:
         delay: float = min(FIRST_RETRY_S * 2 ** min(failures - 1, 10), LAST_RETRY_S)
         if isinstance(error, Conflict):
             logger.info("%s: %s; observing again", key, error)
+            delay = min(delay, LAST_RETRY_OF_CONFLICT_S)
         elif isinstance(error, Unavailable):
             logger.warning("%s: %s", key, error)
-            delay = max(delay, error.retry_after or 0.0)
+            delay = max(min(delay, LAST_RETRY_OF_UNAVAILABLE_S), error.retry_after or 0.0)
         elif isinstance(error, Foreign | Refused):
             logger.warning("%s: %s", key, error)
         else:
@@ -157,6 +160,7 @@ class Reconciler:
             except Refused as refusal:
                 await self._tell(key, wish, refusal)
                 raise
+            self._failures.pop(key, None)  # it got further: not the same failure again
         self._check_lease()
         await self._report(wish, decision, now)
         return decision.wake_in

@@ -20,6 +20,7 @@ from typing import Any
 from aiohttp import web
 
 from cluster.controlplane.api import Api, Object
+from cluster.controlplane.nodes import KubeletControls, Node
 from cluster.controlplane.process import Process, free_port
 from cluster.controlplane.start import ADMIN, ControlPlane
 from cluster.waiting import eventually
@@ -206,6 +207,25 @@ def coordinators(cluster: ControlPlane) -> Iterator[Coordinator]:
         thread.join(timeout=10)
 
 
+class Room:
+    """Simulated nodes `a`, `b`, ... with names no other test has used, each with some GPUs."""
+
+    def __init__(self, controls: KubeletControls, suffix: str) -> None:
+        self.controls = controls
+        self._suffix = suffix
+
+    def name(self, letter: str) -> str:
+        return f"{letter}-{self._suffix}"
+
+    def add(self, letters: str, *, gpus: int = 2, **labels: str) -> None:
+        for letter in letters:
+            self.controls.add_node(Node(self.name(letter), labels, {GPU: str(gpus)}))
+
+    def letters(self, pods: Sequence[Object]) -> list[str]:
+        """Where these pods are, in order of the pods' names."""
+        return [pod["spec"].get("nodeName", "-").removesuffix(f"-{self._suffix}") for pod in pods]
+
+
 # what tests apply
 
 
@@ -301,10 +321,14 @@ class World:
     async def until_pods(
         self, until: Callable[[list[Object]], bool], *, what: str, timeout_s: float = 30.0, of: str = "rank"
     ) -> list[Object]:
-        try:
-            return await eventually(lambda: self.pods(of), until, what=what, timeout_s=timeout_s)
-        except AssertionError as error:
-            raise AssertionError(f"{what} was not seen within {timeout_s:.0f} s: {await self._summary()}") from error
+        deadline = time.monotonic() + timeout_s
+        while True:
+            seen = await self.pods(of)
+            if until(seen):
+                return seen
+            late = time.monotonic() > deadline
+            assert not late, f"{what} was not seen within {timeout_s:.0f} s: {await self._summary()}"
+            await asyncio.sleep(0.05)
 
     async def until_running(self, ranks: int, *, timeout_s: float = 30.0) -> list[Object]:
         """All ranks run, and nothing else of that role exists."""
@@ -318,13 +342,15 @@ class World:
         self, plural: str, name: str, kind: str, status: str, *, reason: str = "", timeout_s: float = 30.0
     ) -> Object:
         """The condition once it has this status (and reason)."""
-        seen = await eventually(
-            lambda: self.find(plural, name),
-            lambda obj: condition(obj, kind)["status"] == status and reason in ("", condition(obj, kind)["reason"]),
+        return await eventually(
+            lambda: self._condition(plural, name, kind),
+            lambda seen: seen["status"] == status and reason in ("", seen["reason"]),
             what=f"{kind}={status} {reason} of {name}",
             timeout_s=timeout_s,
         )
-        return condition(seen, kind)
+
+    async def _condition(self, plural: str, name: str, kind: str) -> Object:
+        return condition(await self.find(plural, name), kind)
 
     async def _summary(self) -> str:
         pods = [*await self.pods("rank"), *await self.pods("coordinator"), *await self.pods("gateway")]

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 import pytest
 
 from cluster.controlplane.api import Api
-from cluster.controlplane.nodes import KubeletControls, Node, kubelets
+from cluster.controlplane.nodes import kubelets
 from cluster.controlplane.start import ControlPlane
 from cluster.operators import (
-    GPU,
     Coordinator,
     Operator,
+    Room,
     World,
     by_rank,
     coordinators,
@@ -34,10 +34,12 @@ pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("crds")]
 
 
 @pytest.fixture
-def nodes(cluster: ControlPlane) -> Iterator[KubeletControls]:
-    """Two nodes with two GPUs each."""
-    with kubelets(cluster, [Node(f"g{i}", {}, {GPU: "2"}) for i in range(2)]) as controls:
-        yield controls
+def room(cluster: ControlPlane, namespace: str) -> Iterator[Room]:
+    """Two nodes, a and b, with two GPUs each."""
+    with kubelets(cluster) as controls:
+        nodes = Room(controls, namespace.rsplit("-", 1)[1])
+        nodes.add("ab")
+        yield nodes
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def world(api: Api, namespace: str) -> World:
 
 
 async def test_a_gang_that_does_not_fit_stays_whole_says_why_and_runs_once_a_node_appears(
-    world: World, nodes: KubeletControls, running: Operator
+    world: World, room: Room, running: Operator
 ) -> None:
     await world.apply(job(ranks=6))
     placed = await world.until_condition("moejobs", "tiny", "Placed", "False", reason="NoFit")
@@ -68,15 +70,15 @@ async def test_a_gang_that_does_not_fit_stays_whole_says_why_and_runs_once_a_nod
     assert all(map(is_gated, waiting))
     assert await world.pods("coordinator") == [], "a gang that waits takes no room at all"
 
-    nodes.add_node(Node("g2", {}, {GPU: "2"}))
+    room.add("c")
     together = await world.until_running(6)
     assert uids(together) == uids(waiting)
-    assert sorted(pod["spec"]["nodeName"] for pod in together) == ["g0", "g0", "g1", "g1", "g2", "g2"]
+    assert sorted(room.letters(together)) == ["a", "a", "b", "b", "c", "c"]
     assert (await world.until_condition("moejobs", "tiny", "Placed", "True"))["reason"] == "Placed"
 
 
 async def test_a_service_whose_ranks_are_all_active_is_ready(
-    world: World, nodes: KubeletControls, running: Operator, coordinator: Coordinator
+    world: World, room: Room, running: Operator, coordinator: Coordinator
 ) -> None:
     await world.apply(service())
     await world.until_condition("moeservices", "chat", "Ready", "True", reason="AllActive")
@@ -89,13 +91,11 @@ async def test_a_service_whose_ranks_are_all_active_is_ready(
     assert not any("kopf" in name for name in seen["metadata"].get("annotations", {}))
 
 
-async def test_a_killed_rank_is_replaced_and_its_peers_stay(
-    world: World, nodes: KubeletControls, running: Operator
-) -> None:
+async def test_a_killed_rank_is_replaced_and_its_peers_stay(world: World, room: Room, running: Operator) -> None:
     await world.apply(service())
     await world.until_condition("moeservices", "chat", "Ready", "True")
     before = await world.pods()
-    nodes.fail_pod(world.namespace, "chat-svc-rank-1-1")
+    room.controls.fail_pod(world.namespace, "chat-svc-rank-1-1")
     after = await world.until_pods(
         lambda pods: len(pods) == 4 and all(map(is_running, pods)) and uids(pods) != uids(before),
         what="the replacement",
@@ -105,19 +105,16 @@ async def test_a_killed_rank_is_replaced_and_its_peers_stay(
     await world.until_condition("moeservices", "chat", "Ready", "True")
 
 
-async def test_ranks_of_a_node_that_is_not_ready_move_to_another(
-    world: World, nodes: KubeletControls, running: Operator
-) -> None:
-    nodes.add_node(Node("g2", {}, {GPU: "2"}))
+async def test_ranks_of_a_node_that_is_not_ready_move_to_another(world: World, room: Room, running: Operator) -> None:
+    room.add("c")
     await world.apply(service())
     first = await world.until_running(4)
-    lost_node = next(pod["spec"]["nodeName"] for pod in first if pod["metadata"]["name"] == "chat-svc-rank-1-1")
+    lost_node = first[1]["spec"]["nodeName"]
     lost = [pod for pod in first if pod["spec"]["nodeName"] == lost_node]
-    nodes.silence_node(lost_node)
-    spare = ({"g0", "g1", "g2"} - {pod["spec"]["nodeName"] for pod in first}).pop()
+    room.controls.silence_node(lost_node)
     after = await world.until_pods(
-        lambda pods: sum(is_running(pod) and pod["spec"].get("nodeName") == spare for pod in pods) == len(lost),
-        what=f"{len(lost)} ranks on {spare}",
+        lambda pods: sum(is_running(p) and p["spec"].get("nodeName") != lost_node for p in pods) == 4,
+        what="4 ranks on living nodes",
         timeout_s=60,
     )
     kept = uids(first) - uids(lost)
@@ -125,13 +122,12 @@ async def test_ranks_of_a_node_that_is_not_ready_move_to_another(
     assert all(is_going(pod) for pod in after if pod["metadata"]["uid"] in uids(lost)), "asked to go, and still there"
 
 
-async def test_ranks_of_a_deleted_node_move_to_another(world: World, nodes: KubeletControls, running: Operator) -> None:
-    nodes.add_node(Node("g2", {}, {GPU: "2"}))
+async def test_ranks_of_a_deleted_node_move_to_another(world: World, room: Room, running: Operator) -> None:
+    room.add("c")
     await world.apply(service())
     first = await world.until_running(4)
-    used = {pod["spec"]["nodeName"] for pod in first}
-    gone = sorted(used)[0]
-    nodes.delete_node(gone)
+    gone = first[0]["spec"]["nodeName"]
+    room.controls.delete_node(gone)
     after = await world.until_pods(
         lambda pods: sum(is_running(p) and p["spec"].get("nodeName") != gone for p in pods) == 4,
         what="4 ranks on living nodes",
@@ -142,24 +138,24 @@ async def test_ranks_of_a_deleted_node_move_to_another(world: World, nodes: Kube
 
 
 async def test_a_pod_stuck_terminating_does_not_hold_up_its_successor(
-    world: World, nodes: KubeletControls, running: Operator
+    world: World, room: Room, running: Operator
 ) -> None:
-    nodes.add_node(Node("g2", {}, {GPU: "2"}))
+    room.add("c")
     await world.apply(service())
     before = await world.until_running(4)
-    nodes.hang_deletion(world.namespace, "chat-svc-rank-2-1")
+    room.controls.hang_deletion(world.namespace, "chat-svc-rank-2-1")
     await world.api.delete(path_of("pods", world.namespace, "chat-svc-rank-2-1"))
     after = await world.until_pods(
         lambda pods: len([p for p in pods if is_running(p)]) == 4, what="4 running ranks beside the one that hangs"
     )
     assert by_rank(after)[2] == ["chat-svc-rank-2-1", "chat-svc-rank-2-2"]
     assert len(uids(before) & uids(after)) == 4
-    nodes.hang_deletion(world.namespace, "chat-svc-rank-2-1", False)
+    room.controls.hang_deletion(world.namespace, "chat-svc-rank-2-1", False)
     await world.until_running(4)
 
 
 async def test_two_gangs_that_want_the_same_room_never_hold_half_each(
-    world: World, nodes: KubeletControls, running: Operator
+    world: World, room: Room, running: Operator
 ) -> None:
     for name in ("left", "right"):
         await world.apply(job(name, ranks=4))

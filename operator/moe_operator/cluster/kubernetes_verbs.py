@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 TOKEN_KEY = "token"
 EVENT_NOTE_LIMIT = 1024
+FOREIGN_LOOK_S = 3.0
 _PREFIX_OF_GROUP = {"": "/api/v1", GROUP: f"/apis/{GROUP}/{VERSION}"}
 _RESOURCES: dict[str, tuple[str, str]] = {
     "Pod": ("", "pods"),
@@ -195,6 +196,8 @@ class KubernetesCluster:
                 still.add((kind, name))
         if still:
             self._foreign[wish.uid] = still
+            key = Key(wish.kind, wish.namespace, wish.name)  # no watch tells when it goes
+            asyncio.get_running_loop().call_later(FOREIGN_LOOK_S, self._dirty.put_nowait, key)
         else:
             self._foreign.pop(wish.uid, None)
         return [f"{kind}/{name}" for kind, name in still if kind != "Pod"]
@@ -212,6 +215,7 @@ class KubernetesCluster:
     # changes
 
     async def apply_object(self, wish: Wish, action: ApplyObject) -> None:
+        self._check_still_wished(wish)
         body = self._child(wish, action.manifest, kind=action.kind, name=action.name, digest=action.digest)
         path = path_of(action.kind, wish.namespace, action.name)
         existing = await self._api.find(path)
@@ -243,6 +247,7 @@ class KubernetesCluster:
         self._learn_token(wish, secret)
 
     async def create_pod(self, wish: Wish, action: CreatePod) -> None:
+        self._check_still_wished(wish)
         body = self._child(wish, action.manifest, kind="Pod", name=action.name, digest=None)
         try:
             pod = await self._api.create(path_of("Pod", wish.namespace), body, fieldManager=FIELD_MANAGER)
@@ -386,6 +391,12 @@ class KubernetesCluster:
         group, _ = _RESOURCES[kind]
         version = f"{group}/{VERSION}" if group else "v1"
         return {**manifest, "apiVersion": version, "kind": kind, "metadata": metadata}
+
+    def _check_still_wished(self, wish: Wish) -> None:
+        """Create nothing for an owner that was deleted since the decision: it would only be collected again."""
+        now = self.cache.wish(Key(wish.kind, wish.namespace, wish.name))
+        if now is None or now.uid != wish.uid or now.deleting:
+            raise Conflict(f"{wish.kind} {wish.name} of uid {wish.uid} was deleted meanwhile")
 
     def _check_owner(self, wish: Wish, kind: str, obj: Object) -> None:
         if not _is_owned(obj, wish):
