@@ -52,6 +52,8 @@ class PodFact:
     gated: bool = False
     node: str | None = None
     """Bound node, or the node our nodeSelector names while the pod waits to be scheduled."""
+    scheduled: bool = True
+    """False while only our nodeSelector names the node: the scheduler may still find it closed."""
     deleting: bool = False
     created_at: float = 0.0
     message: str = ""

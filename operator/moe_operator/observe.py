@@ -191,7 +191,7 @@ def pod_record(obj: Object) -> PodRecord:
 
 def with_node(record: PodRecord, node: str | None) -> PodFact:
     """The fact with the node that our nodeSelector names, while the scheduler has not bound the pod."""
-    return replace(record.fact, node=record.fact.node or node)
+    return replace(record.fact, node=record.fact.node or node, scheduled=record.fact.node is not None)
 
 
 def _number(text: str | None) -> int:

@@ -128,6 +128,20 @@ def test_a_node_that_is_not_ready_is_waited_for_within_its_grace() -> None:
     assert [a.uid for a in actions if isinstance(a, DeletePod)]
 
 
+def test_a_pod_that_waits_for_a_node_that_was_cordoned_meanwhile_is_replaced() -> None:
+    sim = service(nodes=5)
+    sim.step()
+    sim.step()
+    [pod] = sim.live(0)
+    sim.pods = [replace(p, scheduled=False) if p.uid == pod.uid else p for p in sim.pods]
+    sim.nodes = tuple(replace(n, unschedulable=True) if n.name == pod.node else n for n in sim.nodes)
+    sim.step()
+    assert [p.incarnation for p in sim.live(0)] == [2]
+    sim.settle()
+    assert sim.condition("Ready") == ("True", "AllActive")
+    assert sim.live(0)[0].node != pod.node
+
+
 def test_several_dead_ranks_are_replaced_together() -> None:
     sim = running(nodes=8)
     for rank in (0, 1, 3):

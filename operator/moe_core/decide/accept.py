@@ -177,7 +177,10 @@ def _coverage(plan: Plan, spec: MoEJobSpec | MoEServiceSpec) -> Refusal | None:
         )
         return Refusal(Reason.COVERAGE_IMPOSSIBLE, told)
     try:
-        plan.expert_map(plan.num_ranks)
+        least = plan.least_copies(plan.num_ranks)
     except InvalidInput as error:
         return Refusal(Reason.COVERAGE_IMPOSSIBLE, f"policy {plan.policy}: {error}")
-    return None
+    if least >= min_copies:
+        return None
+    told = f"{plan.num_ranks} ranks can give some experts only {least} of {min_copies} copies; raise parallelism.expert"
+    return Refusal(Reason.COVERAGE_IMPOSSIBLE, told)

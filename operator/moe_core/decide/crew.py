@@ -105,6 +105,8 @@ def _why_dead(pod: PodFact, nodes: dict[str, NodeFact], now: float) -> str:
         return f"node {pod.node} is gone"
     if not node.ready and (node.not_ready_since is None or now >= node.not_ready_since + NODE_GRACE_S):
         return f"node {pod.node} is not ready"
+    if pod.phase == "Pending" and not pod.scheduled and node.unschedulable:
+        return f"node {pod.node} was cordoned before the pod was scheduled"  # and the pod may go nowhere else
     return ""
 
 
@@ -115,11 +117,13 @@ def _failed_uids(runtime: RuntimeState | None) -> dict[str, str]:
     return failed | {r.pod_uid: LEFT for r in runtime.ranks if r.phase == "Left"}
 
 
-def state_of(runtime: RuntimeState | None, pod: PodFact | None) -> RankState | None:
-    """What the runtime says about this very pod."""
-    if runtime is None or pod is None:
-        return None
-    return next((state for state in runtime.ranks if state.pod_uid == pod.uid), None)
+def states_of(runtime: RuntimeState | None) -> dict[str, RankState]:
+    """What the runtime says about each pod, by uid: incarnations of one rank must never be mixed up."""
+    return {} if runtime is None else {state.pod_uid: state for state in runtime.ranks}
+
+
+def active_uids(runtime: RuntimeState | None) -> frozenset[str]:
+    return frozenset(uid for uid, state in states_of(runtime).items() if state.phase == "Active")
 
 
 def proven_dead(facts: Facts) -> tuple[str, ...]:

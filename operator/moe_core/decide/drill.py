@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from moe_core.contract.exchange import FaultRequest
 from moe_core.contract.names import ROLE_RANK
-from moe_core.decide.crew import state_of
+from moe_core.decide.crew import active_uids
 from moe_core.decide.memory import is_true
 from moe_core.decide.report import events_of
 from moe_core.decide.times import rfc3339
@@ -66,8 +66,7 @@ def _arm(wish: Wish, spec: MoEDrillSpec, target: TargetFact | None, kept: Mappin
     if target.wish.spec.get("drills") != "Allowed":
         return _refused(wish, kept, Reason.DRILLS_FORBIDDEN, f"{name} does not say drills: Allowed", 5.0)
     pod = _pod(target, spec.target.rank)
-    state = state_of(target.runtime, pod)
-    if pod is None or state is None or state.phase != "Active":
+    if pod is None or pod.uid not in active_uids(target.runtime):
         return _pending(wish, kept, Reason.TARGET_NOT_READY, f"{name} has no active rank {spec.target.rank}")
     if not is_true(target.wish.status, "Ready"):
         return _pending(wish, kept, Reason.TARGET_NOT_READY, f"{name} is not Ready; a drill starts from a whole group")
@@ -136,9 +135,7 @@ def _pod(target: TargetFact, rank: int) -> PodFact | None:
 
 def _is_untouched(target: TargetFact | None, injection: Injection) -> bool:
     """The pod that was meant runs on as if nothing had been sent."""
-    if target is None or target.runtime is None:
-        return False
-    return any(s.pod_uid == injection.pod_uid and s.phase == "Active" for s in target.runtime.ranks)
+    return target is not None and injection.pod_uid in active_uids(target.runtime)
 
 
 def _num_ranks(target: TargetFact) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from moe_core.contract.base import digest_of
 from moe_core.contract.exchange import RuntimeState, RuntimeWish
-from moe_core.decide.crew import Seat, proven_dead, state_of
+from moe_core.decide.crew import Seat, proven_dead, states_of
 from moe_core.decide.memory import MAX_DEAD_PODS, Memory
 from moe_core.facts import Action, DeletePod, Facts, PutWish
 from moe_core.manifests.plan import Plan
@@ -40,8 +40,8 @@ def group_size(plan: Plan, memory: Memory, facts: Facts, ranks: Mapping[int, Sea
     if plan.num_ranks <= told:
         return plan.num_ranks
     joiners = [ranks[r].live if r in ranks else None for r in range(told, plan.num_ranks)]
-    states = [state_of(facts.runtime, pod) for pod in joiners]
-    ready = all(state is not None and state.phase not in _OUT for state in states)
+    states = states_of(facts.runtime)
+    ready = all(pod is not None and pod.uid in states and states[pod.uid].phase not in _OUT for pod in joiners)
     return plan.num_ranks if ready else told
 
 
@@ -83,6 +83,7 @@ def release_leavers(
     """Delete pods beyond the wished size whose rank is out of the group, by uid."""
     actions: list[Action] = []
     told = following.num_ranks <= plan.num_ranks
+    states = states_of(facts.runtime)
     for rank, seat in sorted(ranks.items()):
         if rank < plan.num_ranks:
             continue
@@ -90,7 +91,7 @@ def release_leavers(
         pod = seat.live
         if pod is None:
             continue
-        state = state_of(facts.runtime, pod)
+        state = states.get(pod.uid)
         never_in = pod.gated or not formed
         out = state is not None and state.phase in _OUT
         settled = following.in_force(facts.runtime) and (state is None or state.phase not in _MEMBER)

@@ -6,7 +6,7 @@ from typing import Any
 
 from moe_core.contract.exchange import RuntimeState
 from moe_core.contract.names import LABEL_ROLE, ROLE_RANK, owner_labels
-from moe_core.decide.crew import Seat, state_of
+from moe_core.decide.crew import Seat, active_uids
 from moe_core.decide.memory import Memory, condition_in
 from moe_core.decide.times import rfc3339
 from moe_core.facts import Condition, Event, Wish
@@ -39,12 +39,12 @@ class Counts:
 def count(num_ranks: int, ranks: Mapping[int, Seat], runtime: RuntimeState | None) -> Counts:
     wanted = [ranks[r] for r in range(num_ranks) if r in ranks]
     placed = [seat.live for seat in wanted if seat.live is not None and seat.is_placed]
-    states = [state_of(runtime, pod) for pod in placed]
+    active = active_uids(runtime)
     return Counts(
         desired=num_ranks,
         allocated=len(placed),
         available=sum(1 for pod in placed if pod.phase == "Running"),
-        active=sum(1 for state in states if state is not None and state.phase == "Active"),
+        active=sum(1 for pod in placed if pod.uid in active),
     )
 
 

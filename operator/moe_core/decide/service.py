@@ -1,9 +1,10 @@
 """MoEService: serve, degrade, restore, resize."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from moe_core.decide.accept import Accepted
-from moe_core.decide.crew import proven_dead, seats
+from moe_core.decide.crew import active_uids, proven_dead, seats
 from moe_core.decide.cycle import Cycle, everything_goes, placed_condition, run_cycle, soonest
 from moe_core.decide.follow import is_leaving_done
 from moe_core.decide.gang import remember
@@ -106,8 +107,7 @@ def _ready(cycle: Cycle, accepted: Accepted, facts: Facts) -> Condition:  # noqa
         told = f"{told}; resizing from {cycle.following.num_ranks} to {counts.desired} ranks"
         return Condition("Ready", "False", Reason.RESIZING, told)
     if counts.active < counts.desired:
-        lost = [r for r in range(counts.desired) if r not in cycle.ranks or not _is_active(cycle, facts, r)]
-        told = f"{told}; not active: {', '.join(str(r) for r in lost)}"
+        told = f"{told}; not active: {_listed(_inactive(cycle, facts, counts.desired))}"
         return Condition("Ready", "False", Reason.RANK_LOST, told)
     gateways = [seat.live for seat in cycle.gateways.values() if seat.live is not None and seat.live.ready]
     told = f"{told}; {len(gateways)} of {accepted.plan.num_gateways} gateways ready"
@@ -116,10 +116,16 @@ def _ready(cycle: Cycle, accepted: Accepted, facts: Facts) -> Condition:  # noqa
     return Condition("Ready", "True", Reason.ALL_ACTIVE, told)
 
 
-def _is_active(cycle: Cycle, facts: Facts, rank: int) -> bool:
-    pod = cycle.ranks[rank].live
-    assert facts.runtime is not None
-    return pod is not None and any(s.pod_uid == pod.uid and s.phase == "Active" for s in facts.runtime.ranks)
+def _inactive(cycle: Cycle, facts: Facts, num_ranks: int) -> list[int]:
+    """Ranks below `num_ranks` whose present pod takes no part in steps."""
+    active = active_uids(facts.runtime)
+    pods = {rank: seat.live for rank, seat in cycle.ranks.items()}
+    return [r for r in range(num_ranks) if (pod := pods.get(r)) is None or pod.uid not in active]
+
+
+def _listed(ranks: Sequence[int], most: int = 16) -> str:
+    more = f" and {len(ranks) - most} more" if len(ranks) > most else ""
+    return ", ".join(str(rank) for rank in ranks[:most]) + more
 
 
 def _exhausted(cycle: Cycle, accepted: Accepted) -> str:
@@ -151,10 +157,9 @@ def _degraded(cycle: Cycle, facts: Facts, coverage: Condition) -> Condition:
         return Condition("Degraded", "Unknown", Reason.COORDINATOR_AWAY, "no coordinator answers")
     if coverage.status == "False":
         return Condition("Degraded", "True", Reason.EXPERTS_LOST, coverage.message)
-    members = min(cycle.following.num_ranks, cycle.counts.desired)
-    missing = [r for r in range(members) if r not in cycle.ranks or not _is_active(cycle, facts, r)]
+    missing = _inactive(cycle, facts, min(cycle.following.num_ranks, cycle.counts.desired))
     if missing:
-        told = f"serving without rank {', '.join(str(r) for r in missing)}; every expert has a live copy"
+        told = f"serving without rank {_listed(missing)}; every expert has a live copy"
         return Condition("Degraded", "True", Reason.RANK_LOST, told)
     return Condition("Degraded", "False", Reason.STABLE, "every member is active, every expert has a live copy")
 

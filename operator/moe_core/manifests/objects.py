@@ -1,7 +1,8 @@
 """Owned objects that are not pods: ConfigMap, Services, and the ExpertMap in slices that fit into etcd."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from moe_core.contract import names
@@ -13,6 +14,8 @@ from moe_core.manifests.plan import Plan
 from moe_core.manifests.pods import CONFIG_KEY
 from moe_core.spec.others import ExpertMapSpec, MapLayer
 
+Owner = tuple[str, str]
+"""(kind, name)."""
 MAX_SLICE_BYTES = 200 * 1024
 """An ExpertMap object stays under 256 KiB with its metadata; etcd refuses 1.5 MiB."""
 GATEWAY_SERVICE_PORT = 80
@@ -28,17 +31,17 @@ def wanted_objects(plan: Plan, expert_map: ExpertMap) -> list[ApplyObject]:
     ]
 
 
-def _apply(plan: Plan, kind: str, what: str, body: Mapping[str, Any], *, api_version: str = "v1") -> ApplyObject:
+def _apply(owner: Owner, kind: str, what: str, body: Mapping[str, Any], *, api_version: str = "v1") -> ApplyObject:
     digest = digest_of(json.dumps(body, sort_keys=True))
-    name = plan.child(what)
-    labels = {**names.owner_labels(plan.kind, plan.name), "app.kubernetes.io/managed-by": "moerator"}
+    name = names.child_name(*owner, what)
+    labels = {**names.owner_labels(*owner), "app.kubernetes.io/managed-by": "moerator"}
     metadata = {"name": name, "labels": labels, "annotations": {names.ANNOTATION_SPEC_DIGEST: digest}}
     manifest = {"apiVersion": api_version, "kind": kind, "metadata": metadata, **body}
     return ApplyObject(kind=kind, name=name, digest=digest, manifest=manifest)
 
 
 def _config_map(plan: Plan) -> ApplyObject:
-    return _apply(plan, "ConfigMap", "config", {"data": {CONFIG_KEY: plan.config.canonical()}})
+    return _apply((plan.kind, plan.name), "ConfigMap", "config", {"data": {CONFIG_KEY: plan.config.canonical()}})
 
 
 def _selector(plan: Plan, role: str) -> dict[str, str]:
@@ -57,7 +60,7 @@ def _coordinator_service(plan: Plan) -> ApplyObject:
         "ports": [{"protocol": "TCP", **port} for port in ports],
         "publishNotReadyAddresses": True,
     }
-    return _apply(plan, "Service", "coordinator", {"spec": spec})
+    return _apply((plan.kind, plan.name), "Service", "coordinator", {"spec": spec})
 
 
 def _gateway_service(plan: Plan) -> ApplyObject:
@@ -68,11 +71,34 @@ def _gateway_service(plan: Plan) -> ApplyObject:
         "selector": _selector(plan, ROLE_GATEWAY),
         "ports": [{"name": "openai", "protocol": "TCP", "port": port, "targetPort": port}],
     }
-    return _apply(plan, "Service", "gateway", {"spec": spec})
+    return _apply((plan.kind, plan.name), "Service", "gateway", {"spec": spec})
 
 
-def _expert_maps(plan: Plan, expert_map: ExpertMap) -> list[ApplyObject]:
-    """One object, or slices of whole layers; the first is named `map`, the others `map-<first layer>`."""
+def _expert_maps(plan: Plan, expert_map: ExpertMap) -> Sequence[ApplyObject]:
+    return _rendered((plan.kind, plan.name), plan.policy, _Same(expert_map))
+
+
+class _Same:
+    """An ExpertMap that compares by its digest: hashing half a million slots would cost more than it saves."""
+
+    def __init__(self, expert_map: ExpertMap) -> None:
+        self.expert_map = expert_map
+        self._key = (expert_map.digest, expert_map.generation)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._key == other._key
+
+
+@lru_cache(maxsize=16)
+def _rendered(owner: Owner, policy: str, same: _Same) -> Sequence[ApplyObject]:
+    """One object, or slices of whole layers; the first is named `map`, the others `map-<first layer>`.
+
+    A memo of a pure function: rendering a big map takes a tenth of a second, and decide asks for it every time.
+    """
+    expert_map = same.expert_map
     slices: list[tuple[int, list[tuple[int, ...]]]] = [(0, [])]
     size = 0
     for layer_idx, row in enumerate(expert_map.logical_of_slot):
@@ -82,10 +108,12 @@ def _expert_maps(plan: Plan, expert_map: ExpertMap) -> list[ApplyObject]:
             size = 0
         slices[-1][1].append(row)
         size += row_bytes
-    return [_map_slice(plan, expert_map, first_layer, rows) for first_layer, rows in slices]
+    return tuple(_map_slice(owner, policy, expert_map, first_layer, rows) for first_layer, rows in slices)
 
 
-def _map_slice(plan: Plan, expert_map: ExpertMap, first_layer: int, rows: list[tuple[int, ...]]) -> ApplyObject:
+def _map_slice(
+    owner: Owner, policy: str, expert_map: ExpertMap, first_layer: int, rows: Sequence[tuple[int, ...]]
+) -> ApplyObject:
     spec = ExpertMapSpec(
         generation=expert_map.generation,
         digest=expert_map.digest,
@@ -93,8 +121,8 @@ def _map_slice(plan: Plan, expert_map: ExpertMap, first_layer: int, rows: list[t
         slots_of_rank=expert_map.slots_of_rank,
         first_layer=first_layer,
         layers=tuple(MapLayer(logical_of_slot=row) for row in rows),
-        policy=plan.policy,
+        policy=policy,
     )
     body = {"spec": spec.model_dump(mode="json", by_alias=True, exclude_none=True)}
     what = f"map-{first_layer}" if first_layer else "map"
-    return _apply(plan, "ExpertMap", what, body, api_version=names.API_VERSION)
+    return _apply(owner, "ExpertMap", what, body, api_version=names.API_VERSION)

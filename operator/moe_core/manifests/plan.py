@@ -9,6 +9,7 @@ from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.names import child_name, pod_name
 from moe_core.contract.runtime_config import RuntimeConfig
 from moe_core.experts.assign import Policy, assign, even_slots
+from moe_core.experts.measure import copies_of_logical
 from moe_core.spec.common import PodTemplate
 from moe_core.topology.fit import Pack
 from moe_core.topology.room import Needs
@@ -42,14 +43,26 @@ class Plan:
     def expert_map(self, num_ranks: int) -> ExpertMap:
         """The assignment for this many ranks; its generation is the resource's."""
         slots = even_slots(self.num_experts, num_ranks, redundant_per_rank=self.redundant_per_rank)
-        assigned = _assigned(self.policy, self.num_layers, self.num_experts, slots)
-        return assigned.model_copy(update={"generation": self.generation})
+        return _assigned(self.policy, self.num_layers, self.num_experts, slots, self.generation)
+
+    def least_copies(self, num_ranks: int) -> int:
+        """Copies that the worst off expert has by this plan."""
+        slots = even_slots(self.num_experts, num_ranks, redundant_per_rank=self.redundant_per_rank)
+        return _least_copies(self.policy, self.num_layers, self.num_experts, slots)
 
 
-@lru_cache(maxsize=64)
-def _assigned(policy: Policy, num_layers: int, num_experts: int, slots: tuple[int, ...]) -> ExpertMap:
-    """A memo of a pure function: decide runs every second, a map changes once a day."""
-    return assign(policy, num_layers=num_layers, num_logical_experts=num_experts, slots_of_rank=slots)
+@lru_cache(maxsize=32)
+def _assigned(policy: Policy, num_layers: int, num_experts: int, slots: tuple[int, ...], generation: int) -> ExpertMap:
+    """A memo of a pure function: decide runs every second, a map changes once a day. One object, so one digest."""
+    return assign(
+        policy, num_layers=num_layers, num_logical_experts=num_experts, slots_of_rank=slots, generation=generation
+    )
+
+
+@lru_cache(maxsize=32)
+def _least_copies(policy: Policy, num_layers: int, num_experts: int, slots: tuple[int, ...]) -> int:
+    expert_map = _assigned(policy, min(num_layers, 1), num_experts, slots, 0)  # without load all layers are alike
+    return int(copies_of_logical(expert_map).min(initial=len(slots)))
 
 
 def merged(ours: Mapping[str, str], theirs: Mapping[str, str]) -> dict[str, str]:
