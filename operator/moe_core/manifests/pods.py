@@ -86,7 +86,7 @@ def _spec(plan: Plan, role: str, index: int) -> dict[str, Any]:
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         "containers": [_container(plan, role, index)],
-        "volumes": _volumes(plan, role),
+        "volumes": _volumes(plan),
     }
     if role == ROLE_RANK:
         spec["schedulingGates"] = [{"name": names.SCHEDULING_GATE}]
@@ -126,7 +126,7 @@ def _container(plan: Plan, role: str, index: int) -> dict[str, Any]:
             "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},
         },
-        "volumeMounts": _mounts(plan, role),
+        "volumeMounts": _mounts(plan),
         "resources": _resources(plan, role),
         "terminationMessagePolicy": "FallbackToLogsOnError",
     }
@@ -183,7 +183,7 @@ def _resources(plan: Plan, role: str) -> dict[str, Any]:
     return {name: dict(sorted(part.items())) for name, part in parts.items() if part}
 
 
-def _volumes(plan: Plan, role: str) -> list[dict[str, Any]]:
+def _volumes(plan: Plan) -> list[dict[str, Any]]:
     ours: list[dict[str, Any]] = [
         {"name": "moerator-config", "configMap": {"name": plan.child("config")}},
         {"name": "moerator-token", "secret": {"secretName": plan.child("token"), "defaultMode": 0o440}},
@@ -191,10 +191,10 @@ def _volumes(plan: Plan, role: str) -> list[dict[str, Any]]:
         {"name": "moerator-tmp", "emptyDir": {}},
         {"name": "moerator-shm", "emptyDir": {"medium": "Memory"}},
     ]
-    return ours if role == ROLE_COORDINATOR else [*ours, *(dict(volume) for volume in plan.template.spec.volumes)]
+    return [*ours, *(dict(volume) for volume in plan.template.spec.volumes)]
 
 
-def _mounts(plan: Plan, role: str) -> list[dict[str, Any]]:
+def _mounts(plan: Plan) -> list[dict[str, Any]]:
     ours: list[dict[str, Any]] = [
         {"name": "moerator-config", "mountPath": CONFIG_DIR, "readOnly": True},
         {"name": "moerator-token", "mountPath": TOKEN_DIR, "readOnly": True},
@@ -202,7 +202,5 @@ def _mounts(plan: Plan, role: str) -> list[dict[str, Any]]:
         {"name": "moerator-tmp", "mountPath": "/tmp"},
         {"name": "moerator-shm", "mountPath": "/dev/shm"},
     ]
-    if role == ROLE_COORDINATOR:  # it reads no model and no data, and must not wait for a volume of another node
-        return ours
     user = plan.template.spec.volume_mounts
     return [*ours, *(mount.model_dump(by_alias=True, exclude_none=True) for mount in user)]
