@@ -110,6 +110,16 @@ class Process:
     def resume(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
 
+    def terminate(self, *, timeout_s: float = 30.0) -> int:
+        """SIGTERM, and its exit code once it has ended.
+
+        Raises:
+            subprocess.TimeoutExpired: it did not end in time.
+        """
+        assert self._popen is not None, f"{self.name} was not started"
+        self._popen.terminate()
+        return self._popen.wait(timeout_s)
+
     def kill(self) -> None:
         """SIGKILL to the whole process group, and reaped. Harmless when it has ended already."""
         if self._popen is None:
