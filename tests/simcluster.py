@@ -124,6 +124,7 @@ class Sim:
         serving = self.wish.kind == "MoEService"
         return RuntimeState(
             version=self.step_count,
+            wish_put=self.told.generation if self.told else None,
             wish_generation=self.told.generation if in_force and self.told else None,
             epoch=self.epoch,
             map_digest=self.told.expert_map.digest if self.told else "",

@@ -49,7 +49,9 @@ class ExpertMap(WireModel):
         return (0, *accumulate(self.slots_of_rank))[:-1]
 
     def slot_range(self, rank: int) -> range:
-        """Global slot ids that `rank` owns."""
+        """Global slot ids that `rank` owns; none for a rank that joins later than this map."""
+        if rank >= self.num_ranks:
+            return range(0)
         first = self.first_slot_of_rank[rank]
         return range(first, first + self.slots_of_rank[rank])
 

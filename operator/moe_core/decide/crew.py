@@ -13,8 +13,6 @@ NODE_GRACE_S = 20.0
 The node controller itself waits 40 to 50 s before it says NotReady, so this is on top of that.
 """
 
-LEFT = "left the group"
-
 
 @dataclass(frozen=True, slots=True)
 class Seat:
@@ -37,11 +35,6 @@ class Seat:
     def newest(self) -> PodFact | None:
         everyone = [*([self.live] if self.live else []), *(pod for pod, _ in self.dead), *self.leaving]
         return max(everyone, key=lambda pod: pod.incarnation, default=None)
-
-    @property
-    def has_left(self) -> bool:
-        """Its last process drained out of the group; it takes a new one to come back."""
-        return self.live is None and bool(self.dead) and self.dead[-1][1] == LEFT
 
     @property
     def is_placed(self) -> bool:
@@ -113,8 +106,7 @@ def _why_dead(pod: PodFact, nodes: dict[str, NodeFact], now: float) -> str:
 def _failed_uids(runtime: RuntimeState | None) -> dict[str, str]:
     if runtime is None:
         return {}
-    failed = {r.pod_uid: r.message or "the runtime gave this rank up" for r in runtime.ranks if r.phase == "Failed"}
-    return failed | {r.pod_uid: LEFT for r in runtime.ranks if r.phase == "Left"}
+    return {r.pod_uid: r.message or "the runtime gave this rank up" for r in runtime.ranks if r.phase == "Failed"}
 
 
 def states_of(runtime: RuntimeState | None) -> dict[str, RankState]:

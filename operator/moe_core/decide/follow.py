@@ -41,7 +41,8 @@ def group_size(plan: Plan, memory: Memory, facts: Facts, ranks: Mapping[int, Sea
         return plan.num_ranks
     joiners = [ranks[r].live if r in ranks else None for r in range(told, plan.num_ranks)]
     states = states_of(facts.runtime)
-    ready = all(pod is not None and pod.uid in states and states[pod.uid].phase not in _OUT for pod in joiners)
+    # Left is how a rank reports that is loaded and not wished yet, so it may come back as well
+    ready = all(pod is not None and pod.uid in states and states[pod.uid].phase != "Failed" for pod in joiners)
     return plan.num_ranks if ready else told
 
 
@@ -82,7 +83,10 @@ def release_leavers(
 ) -> list[Action]:
     """Delete pods beyond the wished size whose rank is out of the group, by uid."""
     actions: list[Action] = []
-    told = following.num_ranks <= plan.num_ranks
+    heard = (
+        facts.runtime is not None and facts.runtime.wish_put == following.generation
+    )  # one snapshot: no older phases
+    told = heard and following.num_ranks <= plan.num_ranks
     states = states_of(facts.runtime)
     for rank, seat in sorted(ranks.items()):
         if rank < plan.num_ranks:

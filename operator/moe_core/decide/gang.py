@@ -43,15 +43,13 @@ def remember(
     """(incarnations, baselines) by rank. `planned` says that no missing pod counts as a failure now (suspended)."""
     size = max([num_ranks, len(memory.incarnations), *(index + 1 for index in ranks)])
     seen = [max(memory.incarnation(r), ranks[r].highest if r in ranks else 0) for r in range(size)]
-    base = [seen[r] if planned or _is_planned(r, num_ranks, memory, ranks) else memory.baseline(r) for r in range(size)]
+    base = [seen[r] if planned or _is_planned(r, num_ranks, ranks) else memory.baseline(r) for r in range(size)]
     return seen, base
 
 
-def _is_planned(rank: int, num_ranks: int, memory: Memory, ranks: Mapping[int, Seat]) -> bool:
+def _is_planned(rank: int, num_ranks: int, ranks: Mapping[int, Seat]) -> bool:
     """Whether the absence of this rank's pod is a resize's doing."""
-    if rank >= num_ranks:
-        return rank not in ranks or ranks[rank].live is None
-    return memory.epoch > 0 and rank >= memory.wish_ranks and rank in ranks and ranks[rank].has_left
+    return rank >= num_ranks and (rank not in ranks or ranks[rank].live is None)
 
 
 def backoff_s(replacement: int) -> float:
