@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from moe_core.contract.exchange import RuntimeState
+from moe_core.contract.exchange import RankState, RuntimeState
 from moe_core.decide import decide
 from moe_core.facts import BindPod, CreatePod, DeletePod, PutWish, Taint
 from simcluster import Sim, edit, gpu_nodes, gpu_template, make, service_spec
@@ -307,10 +307,37 @@ def test_a_killed_pod_is_vouched_dead_to_the_coordinator() -> None:
 
 def test_a_failure_that_no_restart_mends_is_told_and_nothing_is_churned() -> None:
     sim = running()
-    facts = replace(sim.facts(), runtime=RuntimeState(version=9, epoch=1, failure="the checkpoint has no expert 3"))
+    lost = tuple(RankState(rank=p.index, pod_uid=p.uid, phase="Failed") for p in sim.ranks())
+    state = RuntimeState(version=9, wish_put=1, epoch=1, ranks=lost, failure="the checkpoint has no expert 3")
+    facts = replace(sim.facts(), runtime=state)
     decision = decide(sim.wish, facts, sim.now)
     ready = next(c for c in decision.conditions if c.type == "Ready")
     assert (ready.status, ready.reason, ready.message) == ("False", "RuntimeFailed", "the checkpoint has no expert 3")
+    assert not [a for a in decision.actions if isinstance(a, CreatePod | DeletePod)]
+
+
+def test_what_holds_up_a_start_is_told() -> None:
+    sim = service()
+    sim.step()
+    sim.step()
+    sim.pods = [replace(p, message="ErrImagePull: no such image") if p.index == 2 else p for p in sim.pods]
+    sim.step()
+    assert sim.message("Ready") == (
+        "0 of 4 ranks running, none active yet; tiny-svc-rank-2-1: ErrImagePull: no such image"
+    )
+
+
+def test_a_rank_that_the_runtime_gave_up_is_replaced() -> None:
+    sim = running()
+    uid = sim.live(2)[0].uid
+    state = sim.runtime()
+    assert state is not None
+    gave_up = [r.model_copy(update={"phase": "Failed"}) if r.pod_uid == uid else r for r in state.ranks]
+    decision = decide(
+        sim.wish, replace(sim.facts(), runtime=state.model_copy(update={"ranks": tuple(gave_up)})), sim.now
+    )
+    assert [a.uid for a in decision.actions if isinstance(a, DeletePod)] == [uid]
+    assert [(a.index, a.incarnation) for a in decision.actions if isinstance(a, CreatePod)] == [(2, 2)]
 
 
 def test_suspending_removes_every_pod_and_resuming_counts_no_restart() -> None:

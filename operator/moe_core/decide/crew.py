@@ -104,7 +104,7 @@ def _why_dead(pod: PodFact, nodes: dict[str, NodeFact], now: float) -> str:
 
 
 def _failed_uids(runtime: RuntimeState | None) -> dict[str, str]:
-    if runtime is None:
+    if runtime is None or runtime.failure:  # what no restart can mend is told, not restarted
         return {}
     return {r.pod_uid: r.message or "the runtime gave this rank up" for r in runtime.ranks if r.phase == "Failed"}
 

@@ -125,6 +125,19 @@ def placed_condition(plan: Plan, cycle: Cycle) -> Condition:
     return Condition("Placed", "False", Reason.PLACING, told)
 
 
+def starting_note(cycle: Cycle, facts: Facts) -> str:
+    """How far the start has come, and the first thing that holds it up."""
+    counts = cycle.counts
+    told = f"{counts.available} of {counts.desired} ranks running, none active yet"
+    pods = sorted(facts.pods, key=lambda p: (p.role, p.index, p.incarnation, p.uid))
+    stuck = next((pod for pod in pods if pod.phase == "Pending" and pod.message and not pod.deleting), None)
+    if stuck is not None:
+        return f"{told}; {stuck.name}: {stuck.message}"
+    if counts.available == counts.desired and facts.runtime is None:
+        return f"{told}; waiting for the coordinator"
+    return told
+
+
 def everything_goes(facts: Facts) -> list[Action]:
     """Delete every pod of this owner that nobody has asked to go yet."""
     pods = sorted(facts.pods, key=lambda p: (p.role, p.index, p.incarnation, p.uid))

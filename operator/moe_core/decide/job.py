@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from moe_core.decide.accept import Accepted
 from moe_core.decide.crew import seats
-from moe_core.decide.cycle import Cycle, everything_goes, placed_condition, run_cycle, soonest
+from moe_core.decide.cycle import Cycle, everything_goes, placed_condition, run_cycle, soonest, starting_note
 from moe_core.decide.memory import Memory, condition_in, is_true
 from moe_core.decide.report import count, events_of, status_of
 from moe_core.decide.service import suspended
@@ -86,9 +86,7 @@ def _ready(cycle: Cycle, facts: Facts) -> Condition:
         return Condition("Ready", "False", Reason.NO_FIT, str(cycle.no_fit))
     if not cycle.formed:
         reason = Reason.FORMING if counts.available == counts.desired else Reason.STARTING
-        return Condition(
-            "Ready", "False", reason, f"{counts.available} of {counts.desired} ranks running, none active yet"
-        )
+        return Condition("Ready", "False", reason, starting_note(cycle, facts))
     if runtime is None:
         told = f"no coordinator answers; {counts.available} of {counts.desired} ranks running go on without it"
         return Condition("Ready", "Unknown", Reason.COORDINATOR_AWAY, told)

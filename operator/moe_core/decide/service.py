@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from moe_core.decide.accept import Accepted
 from moe_core.decide.crew import active_uids, proven_dead, seats
-from moe_core.decide.cycle import Cycle, everything_goes, placed_condition, run_cycle, soonest
+from moe_core.decide.cycle import Cycle, everything_goes, placed_condition, run_cycle, soonest, starting_note
 from moe_core.decide.follow import is_leaving_done
 from moe_core.decide.gang import remember
 from moe_core.decide.memory import Memory
@@ -97,9 +97,7 @@ def _ready(cycle: Cycle, accepted: Accepted, facts: Facts) -> Condition:  # noqa
         if cycle.no_fit is not None:
             return Condition("Ready", "False", Reason.NO_FIT, str(cycle.no_fit))
         reason = Reason.FORMING if counts.available == counts.desired else Reason.STARTING
-        return Condition(
-            "Ready", "False", reason, f"{counts.available} of {counts.desired} ranks running, none active yet"
-        )
+        return Condition("Ready", "False", reason, starting_note(cycle, facts))
     if runtime is None:
         told = f"no coordinator answers; {counts.available} of {counts.desired} ranks running go on without it"
         return Condition("Ready", "Unknown", Reason.COORDINATOR_AWAY, told)

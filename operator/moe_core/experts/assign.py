@@ -84,7 +84,7 @@ def _linear(
         if load_E is None and unmeasured is not None:
             rows.append(unmeasured)
             continue
-        per_rank = lay_out(list(slots_of_rank), num_logical, load_E).row()
+        per_rank = lay_out(slots_of_rank, num_logical, load_E).rows()
         row = tuple(
             logical
             for held, room in zip(per_rank, slots_of_rank, strict=True)

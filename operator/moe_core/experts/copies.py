@@ -5,71 +5,65 @@ A copy is placed where it fits best; when every rank that lacks the expert is fu
 """
 
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from moe_core.experts.checks import FloatArray
+from moe_core.experts.checks import FloatArray, IntArray
 
 
-@dataclass(slots=True)
 class Layout:
-    """One layer under construction: `holds[r]` are the experts on rank r; `home[e]` is the rank of e's first copy."""
+    """One layer under construction; R ranks, E logical experts.
 
-    room: list[int]
-    num_logical: int
-    holds: list[set[int]] = field(default_factory=list)
-    home: list[int] = field(default_factory=list)
-    copies: list[int] = field(default_factory=list)
+    holds_RE: which experts a rank holds; home_E: the rank of the first copy; copies_E: how many there are;
+    guests_RR: how many of the experts at home on the second rank the first one holds.
+    """
 
-    def __post_init__(self) -> None:
-        self.holds = [set() for _ in self.room]
-        self.copies = [0] * self.num_logical
+    def __init__(self, room: Sequence[int], num_logical: int) -> None:
+        num_ranks = len(room)
+        self.room_R: IntArray = np.asarray(room, dtype=np.int64)
+        self.free_R: IntArray = np.minimum(self.room_R, num_logical)
+        self.holds_RE: NDArray[np.bool_] = np.zeros((num_ranks, num_logical), dtype=bool)
+        self.copies_E: IntArray = np.zeros(num_logical, dtype=np.int64)
+        self.home_E: IntArray = np.repeat(np.arange(num_ranks), _shares(num_logical, room))
+        self.guests_RR: IntArray = np.zeros((num_ranks, num_ranks), dtype=np.int64)
+        for logical, home in enumerate(self.home_E.tolist()):  # contiguous, in proportion to the ranks' slots
+            self._put(logical, home)
 
-    def free(self, rank: int) -> int:
-        return min(self.room[rank], self.num_logical) - len(self.holds[rank])
+    def _put(self, logical: int, rank: int, step: int = 1) -> None:
+        self.holds_RE[rank, logical] = step > 0
+        self.free_R[rank] -= step
+        self.copies_E[logical] += step
+        self.guests_RR[rank, self.home_E[logical]] += step
 
-    def put(self, logical: int, rank: int) -> None:
-        self.holds[rank].add(logical)
-        self.copies[logical] += 1
+    def place_copy(self, logical: int, rank_load_R: FloatArray) -> bool:
+        """Put one more copy on the least loaded rank that lacks it; False if no arrangement can hold it.
 
-    def place_homes(self) -> None:
-        """One copy of each expert, contiguous over the ranks, shares in proportion to the ranks' slots."""
-        for rank, share in enumerate(_shares(self.num_logical, self.room)):
-            for _ in range(share):
-                self.put(len(self.home), rank)
-                self.home.append(rank)
-
-    def copied_homes(self, rank: int) -> int:
-        return sum(1 for logical, home in enumerate(self.home) if home == rank and self.copies[logical] > 1)
-
-    def place_copy(self, logical: int, rank_load: FloatArray) -> bool:
-        """Put one more copy on the least loaded rank that lacks it; False if no arrangement can hold it."""
-        open_ranks = [r for r in range(len(self.room)) if logical not in self.holds[r] and self.free(r) > 0]
-        if open_ranks:
-            home, num_ranks = self.home[logical], len(self.room)
-            guests = [sum(1 for other in self.holds[r] if self.home[other] == home) for r in range(num_ranks)]
-            best = min(open_ranks, key=lambda r: (rank_load[r], -self.free(r), guests[r], (r - home) % num_ranks))
-            self.put(logical, best)
-            return True
-        return self._make_room(logical)
+        Of equals: most free slots, fewest guests of the same home, nearest after home.
+        """
+        home, num_ranks = int(self.home_E[logical]), len(self.room_R)
+        open_ranks = np.flatnonzero(~self.holds_RE[:, logical] & (self.free_R > 0))
+        if open_ranks.size == 0:
+            return self._make_room(logical)
+        ring = (open_ranks - home) % num_ranks
+        keys = (ring, self.guests_RR[open_ranks, home], -self.free_R[open_ranks], rank_load_R[open_ranks])
+        self._put(logical, int(open_ranks[np.lexsort(keys)[0]]))
+        return True
 
     def _make_room(self, logical: int) -> bool:
         """Shift copies along the shortest chain that ends at a free slot. Homes stay where they are."""
-        came_by: dict[int, tuple[int, int] | None] = {
-            r: None for r in range(len(self.room)) if logical not in self.holds[r]
-        }
-        queue = deque(sorted(came_by))
+        first = np.flatnonzero(~self.holds_RE[:, logical]).tolist()
+        came_by: dict[int, tuple[int, int] | None] = dict.fromkeys(first)
+        queue = deque(first)
         while queue:
             rank = queue.popleft()
-            if self.free(rank) > 0:
+            if self.free_R[rank] > 0:
                 self._shift(logical, rank, came_by)
                 return True
-            for other in sorted(self.holds[rank]):
-                if self.home[other] == rank:
-                    continue
-                for target in range(len(self.room)):
-                    if target not in came_by and other not in self.holds[target]:
+            for other in np.flatnonzero(self.holds_RE[rank] & (self.home_E != rank)).tolist():
+                for target in np.flatnonzero(~self.holds_RE[:, other]).tolist():
+                    if target not in came_by:
                         came_by[target] = (rank, other)
                         queue.append(target)
         return False
@@ -78,19 +72,22 @@ class Layout:
         rank, step = end, came_by[end]
         while step is not None:
             source, moved = step
-            self.holds[source].discard(moved)
-            self.holds[rank].add(moved)
+            self._put(moved, source, -1)
+            self._put(moved, rank)
             rank, step = source, came_by[source]
-        self.put(logical, rank)
+        self._put(logical, rank)
 
-    def row(self) -> tuple[tuple[int, ...], ...]:
+    def rows(self) -> list[list[int]]:
         """Per rank: homes ascending, then copies ascending; shorter than its room where a slot stays empty."""
-        return tuple(
-            tuple(sorted(held, key=lambda e: (self.home[e] != rank, e))) for rank, held in enumerate(self.holds)
-        )
+        found = []
+        for rank in range(len(self.room_R)):
+            held = np.flatnonzero(self.holds_RE[rank])
+            at_home = self.home_E[held] == rank
+            found.append([*held[at_home].tolist(), *held[~at_home].tolist()])
+        return found
 
 
-def _shares(total: int, room: list[int]) -> list[int]:
+def _shares(total: int, room: Sequence[int]) -> list[int]:
     """`total` split over ranks in proportion to their room (largest remainders first), never above it."""
     slots = sum(room)
     shares = [total * r // slots for r in room]
@@ -100,38 +97,28 @@ def _shares(total: int, room: list[int]) -> list[int]:
     return shares
 
 
-def lay_out(room: list[int], num_logical: int, load_E: FloatArray | None) -> Layout:
+def lay_out(room: Sequence[int], num_logical: int, load_E: FloatArray | None) -> Layout:
     """One layer: homes first, then a copy at a time until the slots are full or no copy can go anywhere useful.
 
     With a load the expert with the most load per copy comes next; without one the least copied, taken from the rank
     whose homes are least copied, so that every rank holds a mix of copied and uncopied experts.
     """
-    layout = Layout(room=list(room), num_logical=num_logical)
-    layout.place_homes()
-    stuck = np.zeros(num_logical, dtype=bool)
+    layout = Layout(room, num_logical)
     max_copies = sum(1 for r in room if r)
-    copied_of_rank = [0] * len(room)
-    rank_load = np.zeros(len(room))
-    if load_E is not None:
-        np.add.at(rank_load, layout.home, load_E)
-    while any(layout.free(r) for r in range(len(room))):
-        candidates = [e for e in range(num_logical) if not stuck[e] and layout.copies[e] < max_copies]
-        if not candidates:
-            break
+    copied_of_home = np.zeros(len(room), dtype=np.int64)
+    rank_load_R = np.zeros(len(room))
+    stuck_E = layout.copies_E >= max_copies
+    while layout.free_R.any() and not stuck_E.all():
+        open_E = np.flatnonzero(~stuck_E)
+        copies = layout.copies_E[open_E]
         if load_E is None:
-            copies, home = layout.copies, layout.home
-            chosen = min(candidates, key=lambda e: (copies[e], copied_of_rank[home[e]], e))
+            chosen = int(open_E[np.lexsort((copied_of_home[layout.home_E[open_E]], copies))[0]])
         else:
-            chosen = max(candidates, key=lambda e: (load_E[e] / layout.copies[e], -layout.copies[e], -e))
-        if not layout.place_copy(chosen, rank_load):
-            stuck[chosen] = True
-            continue
-        copied_of_rank[layout.home[chosen]] += 1
-        if load_E is not None:
-            rank_load = _rank_load(layout, load_E)
+            chosen = int(open_E[np.lexsort((copies, -load_E[open_E] / copies))[0]])
+            rank_load_R = (layout.holds_RE * (load_E / layout.copies_E)).sum(-1)
+        if layout.place_copy(chosen, rank_load_R):
+            copied_of_home[layout.home_E[chosen]] += 1
+            stuck_E[chosen] = layout.copies_E[chosen] >= max_copies
+        else:
+            stuck_E[chosen] = True
     return layout
-
-
-def _rank_load(layout: Layout, load_E: FloatArray) -> FloatArray:
-    per_copy = load_E / np.asarray(layout.copies)
-    return np.asarray([per_copy[sorted(held)].sum() for held in layout.holds])
