@@ -16,19 +16,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.runtime_config import ModelSource
+from moe_core.experts.degrade import Answer, degrade
 from moe_core.outcome import InvalidInput
 from moe_runtime.dispatch.group_face import Group
-from moe_runtime.dispatch.plan import DispatchPlan, logical_of_local_slot, make_plan
+from moe_runtime.dispatch.plan import LOST, DispatchPlan, logical_of_local_slot, make_plan
 from moe_runtime.dispatch.step import StepContext
 from moe_runtime.engine.attention import attention_masks
 from moe_runtime.engine.cache import SlotKVCache
 from moe_runtime.experts.build import BuiltModel, build, open_weights
 from moe_runtime.experts.families import ModelFacts, check_map
-from moe_runtime.experts.ladder import Generalists, read_generalists
+from moe_runtime.experts.generalists import Generalists, read_generalists
 
 Fallback = Literal["Generalist", "Drop", "Refuse"]
 
@@ -133,9 +135,8 @@ class ExpertParallelModel:
         self.expert_map = new_map
         ranks = group.ranks if group is not None else (self.rank,)
         plan = make_plan(new_map, ranks, rank=self.rank, device=self._device)
-        self._context.plan = self._with_stand_ins(plan)
+        self._context.plan = self._set_answers(plan)
         self._context.group = group if group is not None and group.size > 1 else None
-        self._set_ladders()
         self.rollback()
 
     def use_generalists(self, generalists: Generalists | None) -> None:
@@ -143,25 +144,29 @@ class ExpertParallelModel:
         self._generalists = generalists
         self.bind(self._context.group)
 
-    def _with_stand_ins(self, plan: DispatchPlan) -> DispatchPlan:
-        """Lost experts whose stand-in lives send their picks there."""
-        if self._generalists is None or self._fallback != "Generalist":
-            return plan
-        layers = []
-        for layer, generalists in zip(plan.layers, self._generalists.layers, strict=True):
-            address_E = layer.address_E.clone()
-            for logical_id in layer.lost:
+    def _set_answers(self, plan: DispatchPlan) -> DispatchPlan:
+        """Settle who answers for lost experts; those whose stand-in lives send their picks there."""
+        fitted = self._generalists if self._fallback == "Generalist" else None
+        has_generalist_LE = np.zeros((self.num_layers, self.num_experts), dtype=np.bool_)
+        planned = list(plan.layers)
+        for layer in self._layers:
+            i = layer.layer_idx
+            lost = plan.layers[i].lost
+            generalists = fitted.layers[i] if fitted is not None else None
+            layer.ladder.set_lost(lost, generalists, num_experts=self.num_experts, device=self._device)
+            if generalists is None or not lost:
+                continue
+            address_E = plan.layers[i].address_E.clone()
+            for logical_id in lost:
                 stand_in = generalists.stand_in[logical_id]
                 if stand_in >= 0:
-                    address_E[logical_id] = layer.address_E[stand_in]
-            layers.append(replace(layer, address_E=address_E))
-        return replace(plan, layers=tuple(layers))
-
-    def _set_ladders(self) -> None:
-        use = self._generalists if self._fallback == "Generalist" else None
-        for layer, planned in zip(self._layers, self._context.plan.layers, strict=True):
-            generalists = use.layers[layer.layer_idx] if use is not None else None
-            layer.ladder.set_lost(planned.lost, generalists, num_experts=self.num_experts, device=self._device)
+                    address_E[logical_id] = plan.layers[i].address_E[stand_in]
+                has_generalist_LE[i, logical_id] = generalists.has_map[logical_id] or int(address_E[logical_id]) != LOST
+            planned[i] = replace(plan.layers[i], address_E=address_E)
+        self._answers = degrade(
+            self.expert_map, plan.ranks, fallback=self._fallback, has_generalist_LE=has_generalist_LE
+        )
+        return replace(plan, layers=tuple(planned))
 
     def lost_experts(self) -> list[tuple[int, ...]]:
         """[L] logical experts without a live copy under the bound group."""
@@ -250,10 +255,11 @@ class ExpertParallelModel:
         """The step counts: pending load and degraded counters are added, the cache of the last step grows."""
         pending_LE = self._context.pending_LE.cpu()
         self._load_LE += pending_LE
-        reason = "generalist" if self._generalists is not None and self._fallback == "Generalist" else "drop"
-        for layer_idx, planned in enumerate(self._context.plan.layers):
-            if planned.lost:
-                self._degraded[reason] += int(pending_LE[layer_idx, list(planned.lost)].sum())
+        if self._answers.num_lost:
+            by_generalist_LE = self._answers.answer_LE == Answer.GENERALIST
+            by_nobody_LE = (self._answers.answer_LE == Answer.DROP) | (self._answers.answer_LE == Answer.REFUSE)
+            self._degraded["generalist"] += int(pending_LE[torch.from_numpy(by_generalist_LE)].sum())
+            self._degraded["drop"] += int(pending_LE[torch.from_numpy(by_nobody_LE)].sum())
         if self._last_cache is not None:
             self._last_cache.commit()
         self._forget()

@@ -18,6 +18,7 @@ from moe_runtime.experts.families import (
     facts_of,
     find_experts,
     read_config,
+    shared_expert_of,
 )
 from moe_runtime.experts.slots import SlottedExperts
 from moe_runtime.experts.weights import CheckpointWeights, SeedWeights, WeightSource
@@ -55,7 +56,10 @@ def build(source: ModelSource, *, expert_map: ExpertMap, rank: int, device: str,
     plan = make_plan(expert_map, range(expert_map.num_ranks), rank=rank, device=device)
     pending_LE = torch.zeros(facts.num_layers, facts.num_experts, dtype=torch.int64, device=device)
     context = StepContext(plan=plan, group=None, num_experts=facts.num_experts, pending_LE=pending_LE)
-    layers = tuple(SlottedExperts(entry, layer_idx, context) for layer_idx, entry in enumerate(entries))
+    layers = tuple(
+        SlottedExperts(entry, layer_idx, context, shared_expert_of(model, entry))
+        for layer_idx, entry in enumerate(entries)
+    )
     for layer in layers:
         logical_of_slot = logical_of_local_slot(expert_map, rank, layer.layer_idx)
         layer.install(layer.read(weights, logical_of_slot), logical_of_slot, device)

@@ -7,6 +7,7 @@ by expert. Nothing here knows a family by name.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,16 @@ def _one(name: str, module: torch.nn.Module, sharded: list[str], family: str) ->
         if parameter_name not in sharded or shape[0] != num_experts:
             raise UnsupportedModel(family, f"{name}.{parameter_name} {list(shape)} is not stacked by expert")
     return ExpertsModule(name, module, names)
+
+
+def shared_expert_of(model: torch.nn.Module, entry: ExpertsModule) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The always-on expert beside these experts, [T, D] -> [T, D], if the layer has one under a usual name."""
+    block = model.get_submodule(entry.name.rpartition(".")[0])
+    for name in ("shared_experts", "shared_expert"):
+        shared = getattr(block, name, None)
+        if isinstance(shared, torch.nn.Module):
+            return shared
+    return None
 
 
 def top_k_of(config: Any) -> int:

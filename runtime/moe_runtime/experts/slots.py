@@ -14,7 +14,7 @@ from moe_runtime.dispatch.all_to_all import run_by_pick, run_by_token
 from moe_runtime.dispatch.reference import run_local
 from moe_runtime.dispatch.step import StepContext
 from moe_runtime.experts.families import ExpertsModule
-from moe_runtime.experts.ladder import LayerLadder
+from moe_runtime.experts.ladder import LayerLadder, SharedExpert
 from moe_runtime.experts.weights import WeightSource
 
 SMALL_STEP_TOKENS = 256
@@ -24,10 +24,10 @@ SMALL_STEP_TOKENS = 256
 class SlottedExperts:
     """One MoE layer of this rank: its slots, who is in them, and the way from routed tokens to the mixture's output."""
 
-    def __init__(self, entry: ExpertsModule, layer_idx: int, context: StepContext) -> None:
+    def __init__(self, entry: ExpertsModule, layer_idx: int, context: StepContext, shared: SharedExpert | None) -> None:
         self.entry, self.layer_idx, self._context = entry, layer_idx, context
         self.logical_of_slot: tuple[int, ...] = ()
-        self.ladder = LayerLadder()
+        self.ladder = LayerLadder(shared)
         self._family_forward: Any = entry.module.forward
         entry.module.forward = self._forward
 
@@ -82,7 +82,7 @@ class SlottedExperts:
         local_TD: torch.Tensor | None = None
         if layer.lost:
             context.mark_degraded(self.layer_idx, expert_TK)
-            address_TK, weight_TK, local_TD = self.ladder.answer(x_TD, expert_TK, address_TK, weight_TK)
+            weight_TK, local_TD = self.ladder.answer(x_TD, expert_TK, address_TK, weight_TK)
         if group is None:
             mixed_TD = run_local(x_TD, address_TK, weight_TK, self.run_slots)
         elif (
