@@ -114,13 +114,13 @@ class Lab:
         deadline = time.monotonic() + timeout_s
         while (remaining_s := deadline - time.monotonic()) > 0:
             with contextlib.suppress(queue.Empty):
-                event = self._program.news.get(timeout=remaining_s)
-                assert event is not None, f"the lab's program ended; last events: {self.events[-5:]}"
-                if event["run"] != str(self.folder):
+                news = self._program.news.get(timeout=remaining_s)
+                assert news is not None, f"the lab's program ended; last events: {self.events[-5:]}"
+                if news["run"] != str(self.folder):
                     continue
-                self.events.append(event)
-                if matches(event):
-                    return event
+                self.events.append(news)
+                if matches(news):
+                    return news
         raise AssertionError("no such event in time; seen:\n" + "\n".join(map(str, self.events)))
 
     def settled(self, uids: set[str], *, above: int = 0, timeout_s: float = 15) -> dict[str, Event]:
@@ -133,8 +133,7 @@ class Lab:
                 if set(found) == uids and all(set(e["members"]) == uids for e in found.values()):
                     return found
             known = {id(e) for e in self.events}
-            self.wait(lambda e, known=known: id(e) not in known, max(0.1, deadline - time.monotonic()))  # type:
-            ignore[misc]
+            self.wait(lambda e: id(e) not in known, max(0.1, deadline - time.monotonic()))  # noqa: B023
 
     def start(self, rank: int, uid: str, *, is_joiner: bool = False, **options: Any) -> RankProcess:
         process = RankProcess(rank, uid, free_port(), free_port())
@@ -173,7 +172,7 @@ def free_port() -> int:
 # ---------------------------------------------------------------- the program
 
 
-def say(event: str, run: str = "", **values: Any) -> None:
+def say(event: str, /, run: str = "", **values: Any) -> None:
     run = run or os.environ.get("LAB_RUN", "")
     os.write(1, json.dumps({"event": event, "run": run, "at": time.time(), **values}).encode() + b"\n")
 
@@ -346,8 +345,7 @@ class Stepper:
                     epoch=membership.epoch,
                     members=list(membership.pod_uids),
                     map=membership.map_digest,
-                    **split,
-                    **footprint(),
+                    parts={**split, **footprint()},
                 )
                 is_told = True
             if all(row[0] for row in rows):

@@ -29,10 +29,10 @@ def ranks_lab(program: Program, tmp_path: Path) -> Iterator[Lab]:
 
 def report_split(what: str, fault_at: float, resumed: dict[str, Event]) -> float:
     """Prints the parts as the slowest rank saw them; seconds from the fault to the first step of the new epoch."""
-    detect_ms = max((e["detected_at"] - fault_at) * 1000 for e in resumed.values())
-    agree_ms = max(e["agree_ms"] for e in resumed.values())
-    rebuild_ms = max(e["rebuild_ms"] for e in resumed.values())
-    total_s = max(e["at"] for e in resumed.values()) - fault_at
+    detect_ms = max((e["parts"]["detected_at"] - fault_at) * 1000 for e in resumed.values())
+    agree_ms = max(e["parts"]["agree_ms"] for e in resumed.values())
+    rebuild_ms = max(e["parts"]["rebuild_ms"] for e in resumed.values())
+    total_s: float = max(e["at"] for e in resumed.values()) - fault_at
     print(
         f"{what}: detect {detect_ms:.0f} ms, agree {agree_ms:.0f} ms, rebuild {rebuild_ms:.0f} ms, all {total_s:.2f} s"
     )
@@ -185,11 +185,11 @@ def test_thirty_rebuilds_leak_neither_threads_nor_files(ranks_lab: Lab) -> None:
     ranks_lab.form(4, rebuilds=30)
     last = ranks_lab.settled({"p0", "p1", "p2", "p3"}, above=30, timeout_s=40)
     early = {e["uid"]: e for e in ranks_lab.events if e["event"] == "stepping" and e["epoch"] == 5}
-    print({uid: [(early[uid][k], last[uid][k]) for k in ("task", "fd")] for uid in sorted(last)})
+    print({uid: [(early[uid]["parts"][k], last[uid]["parts"][k]) for k in ("task", "fd")] for uid in sorted(last)})
     print(f"mean of 29 rebuilds: {(last['p0']['at'] - early['p0']['at']) / 26 * 1000:.0f} ms")
     for uid, event in last.items():
-        assert event["task"] <= early[uid]["task"] + 4, "threads of old groups are still there"
-        assert event["fd"] <= early[uid]["fd"] + 4, "files of old groups are still open"
+        assert event["parts"]["task"] <= early[uid]["parts"]["task"] + 4, "threads of old groups are still there"
+        assert event["parts"]["fd"] <= early[uid]["parts"]["fd"] + 4, "files of old groups are still open"
 
 
 def change(ranks_lab: Lab, epoch: int, members: list[RankProcess]) -> None:
