@@ -115,6 +115,7 @@ def runtime_state(
     trainings = [r.training for r in reports.values() if r.training is not None]
     return RuntimeState(
         version=version,
+        wish_put=wish.generation if wish is not None else None,
         wish_generation=wish.generation if wish is not None and in_force else None,
         epoch=committed.epoch if committed else 0,
         map_digest=committed.map_digest if committed else "",
