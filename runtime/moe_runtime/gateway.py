@@ -184,6 +184,8 @@ async def serve_gateway(env: PodEnv) -> None:
     tasks = []
     try:
         await web.TCPSite(runner, host, port, reuse_port=True).start()
+        if env.health_port is not None:
+            await web.TCPSite(runner, host, env.health_port).start()
         print(f"moe-pod: gateway on port {port}", flush=True)
         await asyncio.to_thread(_connect, env)
         scout = Scout(env, directory, ranks, face)

@@ -24,7 +24,7 @@ from moe_core.outcome import InvalidSpec
 from moe_runtime import processes
 from moe_runtime.pod_env import PodEnv, read_pod_env
 from moe_runtime.rank_pod import RankEnded
-from moe_runtime.ray_env import OBJECT_STORE_BYTES, head_environment, ray_environment, ray_temp_dir
+from moe_runtime.ray_env import OBJECT_STORE_BYTES, head_environment, ray_environment, ray_temp_dir, uses_shared_node
 from moe_runtime.ray_node import READY_LINE
 
 _NODE_START_S = 120.0
@@ -52,7 +52,7 @@ def main() -> None:
         code = 1
     finally:
         processes.end_descendants(grace_s=_GRACE_S)
-        if not env.shared_ray:
+        if not uses_shared_node(env):
             shutil.rmtree(ray_temp_dir(env), ignore_errors=True)
     # Not sys.exit: a Ray driver's own exit hooks wait for a head that may be gone.
     sys.stdout.flush()
@@ -124,7 +124,7 @@ async def _node(env: PodEnv) -> None:
 
 
 async def _own_node(env: PodEnv) -> "subprocess.Popen[bytes] | None":
-    if env.shared_ray:
+    if uses_shared_node(env):
         return None
     node = start_ray_node(env, head=False)
     await ray_node_ready(env, node)

@@ -29,6 +29,8 @@ ROLE_NODE = "node"
 
 Role = Literal["coordinator", "rank", "gateway", "node"]
 _ROLES = (ROLE_COORDINATOR, ROLE_RANK, ROLE_GATEWAY, ROLE_NODE)
+ENV_HEALTH_PORT = "MOERATOR_HEALTH_PORT"
+"""A port of its own on which a gateway answers too, where several share the service's port (local shell)."""
 _MAX_RANK = 1 << 20
 
 
@@ -47,6 +49,7 @@ class PodEnv:
     config_path: Path
     token_path: Path
     config: RuntimeConfig
+    health_port: int | None = None
 
     @property
     def ray_namespace(self) -> str:
@@ -87,6 +90,9 @@ def read_pod_env(environ: Mapping[str, str]) -> PodEnv:
     if role and role not in _ROLES:
         problems.append(Problem(ENV_ROLE, role, f"must be one of {', '.join(_ROLES)}"))
     rank = _read_rank(environ, problems) if role == ROLE_RANK else None
+    health_port = environ.get(ENV_HEALTH_PORT, "")
+    if health_port and not (health_port.isdecimal() and 0 < int(health_port) < 65536):
+        problems.append(Problem(ENV_HEALTH_PORT, health_port, "must be a port"))
     shared = environ.get(ENV_SHARED_RAY, "")
     if shared not in ("", "0", "1"):
         problems.append(Problem(ENV_SHARED_RAY, shared, "must be 0 or 1"))
@@ -106,6 +112,7 @@ def read_pod_env(environ: Mapping[str, str]) -> PodEnv:
         config_path=Path(config_path),
         token_path=Path(token_path),
         config=config,
+        health_port=int(health_port) if health_port else None,
     )
 
 

@@ -47,6 +47,7 @@ class CoordinatorLink:
                 if response.status == 200:
                     self.directive = Directive.parse(body)
                 elif response.status != 204:
+                    print(f"the coordinator refused a report: {response.status} {body[:300]!r}", flush=True)
                     self._stop.wait(_RETRY_S)
             except (OSError, http.client.HTTPException, InvalidInput):
                 connection.close()

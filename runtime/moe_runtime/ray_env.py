@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 
+from moe_core.contract.names import ROLE_GATEWAY, ROLE_RANK
 from moe_runtime.pod_env import ROLE_NODE, PodEnv, ray_token
 
 _RECONNECT_S = 7 * 24 * 3600
@@ -63,11 +64,19 @@ def ray_temp_dir(env: PodEnv) -> Path:
     The same for every incarnation on one state folder, so that a new head takes the old one's place. A driver finds its
     node by this path (several may run on one machine), so a shared node's follows from what all its pods know.
     """
-    if env.shared_ray or env.role == ROLE_NODE:
-        key = f"shared:{env.config.uid}:{env.config.ray_port}"
-    else:
-        key = str(env.state_dir)
-    return Path(tempfile.gettempdir()) / f"moe-{sha256(key.encode()).hexdigest()[:12]}"
+    if env.role == ROLE_NODE or uses_shared_node(env):
+        # Not below TMPDIR: that may differ from pod to pod.
+        return Path("/tmp") / f"moe-{_short(f'shared:{env.config.uid}:{env.config.ray_port}')}"
+    return Path(tempfile.gettempdir()) / f"moe-{_short(str(env.state_dir))}"
+
+
+def uses_shared_node(env: PodEnv) -> bool:
+    """Whether this pod has no Ray node of its own. The coordinator always has one: the head."""
+    return env.shared_ray and env.role in (ROLE_RANK, ROLE_GATEWAY)
+
+
+def _short(key: str) -> str:
+    return sha256(key.encode()).hexdigest()[:12]
 
 
 def is_loopback(address: str) -> bool:
