@@ -7,6 +7,7 @@ somebody else is never touched.
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
 import time
 from collections.abc import Iterator
@@ -80,7 +81,7 @@ async def test_an_operator_killed_while_it_creates_pods_goes_on_where_it_was(
     await world.apply(job(ranks=12))
     await eventually(lambda: asyncio.sleep(0, first.process.is_running), lambda up: not up, what="the kill")
     left = await world.pods()
-    assert len(left) == killed_after
+    assert killed_after <= len(left) < 12, "killed half-way"
     with operator(cluster, world.namespace, **QUICK_LEASE):
         pods = await world.until_running(12, timeout_s=60)
     assert uids(left) <= uids(pods)
@@ -160,7 +161,7 @@ async def test_a_resource_deleted_while_half_created_leaves_nothing(
         for kind in ("pods", "services", "secrets", "expertmaps"):
             listing = path_of(kind, world.namespace)
             await eventually(
-                lambda listing=listing: _count(world.api, listing),
+                functools.partial(_count, world.api, listing),
                 lambda left: left == 0,
                 what=f"no {kind}",
                 timeout_s=60,
@@ -195,6 +196,7 @@ async def test_a_foreign_object_with_a_childs_name_is_refused_by_name_and_left_a
             ),
             what="a condition that says so",
         )
+        assert told is not None
         message = next(c["message"] for c in told["status"]["conditions"] if c["reason"] == "ForeignObject")
         assert f"{kind}/{name}" in message or f"{kind} {name}" in message
         seen = await world.find(plural, name)

@@ -171,15 +171,35 @@ def control_plane(settings: Settings | None = None, *, directory: Path | None = 
     processes: dict[str, Process] = {}
     failed = False
     try:
-        yield _start(settings, home, programs, processes)
+        yield _start_again_if_ports_clash(settings, home, programs, processes)
     except StartError:
         failed = True
         raise
     finally:
-        for process in reversed(processes.values()):
-            process.kill()  # the data is thrown away: nothing is gained by waiting for watches to end
+        _kill(processes)
         if directory is None and not failed:
             shutil.rmtree(home, ignore_errors=True)
+
+
+def _kill(processes: dict[str, Process]) -> None:
+    """The data is thrown away: nothing is gained by waiting for watches to end."""
+    while processes:
+        processes.popitem()[1].kill()
+
+
+def _start_again_if_ports_clash(
+    settings: Settings, home: Path, programs: Mapping[str, Path], processes: dict[str, Process]
+) -> ControlPlane:
+    """A free port may be taken by another test run before the program binds it; two more draws are enough."""
+    for _ in range(2):
+        try:
+            return _start(settings, home, programs, processes)
+        except StartError as error:
+            if "address already in use" not in str(error):
+                raise
+        _kill(processes)
+        shutil.rmtree(home / "etcd", ignore_errors=True)
+    return _start(settings, home, programs, processes)
 
 
 def _start(settings: Settings, home: Path, programs: Mapping[str, Path], processes: dict[str, Process]) -> ControlPlane:
