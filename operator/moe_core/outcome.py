@@ -110,6 +110,6 @@ class NoFit:
         where = f"in one {self.level}" if self.level else "in the cluster"
         best = f"best is {self.best_domain} with {self.best}" if self.best_domain else f"best is {self.best}"
         excluded = ", ".join(f"{cause} {count}" for cause, count in sorted(self.excluded.items()))
-        text = f"needs room for {self.wanted} ranks {where}; {best}"
+        text = f"needs room for {self.wanted} {'rank' if self.wanted == 1 else 'ranks'} {where}; {best}"
         text += f"; excluded: {excluded}" if excluded else ""
         return text + (f"; {self.lever}" if self.lever else "")

@@ -7,7 +7,7 @@ import pytest
 
 from moe_core.contract.exchange import RankState, RuntimeState
 from moe_core.decide import decide
-from moe_core.facts import BindPod, CreatePod, DeletePod, PutWish, Taint
+from moe_core.facts import BindPod, CreatePod, DeletePod, NodeFact, PutWish, Taint
 from simcluster import Sim, edit, gpu_nodes, gpu_template, make, service_spec
 
 
@@ -39,6 +39,35 @@ def test_a_gang_that_does_not_fit_stays_gated_and_says_what_is_missing() -> None
     assert [p.role for p in sim.pods] == ["rank"] * 4, "neither coordinator nor gateway may hold room before"
     assert sim.condition("Placed") == ("False", "NoFit")
     assert sim.message("Placed").startswith("needs room for 4 ranks in the cluster; best is 3")
+    sim.nodes = gpu_nodes(4)
+    sim.settle()
+    assert sim.condition("Ready") == ("True", "AllActive")
+
+
+def test_a_gang_that_would_take_the_last_room_of_its_own_coordinator_is_not_started() -> None:
+    template = {"spec": {"resources": {"requests": {"cpu": "1"}}}}
+    sim = make(
+        "MoEService", service_spec(template=template), [NodeFact("n0", allocatable={"cpu": 4000, "memory": 2**35})]
+    )
+    sim.settle()
+    assert sim.ever_bound == []
+    assert "beside them 3 pods of coordinator and gateways need cpu 100m, memory 768Mi each" in sim.message("Placed")
+    sim.nodes = (NodeFact("n0", allocatable={"cpu": 4300, "memory": 2**35}),)
+    sim.settle()
+    assert sim.condition("Ready") == ("True", "AllActive")
+
+
+def test_a_group_of_which_nothing_is_left_starts_again_all_or_none() -> None:
+    sim = running(nodes=4)
+    for rank in range(4):
+        sim.kill(rank)
+    sim.nodes = gpu_nodes(3)
+    before = len(sim.ever_bound)
+    for _ in range(20):
+        sim.step()
+        sim.tick(30)
+    assert len(sim.ever_bound) == before
+    assert sim.condition("Placed") == ("False", "NoFit")
     sim.nodes = gpu_nodes(4)
     sim.settle()
     assert sim.condition("Ready") == ("True", "AllActive")

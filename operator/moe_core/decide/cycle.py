@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from moe_core.contract.names import ROLE_COORDINATOR, ROLE_GATEWAY, ROLE_RANK
 from moe_core.decide.crew import Seat, seats
 from moe_core.decide.follow import Following, follow, release_leavers
-from moe_core.decide.gang import Steps, bind, fill, remember
+from moe_core.decide.gang import Steps, fill, remember
 from moe_core.decide.helpers import tend
 from moe_core.decide.memory import Memory
+from moe_core.decide.place import bind
 from moe_core.decide.report import Counts, count
 from moe_core.facts import Action, Condition, DeleteObject, DeletePod, EnsureToken, Event, Facts
 from moe_core.manifests.objects import wanted_objects
@@ -47,7 +48,7 @@ def run_cycle(plan: Plan, memory: Memory, facts: Facts, now: float, *, keep_fini
     seen, base = remember(plan.num_ranks, memory, ranks, planned=False)
     filled = fill(plan, now, ranks=ranks, seen=seen, base=base, keep_finished=keep_finished)
     ran = min(memory.wish_ranks or plan.num_ranks, plan.num_ranks) if formed else 0
-    bound = bind(plan, facts, ranks=ranks, others=[*coordinator.values(), *gateways.values()], formed=ran)
+    bound = bind(plan, facts, ranks=ranks, helpers=[*coordinator.values(), *gateways.values()], formed=ran)
     helpers, helper_waking = _helpers(plan, ranks, coordinator, gateways, now, starting=bool(bound.actions) or formed)
     actions = (
         *_objects(plan, facts, following.num_ranks),

@@ -1,21 +1,14 @@
-"""Rank pods: create behind the gate, bind all or none, replace exactly the dead ones.
-
-Until the group has formed once, every rank waits for all. Afterwards a lost rank is replaced by itself, because each
-one brings experts back; ranks that join in a resize come all or none again.
-"""
+"""Rank pods: create what is missing behind the gate, replace exactly the dead, within a budget, with back-off."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from moe_core.contract.names import ROLE_COORDINATOR, ROLE_GATEWAY, ROLE_RANK
+from moe_core.contract.names import ROLE_RANK
 from moe_core.decide.crew import Seat
 from moe_core.decide.memory import Memory
-from moe_core.facts import Action, BindPod, DeletePod, Facts, PodFact
+from moe_core.facts import Action, DeletePod
 from moe_core.manifests.plan import Plan
-from moe_core.manifests.pods import HELPER_REQUEST, create_pod
-from moe_core.outcome import NoFit
-from moe_core.topology.fit import Fit, fit
-from moe_core.topology.quantity import request_of
+from moe_core.manifests.pods import create_pod
 
 BACKOFF_FIRST_S = 5.0
 BACKOFF_MOST_S = 300.0
@@ -27,7 +20,6 @@ class Steps:
     """What one cycle does to the ranks, and what stands in the way."""
 
     actions: list[Action] = field(default_factory=list)
-    no_fit: NoFit | None = None
     exhausted: bool = False
     lost: dict[int, str] = field(default_factory=dict)
     """Ranks that have no live pod though they had one, and why."""
@@ -129,98 +121,3 @@ def _clear(seat: Seat, *, but_running: bool = False) -> list[Action]:
     return [
         DeletePod(pod.name, pod.uid) for pod, _ in seat.dead if not but_running or pod.phase in ("Failed", "Succeeded")
     ]
-
-
-def bind(plan: Plan, facts: Facts, *, ranks: Mapping[int, Seat], others: Sequence[Seat], formed: int) -> Steps:
-    """Bind gated pods to nodes. `formed` is the size of the group that has already run, 0 for none."""
-    steps = Steps()
-    gated = {r: seat.live for r, seat in ranks.items() if r < plan.num_ranks and seat.live and seat.live.gated}
-    if not gated:
-        return steps
-    kept = {r: seat.live.node for r, seat in ranks.items() if seat.live and seat.is_placed and seat.live.node}
-    first = [r for r in sorted(gated) if r < formed]
-    joiners = list(range(formed, plan.num_ranks))
-    waiting = [r for r in joiners if r in gated]
-    placed = dict(kept)
-    if first:
-        _bind_group(steps, plan, facts, first, gated, placed, ranks, others, one_by_one=True)
-    if waiting and all(r in gated or r in kept for r in joiners):
-        _bind_group(steps, plan, facts, waiting, gated, placed, ranks, others, one_by_one=False)
-    return steps
-
-
-def _bind_group(  # noqa: PLR0917
-    steps: Steps,
-    plan: Plan,
-    facts: Facts,
-    group: Sequence[int],
-    gated: Mapping[int, PodFact],
-    placed: dict[int, str],
-    ranks: Mapping[int, Seat],
-    others: Sequence[Seat],
-    *,
-    one_by_one: bool,
-) -> None:
-    found = _find(plan, facts, group, placed, ranks, others)
-    if isinstance(found, NoFit) and one_by_one and len(group) > 1:
-        for rank in group:
-            _bind_group(steps, plan, facts, [rank], gated, placed, ranks, others, one_by_one=False)
-        return
-    if isinstance(found, NoFit):
-        steps.no_fit = steps.no_fit or found
-        return
-    for rank, node in sorted(found.node_of_rank.items()):
-        placed[rank] = node
-        steps.actions.append(BindPod(name=gated[rank].name, uid=gated[rank].uid, node=node))
-
-
-def _find(  # noqa: PLR0917
-    plan: Plan,
-    facts: Facts,
-    group: Sequence[int],
-    placed: Mapping[int, str],
-    ranks: Mapping[int, Seat],
-    others: Sequence[Seat],
-) -> Fit | NoFit:
-    """Beside pods that are still Terminating; if that is too tight, in their place: the scheduler waits for them."""
-    found: Fit | NoFit | None = None
-    for count_leaving in (True, False):
-        own = _own_use(plan, placed, ranks, others, count_leaving=count_leaving)
-        attempt = fit(facts.nodes, group, needs=plan.needs, pack=plan.pack, kept=placed, own=own)
-        if isinstance(attempt, Fit):
-            return attempt
-        found = found or attempt
-    assert found is not None
-    return found
-
-
-def _own_use(
-    plan: Plan,
-    placed: Mapping[int, str],
-    ranks: Mapping[int, Seat],
-    others: Sequence[Seat],
-    *,
-    count_leaving: bool,
-) -> dict[str, dict[str, int]]:
-    """Base units that our own pods take, by node."""
-    use: dict[str, dict[str, int]] = {}
-
-    def add(node: str | None, request: Mapping[str, int]) -> None:
-        if node is None:
-            return
-        on_node = use.setdefault(node, {})
-        for resource, amount in {"pods": 1, **request}.items():
-            on_node[resource] = on_node.get(resource, 0) + amount
-
-    for _, node in sorted(placed.items()):
-        add(node, plan.needs.request)
-    if count_leaving:
-        for _, seat in sorted(ranks.items()):
-            for pod in seat.leaving:
-                if pod.phase not in ("Failed", "Succeeded") and not pod.gated:
-                    add(pod.node, plan.needs.request)
-    for seat in others:
-        assert seat.role in (ROLE_COORDINATOR, ROLE_GATEWAY), seat.role
-        if seat.live is not None:
-            add(seat.live.node, request_of(HELPER_REQUEST, {}))
-    return use
