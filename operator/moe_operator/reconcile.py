@@ -5,8 +5,9 @@ event loop that answers liveness and renews the lease.
 """
 
 import asyncio
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import assert_never
 
 from moe_core.decide import decide
@@ -39,6 +40,8 @@ FIRST_RETRY_S = 0.2
 LAST_RETRY_S, LAST_RETRY_OF_UNAVAILABLE_S, LAST_RETRY_OF_CONFLICT_S = 30.0, 5.0, 1.0
 LOOK_AGAIN_S = 1.0
 
+MANY = frozenset({CreatePod, BindPod, DeletePod})
+
 Brain = Callable[[Wish, Facts, float], Decision]
 
 
@@ -50,7 +53,8 @@ class Reconciler:
     """Drives every marked key to its wish.
 
     `may_apply` says whether this process holds the lease. It is asked before every single action: without it nothing is
-    changed and the key is looked at later. `clock` gives seconds since the Unix epoch.
+    changed and the key is looked at later. `clock` gives seconds since the Unix epoch. `at_once` actions on pods run
+    side by side.
     """
 
     def __init__(
@@ -60,12 +64,14 @@ class Reconciler:
         metrics: Metrics,
         clock: Callable[[], float],
         may_apply: Callable[[], bool],
+        at_once: int = 1,
         brain: Brain = decide,
     ) -> None:
         self._cluster = cluster
         self._metrics = metrics
         self._clock = clock
         self._may_apply = may_apply
+        self._at_once = at_once
         self._brain = brain
         self._failures: dict[Key, int] = {}
         self._not_before: dict[Key, float] = {}
@@ -152,18 +158,29 @@ class Reconciler:
         return wish, await asyncio.to_thread(self._brain, wish, facts, now), now
 
     async def _carry_out(self, key: Key, wish: Wish, decision: Decision, now: float) -> float | None:
-        for action in decision.actions:
-            self._check_lease()
-            logger.info("%s: %s", key, describe(action))
-            try:
-                await self._apply(wish, action)
-            except Refused as refusal:
-                await self._tell(key, wish, refusal)
-                raise
-            self._failures.pop(key, None)  # it got further: not the same failure again
+        for kind, actions in itertools.groupby(decision.actions, type):
+            await self._carry_out_batch(key, wish, list(actions), at_once=self._at_once if kind in MANY else 1)
         self._check_lease()
         await self._report(wish, decision, now)
         return decision.wake_in
+
+    async def _carry_out_batch(self, key: Key, wish: Wish, actions: Sequence[Action], *, at_once: int) -> None:
+        """Actions of one kind, some of them side by side; all that were begun are finished before a failure counts."""
+        for start in range(0, len(actions), at_once):
+            begun = [self._carry_out_one(key, wish, action) for action in actions[start : start + at_once]]
+            for outcome in await asyncio.gather(*begun, return_exceptions=True):
+                if isinstance(outcome, BaseException):
+                    raise outcome
+
+    async def _carry_out_one(self, key: Key, wish: Wish, action: Action) -> None:
+        self._check_lease()
+        logger.info("%s: %s", key, describe(action))
+        try:
+            await self._apply(wish, action)
+        except Refused as refusal:
+            await self._tell(key, wish, refusal)
+            raise
+        self._failures.pop(key, None)  # it got further: not the same failure again
 
     def _check_lease(self) -> None:
         if not self._may_apply():

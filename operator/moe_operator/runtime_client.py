@@ -93,9 +93,10 @@ class RuntimeClient:
             try:
                 state = await self._poll_once(version)
             except (aiohttp.ClientError, TimeoutError, Unavailable, InvalidInput) as error:
+                version = 0  # whoever answers next may count from the start, and shall not wait for our number
                 if self._state is not None and loop.time() - last_seen > AWAY_AFTER_S:
                     logger.warning("coordinator %s is away: %r", self._url, error)
-                    self._state, self._put_generation, version = None, None, 0
+                    self._state, self._put_generation = None, None
                     self._on_change()
                 await asyncio.sleep(RETRY_S)
                 continue

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 START_LIMIT_S = 300.0
 LOOP_LAG_LIMIT_S = 10.0
 CRD_LOOK_S = 2.0
+REQUESTS_AT_ONCE = 8
 
 
 class Shell:
@@ -68,7 +69,11 @@ class Shell:
             on_lost=lambda why: end_process(EXIT_LEASE_LOST, why),
         )
         self._reconciler = Reconciler(
-            self.cluster, metrics=self.metrics, clock=time.time, may_apply=lambda: self.remaining_s() > 0
+            self.cluster,
+            metrics=self.metrics,
+            clock=time.time,
+            may_apply=lambda: self.remaining_s() > 0,
+            at_once=REQUESTS_AT_ONCE,
         )
         self._complete = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
