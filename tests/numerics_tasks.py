@@ -271,3 +271,44 @@ def train_through_fault(
     logits.square().sum().backward()
     epm.commit()
     return {"outcome": outcome, "logits": logits.detach().numpy(), "picks": sum(map(sum, epm.load_window()))}
+
+
+def degraded_logits(
+    rank: int, store_path: str, *, folder: str, expert_map: ExpertMap, ranks: list[int], fallback: Any
+) -> dict[str, Any]:
+    """Logits of a fixed batch while only `ranks` live; the generalists are those beside the checkpoint."""
+    source = ModelSource(path=folder)
+    epm = ExpertParallelModel.load(source, expert_map=expert_map, rank=ranks[rank], fallback=fallback)
+    epm.bind(join_group(store_path, ranks=ranks, rank=ranks[rank]))
+    cache = epm.new_cache(num_rows=2, max_length=16)
+    ids = batch_of_rank(0, 1)
+    logits = epm.forward_tokens(ids, torch.arange(9).repeat(2, 1), (0, 1), cache)
+    degraded_rows = list(epm.degraded_rows)
+    epm.commit()
+    return {
+        "logits": logits.numpy(),
+        "degraded": epm.degraded_tokens(),
+        "rows": degraded_rows,
+        "lost": epm.lost_experts(),
+        "load": epm.load_window(),
+    }
+
+
+def move_between_steps(rank: int, store_path: str, *, folder: str, maps: list[ExpertMap], world: int) -> dict[str, Any]:
+    """Two decoding steps with a committed map in between; the cache goes on."""
+    epm = load(folder, maps[0], rank)
+    group = join_group(store_path, ranks=range(world), rank=rank)
+    epm.bind(group)
+    cache = epm.new_cache(num_rows=2, max_length=16)
+    ids = batch_of_rank(0, 1)
+    positions = torch.arange(9).repeat(2, 1)
+    steps = [epm.forward_tokens(ids[:, :5], positions[:, :5], (0, 1), cache).numpy()]
+    epm.commit()
+    staged = epm.stage(maps[1])
+    steps.append(epm.forward_tokens(ids[:, 5:7], positions[:, 5:7], (0, 1), cache).numpy())
+    epm.commit()
+    epm.commit_map(staged)
+    epm.bind(group, expert_map=maps[1])
+    steps.append(epm.forward_tokens(ids[:, 7:], positions[:, 7:], (0, 1), cache).numpy())
+    epm.commit()
+    return {"steps": steps, "slots": [entry.logical_of_slot for entry in epm.expert_parameters()]}
