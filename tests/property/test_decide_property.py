@@ -57,7 +57,7 @@ def happen(sim: Sim, event: str, chance: random.Random) -> None:
             sim.tick(7)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(KINDS, st.lists(st.sampled_from(EVENTS), max_size=12), st.integers(0, 2**16))
 def test_whatever_happens_and_wherever_the_operator_dies_the_group_comes_back_whole(
     kind: str, events: list[str], seed: int
