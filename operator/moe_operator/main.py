@@ -8,6 +8,7 @@ import sys
 from typing import Any, cast
 
 import kopf
+from kopf._core.engines.peering import Identity
 
 from moe_operator import handlers
 from moe_operator.errors import BadSettings, OperatorError
@@ -38,10 +39,12 @@ def run_operator(settings: OperatorSettings | None = None) -> int:
         log_format=kopf.LogFormat.JSON if settings.log_format == "json" else kopf.LogFormat.FULL,
     )
     _given[:] = [settings]
+    # Named by us: kopf would ask who runs it, and a container's user has no entry in its passwd file.
+    identity = Identity(settings.identity)
     if settings.namespaces:
-        kopf.run(namespaces=settings.namespaces, standalone=True)
+        kopf.run(namespaces=settings.namespaces, standalone=True, identity=identity)
     else:
-        kopf.run(clusterwide=True, standalone=True)
+        kopf.run(clusterwide=True, standalone=True, identity=identity)
     return 0
 
 
