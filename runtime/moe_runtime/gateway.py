@@ -25,7 +25,7 @@ from moe_runtime.gateway_ranks import RankDirectory
 from moe_runtime.gateway_replay import RankForgot, RankUnreachable
 from moe_runtime.pod_env import PodEnv
 from moe_runtime.rank_desk import Poll, UnknownRequest
-from moe_runtime.ray_env import is_loopback, ray_temp_dir
+from moe_runtime.ray_env import head_listens, is_loopback, ray_temp_dir
 from moe_runtime.registration import GatewayReport, MembersView
 from moe_runtime.tokenizer import load_tokenizer
 
@@ -187,6 +187,7 @@ async def serve_gateway(env: PodEnv) -> None:
         if env.health_port is not None:
             await web.TCPSite(runner, host, env.health_port).start()
         print(f"moe-pod: gateway on port {port}", flush=True)
+        await head_listens(env)
         await asyncio.to_thread(_connect, env)
         scout = Scout(env, directory, ranks, face)
         tasks = [asyncio.create_task(scout.follow_coordinator()), asyncio.create_task(scout.ask_ranks())]

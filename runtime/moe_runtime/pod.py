@@ -24,7 +24,14 @@ from moe_core.outcome import InvalidSpec
 from moe_runtime import processes
 from moe_runtime.pod_env import PodEnv, read_pod_env
 from moe_runtime.rank_pod import RankEnded
-from moe_runtime.ray_env import OBJECT_STORE_BYTES, head_environment, ray_environment, ray_temp_dir, uses_shared_node
+from moe_runtime.ray_env import (
+    OBJECT_STORE_BYTES,
+    head_environment,
+    head_listens,
+    ray_environment,
+    ray_temp_dir,
+    uses_shared_node,
+)
 from moe_runtime.ray_node import READY_LINE
 
 _NODE_START_S = 120.0
@@ -117,6 +124,7 @@ async def _rank(env: PodEnv) -> None:
 
 
 async def _node(env: PodEnv) -> None:
+    await head_listens(env)
     node = start_ray_node(env, head=False)
     await ray_node_ready(env, node)
     print("moe-pod: the shared Ray node is up", flush=True)
@@ -126,6 +134,7 @@ async def _node(env: PodEnv) -> None:
 async def _own_node(env: PodEnv) -> "subprocess.Popen[bytes] | None":
     if uses_shared_node(env):
         return None
+    await head_listens(env)
     node = start_ray_node(env, head=False)
     await ray_node_ready(env, node)
     return node

@@ -18,7 +18,7 @@ from pathlib import Path
 from moe_runtime import processes
 from moe_runtime.guard import Guard
 from moe_runtime.pod_env import PodEnv
-from moe_runtime.ray_env import ray_environment, ray_temp_dir
+from moe_runtime.ray_env import head_listens, ray_environment, ray_temp_dir
 
 _CREATE = "from moe_runtime.rank import create; create()"
 _BEGIN_S = 180.0
@@ -97,6 +97,7 @@ async def _create(env: PodEnv, guard: Guard, log: Path) -> None:
         ray_temp_dir=str(ray_temp_dir(env)),
     )
     command = [sys.executable, "-c", _CREATE, json.dumps(asdict(boot))]
+    await head_listens(env)
     creator = processes.start(command, env=ray_environment(env, os.environ), log=log)
     deadline = time.monotonic() + _BEGIN_S
     while guard.state == "absent":

@@ -3,6 +3,7 @@
 Ray reads its settings from the environment of each process, so head, nodes, drivers and actors must agree on them.
 """
 
+import asyncio
 import os
 import tempfile
 from collections.abc import Mapping
@@ -77,6 +78,19 @@ def uses_shared_node(env: PodEnv) -> bool:
 
 def _short(key: str) -> str:
     return sha256(key.encode()).hexdigest()[:12]
+
+
+async def head_listens(env: PodEnv) -> None:
+    """Waits until Ray's head takes connections. Ray's own clients wait in steps of 40 s when they come too early."""
+    host, port = env.config.coordinator_host, env.config.ray_port
+    while True:
+        try:
+            _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), 1.0)
+        except (OSError, TimeoutError):
+            await asyncio.sleep(0.1)
+            continue
+        writer.close()
+        return
 
 
 def is_loopback(address: str) -> bool:

@@ -25,7 +25,7 @@ from moe_runtime import processes
 
 T = TypeVar("T")
 TOKEN = "a-token-for-tests-only-0123456789"
-NUM_EXPERTS, NUM_LAYERS = 8, 2
+NUM_EXPERTS, NUM_LAYERS = 12, 2
 
 
 def free_port() -> int:
@@ -93,7 +93,7 @@ class Pod:
     name: str
     process: "subprocess.Popen[bytes]"
     folder: Path
-    started_at: float
+    pod_uid: str
 
     @property
     def log(self) -> str:
@@ -101,6 +101,11 @@ class Pod:
 
     def below(self) -> list[int]:
         return list(processes.descendants(self.process.pid))
+
+    @property
+    def rank_pid(self) -> int:
+        """The rank's own process, from the line its creator writes."""
+        return int(self.log.split("runs as pid ")[1].split()[0])
 
     def kill_whole(self) -> None:
         """SIGKILL for the pod's first process and everything below it, at once."""
@@ -166,7 +171,7 @@ class Pods:
         env |= {
             "MOERATOR_ROLE": role,
             "MOERATOR_POD_NAME": name,
-            "MOERATOR_POD_UID": f"{name}-{time.time_ns()}" if role == "rank" else name,
+            "MOERATOR_POD_UID": (pod_uid := f"{name}-{time.time_ns()}"),
             "MOERATOR_POD_IP": "127.0.0.1",
             "MOERATOR_CONFIG": str(self.folder / "config.json"),
             "MOERATOR_TOKEN_FILE": str(self.folder / "token"),
@@ -180,7 +185,7 @@ class Pods:
             process = subprocess.Popen(
                 [sys.executable, "-m", "moe_runtime.pod"], env=env, stdout=log, stderr=subprocess.STDOUT
             )
-        pod = Pod(name, process, folder, time.monotonic())
+        pod = Pod(name, process, folder, pod_uid)
         self.pods[name] = pod
         return pod
 
