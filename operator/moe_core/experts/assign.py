@@ -110,38 +110,48 @@ def _deepseek(
         return []
     weight = np.stack([np.ones(num_logical) if load_E is None else load_E for load_E in layer_loads])
     logical, _, copies = rebalance_experts(weight, sizes[0] * num_ranks, num_groups, num_nodes, num_ranks)
-    rows = []
+    rows: list[tuple[int, ...]] = []
+    row_of_load: dict[bytes, tuple[int, ...]] = {}
     for layer_idx in range(len(layer_loads)):
-        ranks = logical[layer_idx].reshape(num_ranks, sizes[0]).tolist()
-        _separate(ranks, weight[layer_idx], copies[layer_idx])
-        rows.append(tuple(int(e) for rank in ranks for e in rank))
+        key = weight[layer_idx].tobytes()
+        if key not in row_of_load:  # unmeasured layers are alike
+            separated = _separate(logical[layer_idx].reshape(num_ranks, sizes[0]), weight[layer_idx], copies[layer_idx])
+            row_of_load[key] = tuple(separated.ravel().tolist())
+        rows.append(row_of_load[key])
     return rows
 
 
-def _separate(ranks: list[list[int]], load_E: FloatArray, copies_E: IntArray) -> None:
+def _separate(logical_RS: IntArray, load_E: FloatArray, copies_E: IntArray) -> IntArray:
     """Part the copies of an expert that met on a rank, each time by the swap that shifts the least load.
 
-    Where every rank holds the expert already, the slot goes to the hottest expert that the rank lacks.
+    logical_RS [R, S] experts in each rank's slots. Where every rank holds the expert already, the slot goes to the
+    hottest expert that the rank lacks.
+
     """
-    copies_E = copies_E.copy()
-    for held in ranks:
-        for place, logical in enumerate(held):
-            if logical not in held[:place]:
-                continue
-            per_copy_E = load_E / copies_E
-            swaps = [
-                (abs(float(per_copy_E[logical] - per_copy_E[other])), other_rank, other_place)
-                for other_rank, other_held in enumerate(ranks)
-                if logical not in other_held
-                for other_place, other in enumerate(other_held)
-                if other not in held
-            ]
-            if swaps:
-                _, other_rank, other_place = min(swaps)
-                held[place], ranks[other_rank][other_place] = ranks[other_rank][other_place], logical
-                continue
-            lacking = [e for e in range(len(load_E)) if e not in held]
-            if lacking:
-                held[place] = max(lacking, key=lambda e: (per_copy_E[e], -e))
-                copies_E[logical] -= 1
-                copies_E[held[place]] += 1
+    logical_RS, copies_E = logical_RS.copy(), copies_E.copy()
+    count_RE = np.zeros((len(logical_RS), len(load_E)), dtype=np.int64)
+    np.add.at(count_RE, (np.arange(len(logical_RS))[:, None], logical_RS), 1)
+    for rank, place in np.ndindex(logical_RS.shape):
+        logical = logical_RS[rank, place]
+        if count_RE[rank, logical] < 2 or logical not in logical_RS[rank, :place]:
+            continue
+        per_copy_E = load_E / copies_E
+        lacking_R = count_RE[:, logical] == 0
+        useful_RS = lacking_R[:, None] & (count_RE[rank] == 0)[logical_RS]
+        if useful_RS.any():
+            shift_RS = np.where(useful_RS, np.abs(per_copy_E[logical_RS] - per_copy_E[logical]), np.inf)
+            other_rank, other_place = np.unravel_index(int(np.argmin(shift_RS)), shift_RS.shape)
+            given = logical_RS[other_rank, other_place]
+            logical_RS[other_rank, other_place] = logical
+            count_RE[other_rank, given] -= 1
+            count_RE[other_rank, logical] += 1
+        elif (count_RE[rank] == 0).any():
+            given = int(np.argmax(np.where(count_RE[rank] == 0, per_copy_E, -1.0)))
+            copies_E[logical] -= 1
+            copies_E[given] += 1
+        else:
+            continue
+        logical_RS[rank, place] = given
+        count_RE[rank, logical] -= 1
+        count_RE[rank, given] += 1
+    return logical_RS
