@@ -126,7 +126,6 @@ def _separate(logical_RS: IntArray, load_E: FloatArray, copies_E: IntArray) -> I
 
     logical_RS [R, S] experts in each rank's slots. Where every rank holds the expert already, the slot goes to the
     hottest expert that the rank lacks.
-
     """
     logical_RS, copies_E = logical_RS.copy(), copies_E.copy()
     count_RE = np.zeros((len(logical_RS), len(load_E)), dtype=np.int64)
