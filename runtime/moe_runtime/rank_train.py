@@ -17,12 +17,15 @@ from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.experts.families import UnsupportedModel
 from moe_runtime.membership.group import EpochGroup
 from moe_runtime.rank_work import ModelUnusable, WorkReport
+from moe_runtime.train.data import DataError
 from moe_runtime.train.loop import Diverged, OutOfStep, Trainer
 from moe_runtime.train.snapshot import SnapshotDamaged
 
 _PUBLISH_MS = 600_000
 """How long the others wait for position 0 to write the checkpoint; its death they see at once."""
-_WAITING = 0.2
+_FIXED_POINT = 10_000
+"""Figures go through an exchange of whole numbers."""
+_WAITING_S = 0.2
 
 
 class TrainWork:
@@ -51,7 +54,7 @@ class TrainWork:
                 seed=self._training.seed,
             )
             self._trainer = Trainer(self._training, self.epm, run_id=self._config.uid)
-        except (UnsupportedModel, InvalidInput, OSError) as error:
+        except (UnsupportedModel, InvalidInput, DataError, OSError) as error:
             raise ModelUnusable(str(error)) from error
         self.epm.module.train()
 
@@ -102,7 +105,9 @@ class TrainWork:
         summary = trainer.finish()
         # Position 0 comes here once the checkpoint is published; should it die on the way, this faults, and the next
         # epoch's position 0 writes it.
-        group.all_gather_ints((1,), timeout_ms=_PUBLISH_MS)
+        figures = (summary.bits_per_byte, summary.order2_bits_per_byte) if summary else (0.0, 0.0)
+        row = tuple(round(bits * _FIXED_POINT) for bits in figures)
+        heldout, order2 = (value / _FIXED_POINT for value in group.all_gather_ints(row, timeout_ms=_PUBLISH_MS)[0])
         self._is_done = True
         last = self.report.training
         progress = TrainingProgress(
@@ -112,8 +117,8 @@ class TrainWork:
             tokens_per_s=last.tokens_per_s if last else 0.0,
             seconds=trainer.state.seconds,
             restored_from_step=self._restored_from,
-            heldout_bits_per_byte=summary.bits_per_byte if summary else None,
-            order2_bits_per_byte=summary.order2_bits_per_byte if summary else None,
+            heldout_bits_per_byte=heldout,
+            order2_bits_per_byte=order2,
             done=True,
             checkpoint_path=str(Path(self._training.output_path)),
         )
@@ -142,4 +147,4 @@ class TrainWork:
 
     def idle(self, seconds: float) -> None:
         if not (self._is_whole and not self._is_done):
-            time.sleep(max(seconds, _WAITING) if self._is_done else seconds)
+            time.sleep(max(seconds, _WAITING_S) if self._is_done else seconds)
