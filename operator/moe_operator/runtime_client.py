@@ -16,7 +16,8 @@ from moe_operator.cluster.protocol import Conflict, Unavailable
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 20.0
+POLL_S = 5.0
+POLL_GRACE_S = 3.0  # a coordinator that hangs is away after both together
 AWAY_AFTER_S = 3.0
 RETRY_S = 0.3
 
@@ -32,6 +33,7 @@ class RuntimeClient:
         self._put_generation: int | None = None
         self._session: aiohttp.ClientSession | None = None
         self._poll: asyncio.Task[None] | None = None
+        self._answered = asyncio.Event()
 
     @property
     def state(self) -> RuntimeState | None:
@@ -44,6 +46,12 @@ class RuntimeClient:
     def start(self) -> None:
         if self._poll is None:
             self._poll = asyncio.create_task(self._follow(), name=f"poll {self._url}")
+
+    async def first_answer(self) -> None:
+        """Wait for it, or until the coordinator counts as away: "not asked yet" must not be taken for that."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(AWAY_AFTER_S):
+                await self._answered.wait()
 
     async def close(self) -> None:
         if self._poll is not None:
@@ -100,15 +108,15 @@ class RuntimeClient:
                     self._on_change()
                 await asyncio.sleep(RETRY_S)
                 continue
-            last_seen = loop.time()
+            last_seen, version = loop.time(), state.version
             if state != self._state:
-                version = state.version
                 self._state, self._put_generation = state, state.wish_put
+                self._answered.set()
                 self._on_change()
 
     async def _poll_once(self, version: int) -> RuntimeState:
         url = f"{self._url}/v1/state?after={version}&wait_s={POLL_S:g}"
-        timeout = aiohttp.ClientTimeout(total=POLL_S + 10, connect=3)
+        timeout = aiohttp.ClientTimeout(total=POLL_S + POLL_GRACE_S, connect=3)
         async with self._open().get(url, headers=self._headers(), timeout=timeout) as answer:
             if answer.status != 200:
                 raise Unavailable(f"{answer.status} {await answer.text()}")

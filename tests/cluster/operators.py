@@ -72,7 +72,8 @@ class Operator:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=2) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as refused:
-            return refused.code, refused.read().decode()
+            with refused:
+                return refused.code, refused.read().decode()
         except OSError as error:
             return 0, str(error)
 
@@ -189,6 +190,7 @@ def coordinators(cluster: ControlPlane) -> Iterator[Coordinator]:
             is_up.set()
             await stop.wait()
             await runner.cleanup()
+        await asyncio.sleep(0.2)  # TLS connections are closed in the loop's next rounds
 
     def work() -> None:
         try:

@@ -156,6 +156,8 @@ class KubernetesCluster:
         await self._secret(wish)
         client = self._client_of(wish)
         client.start()
+        if wish.status.get("epoch"):  # a group has formed before this process looked
+            await client.first_answer()
         return client
 
     async def _secret(self, wish: Wish) -> tuple[ObjectFact, ...]:

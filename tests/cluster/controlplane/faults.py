@@ -193,6 +193,7 @@ def faulty(cluster: ControlPlane, *, user: str = ADMIN, token: str | None = None
             is_up.set()
             await stop.wait()
             await runner.cleanup()
+        await asyncio.sleep(0.2)  # TLS connections are closed in the loop's next rounds
 
     def work() -> None:
         try:
