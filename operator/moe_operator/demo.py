@@ -33,7 +33,7 @@ from moe_operator.progress import Screen, make_screen
 STAGES = ("train", "serve", "kill a rank", "measure")
 CALM_S = 6.0
 """Seconds of load before the fault and after the cure, so that the two can be told apart."""
-READY_WITHIN_S, DRILL_WITHIN_S = 180.0, 180.0
+READY_WITHIN_S, DRILL_WITHIN_S = 300.0, 180.0
 FAILED_FOLDER = "failed-run"
 T = TypeVar("T")
 
@@ -313,7 +313,7 @@ def keep_evidence(run: Path, aside: Path) -> None:
     """Copy logs and objects of a run that failed, before its folder goes."""
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    for log in [*run.glob("*.log"), *run.glob("p/*/log")]:
-        shutil.copy(log, aside / (log.name if log.parent == run else f"{log.parent.name}.log"))
+    for log in [*run.glob("*.log"), *run.glob("logs/*.log"), *run.glob("p/*/log")]:
+        shutil.copy(log, aside / (f"{log.parent.name}.log" if log.name == "log" else log.name))
     if (run / "objects").is_dir():
         shutil.copytree(run / "objects", aside / "objects")

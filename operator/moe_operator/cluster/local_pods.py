@@ -27,6 +27,8 @@ from moe_operator.cluster.local_probe import Probe, probe_of
 
 ENV_RUN = "MOERATOR_RUN"
 """Marks every process of a run with its folder, so that a sweep touches no other process."""
+OLD_LOGS = "logs"
+"""Folder of the logs of pods that are gone, inside the run folder."""
 ENV_HEALTH_PORT = "MOERATOR_HEALTH_PORT"
 """Gateways share one port here; each answers /healthz on this one of its own as well."""
 
@@ -252,6 +254,9 @@ class Kubelet:
 
     def _gone(self, pod: LocalPod) -> None:
         self._tasks.pop(pod.uid, None)
+        if (pod.folder / "log").exists():  # what a pod said last is what a person looks for when it is gone
+            (self._run_folder / OLD_LOGS).mkdir(exist_ok=True)
+            (pod.folder / "log").replace(self._run_folder / OLD_LOGS / f"{pod.name}.log")
         for folder in (pod.folder, pod.temp):
             shutil.rmtree(folder, ignore_errors=True)
         self._on_gone(pod)
