@@ -1,26 +1,24 @@
 """Attention masks of a serving step, in the form that the family's attention takes."""
 
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 
 from moe_runtime.engine.cache import SlotKVCache
-from moe_runtime.experts.families import layer_types_of
 
 
-def attention_masks(module: Any, cache: SlotKVCache) -> torch.Tensor | dict[str, torch.Tensor]:
+def attention_masks(
+    cache: SlotKVCache, windows: Mapping[str, int | None], *, additive: torch.dtype | None
+) -> torch.Tensor | dict[str, torch.Tensor]:
     """One [B, 1, Q, S] mask, or one per layer type for a model that mixes types.
 
-    bool for sdpa, additive float for eager attention.
+    windows: sliding window per layer type, None for full attention. additive None: bool masks, as sdpa takes them; else
+    floats of that type to add to the scores, as eager attention takes them.
     """
-    config = module.config
-    types = sorted(set(layer_types_of(config)))
-    masks = {t: _mask(config, cache, sliding=t == "sliding_attention", dtype=module.dtype) for t in types}
-    return masks if len(masks) > 1 else masks[types[0]]
-
-
-def _mask(config: Any, cache: SlotKVCache, *, sliding: bool, dtype: torch.dtype) -> torch.Tensor:
-    visible = cache.visible_BQS(sliding_window=int(config.sliding_window) if sliding else None)
-    if config._attn_implementation == "sdpa":
-        return visible
-    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+    masks: dict[str, torch.Tensor] = {}
+    for layer_type, window in windows.items():
+        visible = cache.visible_BQS(sliding_window=window)
+        if additive is not None:
+            visible = torch.zeros_like(visible, dtype=additive).masked_fill(~visible, torch.finfo(additive).min)
+        masks[layer_type] = visible
+    return masks if len(masks) > 1 else next(iter(masks.values()))

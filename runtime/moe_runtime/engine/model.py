@@ -29,7 +29,7 @@ from moe_runtime.dispatch.step import StepContext
 from moe_runtime.engine.attention import attention_masks
 from moe_runtime.engine.cache import SlotKVCache
 from moe_runtime.experts.build import BuiltModel, build, open_weights
-from moe_runtime.experts.families import ModelFacts, check_map
+from moe_runtime.experts.families import ModelFacts, attention_windows, check_map
 from moe_runtime.experts.generalists import Generalists, read_generalists
 
 Fallback = Literal["Generalist", "Drop", "Refuse"]
@@ -73,6 +73,9 @@ class ExpertParallelModel:
         self.rank = rank
         self.degraded_rows: list[bool] = []
         self._layers = built.layers
+        config: Any = built.module.config
+        self._windows = attention_windows(config)
+        self._additive = None if config._attn_implementation == "sdpa" else torch.float32
         self._context: StepContext = built.context
         self._source, self._seed, self._fallback, self._device = source, seed, fallback, built.device
         self._expert_names = frozenset(
@@ -221,7 +224,7 @@ class ExpertParallelModel:
             output = self.module(
                 input_ids=input_ids_BQ,
                 position_ids=cache.seen_BQ,
-                attention_mask=attention_masks(self.module, cache),
+                attention_mask=attention_masks(cache, self._windows, additive=self._additive),
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=last_B.unsqueeze(1),

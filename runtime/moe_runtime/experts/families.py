@@ -102,13 +102,13 @@ def build_meta_model(config: Any) -> torch.nn.Module:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     family = str(config.model_type)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedModel(family, "transformers has no causal language model for it")
     if config.get_text_config() is not config:
         raise UnsupportedModel(family, "it is a composite (multimodal) model; only plain text models work today")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModel(family, "transformers has no causal language model for it")
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModel(family, "the checkpoint is quantised; convert it to bfloat16 or float32 first")
-    _check_layer_types(config, family)
+    attention_windows(config)
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     # sdpa takes any 4D mask; where a family cannot use it (gpt-oss has sinks) its eager attention does.
     attention = "sdpa" if getattr(architecture, "_supports_sdpa", False) else "eager"
@@ -119,20 +119,28 @@ def build_meta_model(config: Any) -> torch.nn.Module:
     return model
 
 
-def layer_types_of(config: Any) -> list[str]:
-    """Attention type of every decoder layer, as transformers' own caches infer it."""
+def attention_windows(config: Any) -> dict[str, int | None]:
+    """Sliding window (None: full attention) of every type of attention layer that the model has.
+
+    Raises UnsupportedModel for layers whose state a failed step could not roll back (recurrent, indexed, chunked).
+    """
     from transformers.cache_utils import get_layer_types_and_kwargs
 
-    types, _ = get_layer_types_and_kwargs(config)
-    return list(types)
-
-
-def _check_layer_types(config: Any, family: str) -> None:
-    unknown = sorted(set(layer_types_of(config)) - CACHEABLE_LAYER_TYPES)
+    family = str(config.model_type)
+    types, arguments = get_layer_types_and_kwargs(config)
+    unknown = sorted(set(types) - CACHEABLE_LAYER_TYPES)
     if unknown:
         raise UnsupportedModel(
             family, f"its layers of type {', '.join(unknown)} keep a state that a failed step could not roll back yet"
         )
+    windows: dict[str, int | None] = {}
+    for layer_type, argument in zip(types, arguments, strict=True):
+        window = argument.get("sliding_window")
+        if windows.setdefault(layer_type, window) != window:
+            raise UnsupportedModel(
+                family, f"its layers have different sliding windows: {windows[layer_type]}, {window}"
+            )
+    return windows
 
 
 def find_experts(model: torch.nn.Module) -> list[ExpertsModule]:

@@ -17,7 +17,7 @@ from moe_runtime.experts.families import ExpertsModule
 from moe_runtime.experts.ladder import LayerLadder, SharedExpert
 from moe_runtime.experts.weights import WeightSource
 
-SMALL_STEP_TOKENS = 256
+SMALL_STEP_TOKENS = 64
 """A step with at most this many tokens on the fullest rank dispatches by token (2 exchanges per layer instead of 3)."""
 
 

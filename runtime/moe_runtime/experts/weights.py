@@ -110,26 +110,30 @@ class CheckpointWeights:
         return self._handle(key).get_slice(key)
 
     def _handle(self, key: str) -> Any:
-        from safetensors import safe_open
-
         file = self._file_of_key[key]
         if file not in self._handles:
-            self._handles[file] = safe_open(str(self._folder / file), framework="pt", device="cpu")
+            self._handles[file] = _open(self._folder / file)
         return self._handles[file]
 
 
 def _index(folder: Path) -> dict[str, str]:
     """Which file of the folder holds each tensor."""
-    from safetensors import safe_open
-
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
         return weight_map
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(f"{folder} holds neither model.safetensors nor model.safetensors.index.json")
-    with safe_open(str(folder / "model.safetensors"), framework="pt") as file:
-        return dict.fromkeys(file.keys(), "model.safetensors")
+    return dict.fromkeys(_open(folder / "model.safetensors").keys(), "model.safetensors")
+
+
+def _open(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(str(path), framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise OSError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def _tied_names(model: torch.nn.Module) -> set[str]:
@@ -152,19 +156,14 @@ class SeedWeights:
                 self._draw(name, module)
 
     def read_experts(self, entry: ExpertsModule, parameter_name: str, logical_ids: Sequence[int]) -> torch.Tensor:
-        module = entry.module
-        in_use = {name: module.get_parameter(name) for name in entry.parameter_names}
+        # A copy of one expert: the module itself may be in the middle of a step.
+        single = copy.copy(entry.module)
+        shapes = {name: entry.module.get_parameter(name).shape[1:] for name in entry.parameter_names}
         rows: list[torch.Tensor] = []
-        try:
-            for logical_id in logical_ids:
-                for name, parameter in in_use.items():
-                    row = torch.zeros((1, *parameter.shape[1:]), dtype=parameter.dtype)
-                    module.register_parameter(name, torch.nn.Parameter(row))
-                self._draw(f"{entry.name}[{logical_id}]", module)
-                rows.append(module.get_parameter(parameter_name).detach()[0])
-        finally:
-            for name, parameter in in_use.items():
-                module.register_parameter(name, parameter)
+        for logical_id in logical_ids:
+            single._parameters = {name: torch.nn.Parameter(torch.zeros(1, *shape)) for name, shape in shapes.items()}
+            self._draw(f"{entry.name}[{logical_id}]", single)
+            rows.append(single.get_parameter(parameter_name).detach()[0])
         return torch.stack(rows)
 
     def _draw(self, name: str, module: torch.nn.Module) -> None:
