@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moe_core.contract.exchange import Coverage, RankState, RuntimeState, RuntimeWish, ServingProgress, TrainingProgress
+from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.names import ROLE_COORDINATOR, ROLE_RANK
 from moe_core.decide import decide
 from moe_core.experts.measure import coverage
@@ -94,6 +95,8 @@ class Sim:
     topologies: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     training_done: bool = False
     injected: list[str] = field(default_factory=list)
+    draining: list[str] = field(default_factory=list)
+    map_in_force: ExpertMap | None = None
 
     @property
     def coordinator_up(self) -> bool:
@@ -112,29 +115,32 @@ class Sim:
         for pod in self.ranks():
             if pod.phase != "Running" or pod.deleting:
                 continue
-            phase = "Active" if self.members.get(pod.index) == pod.uid else "Ready"
-            if phase == "Ready" and self.told is not None and pod.index not in self.told.ranks and self.epoch:
-                phase = "Left" if pod.uid in self.left else "Ready"
+            phase = "Ready" if self.told is None or pod.index in self.told.ranks else "Left"
+            if self.members.get(pod.index) == pod.uid:
+                phase = "Draining" if pod.uid in self.draining else "Active"
             states.append(RankState(rank=pod.index, pod_uid=pod.uid, phase=phase))  # type: ignore[arg-type]
-        in_force = self.told is not None and sorted(self.members) == sorted(self.told.ranks)
+        in_force = (
+            self.told is not None
+            and self.map_in_force is not None
+            and self.map_in_force.digest == self.told.expert_map.digest
+            and sorted(self.members) == sorted(self.told.ranks)
+        )
         seen = None
-        if self.told is not None and self.epoch:
-            live = [r for r in self.members if r < self.told.expert_map.num_ranks]
-            seen = coverage(self.told.expert_map, live) if live else Coverage(covered=0, total=1)
+        if self.map_in_force is not None:
+            live = [r for r in self.members if r < self.map_in_force.num_ranks]
+            seen = coverage(self.map_in_force, live) if live else Coverage(covered=0, total=1)
         serving = self.wish.kind == "MoEService"
         return RuntimeState(
             version=self.step_count,
             wish_put=self.told.generation if self.told else None,
             wish_generation=self.told.generation if in_force and self.told else None,
             epoch=self.epoch,
-            map_digest=self.told.expert_map.digest if self.told else "",
+            map_digest=self.map_in_force.digest if self.map_in_force else "",
             ranks=tuple(states),
             coverage=seen,
             serving=ServingProgress() if serving else None,
             training=None if serving else TrainingProgress(step=self.epoch, done=self.training_done),
         )
-
-    left: list[str] = field(default_factory=list)
 
     def facts(self) -> Facts:
         return Facts(
@@ -225,17 +231,25 @@ class Sim:
                 node = pod.node or (names[0] if names else None)
                 if node in names:
                     self._change(pod.uid, phase="Running", ready=True, node=node)
+        self._runtime_moves()
+
+    def _runtime_moves(self) -> None:
+        """As the real one: soft state dies with the coordinator, leavers drain, a new map waits for all it names."""
         running = {p.index: p.uid for p in self.ranks() if p.phase == "Running" and not p.deleting}
-        before = dict(self.members)
+        before = dict(self.members), self.map_in_force
         self.members = {r: uid for r, uid in self.members.items() if running.get(r) == uid}
-        if self.told is not None and self.coordinator_up:
-            for rank, uid in list(self.members.items()):
-                if rank not in self.told.ranks:
-                    self.left.append(uid)
-                    del self.members[rank]
-            if self.epoch or all(rank in running for rank in self.told.ranks):
-                self.members |= {r: running[r] for r in self.told.ranks if r in running}
-        self.epoch += self.members != before
+        if not self.coordinator_up:
+            self.told = None
+        if self.told is not None:
+            wished, wished_map = self.told.ranks, self.told.expert_map
+            leavers = [uid for rank, uid in self.members.items() if rank not in wished]
+            if leavers and leavers != self.draining:
+                self.draining = leavers
+            elif all(rank in running for rank in wished):
+                self.members, self.map_in_force, self.draining = {r: running[r] for r in wished}, wished_map, []
+            elif self.map_in_force is not None and self.map_in_force.digest == wished_map.digest:
+                self.members |= {r: running[r] for r in wished if r in running}
+        self.epoch += (self.members, self.map_in_force) != before
 
     def settle(self, rounds: int = 60) -> int:
         """Reconcile and tick until nothing is done any more; the number of rounds it took."""
