@@ -32,4 +32,6 @@ def write_checkpoint(folder: Path) -> Path:
     )
     Qwen3MoeForCausalLM(config).save_pretrained(folder)
     (folder / "moerator.json").write_text(json.dumps({"tokenizer": "bytes"}))
+    for file in folder.iterdir():  # safetensors writes for its owner only, and a pod is somebody else
+        file.chmod(0o644)
     return folder

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from node.machine import undertaker
 from node.machine.node import Node, node
 
 PROGRAMS = ("runc", "buildah", "debootstrap", "ip", "iptables")
@@ -33,8 +35,11 @@ def real_node() -> Iterator[Node]:
     if reason := why_not():
         pytest.skip(reason)
     home = Path(tempfile.mkdtemp(prefix="moerator-node-", dir="/var/tmp"))
+    watch = subprocess.Popen([sys.executable, undertaker.__file__, str(os.getpid()), str(home)], start_new_session=True)
     try:
-        with node(home) as running:
+        with node(home, keep=(watch.pid,)) as running:
             yield running
     finally:
-        shutil.rmtree(home, ignore_errors=True)
+        watch.kill()
+        watch.wait()
+        undertaker.bury(str(home))

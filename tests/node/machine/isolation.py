@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 CLONE_NEWNS, CLONE_NEWNET = 0x00020000, 0x40000000
@@ -25,7 +25,7 @@ def _check(result: int, what: str) -> None:
 
 
 @contextlib.contextmanager
-def isolated(address: str) -> Iterator[None]:
+def isolated(address: str, *, keep: Sequence[int] = ()) -> Iterator[None]:
     """Loopback, and an empty bridge that holds `address` (a kubelet refuses a loopback address for its node)."""
     with contextlib.ExitStack() as stack:
         before = [(stack.enter_context(Path(f"/proc/self/ns/{kind}").open("rb")), kind) for kind in ("net", "mnt")]
@@ -43,8 +43,7 @@ def isolated(address: str) -> Iterator[None]:
             Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
             yield
         finally:
-            kill_descendants()
-            remove_cgroups("kubepods")
+            kill_descendants(keep=keep)
             _check(_libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0), "prctl")
             for file, _ in before:
                 _check(_libc.setns(file.fileno(), 0), "setns")
@@ -78,13 +77,13 @@ def descendants(root: int) -> list[int]:
     return found
 
 
-def kill_descendants(*, within_s: float = 20) -> None:
+def kill_descendants(*, keep: Sequence[int] = (), within_s: float = 20) -> None:
     """SIGKILL whatever this process has started, directly or not, until nothing is left.
 
     Raises RuntimeError naming what stays.
     """
     deadline = time.monotonic() + within_s
-    while left := descendants(os.getpid()):
+    while left := [pid for pid in descendants(os.getpid()) if pid not in keep]:
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -94,12 +93,3 @@ def kill_descendants(*, within_s: float = 20) -> None:
         if time.monotonic() > deadline:
             raise RuntimeError(f"processes {left} outlive their node")
         time.sleep(0.05)
-
-
-def remove_cgroups(name: str) -> None:
-    """Remove a cgroup and those below it from every hierarchy (version 1) or the one (version 2)."""
-    root = Path("/sys/fs/cgroup")
-    for top in (root / name, *(path / name for path in root.iterdir() if path.is_dir() and not path.is_symlink())):
-        for folder, _, _ in sorted(os.walk(top), reverse=True):
-            with contextlib.suppress(OSError):
-                Path(folder).rmdir()

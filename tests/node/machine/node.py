@@ -65,8 +65,9 @@ class Node:
 
 
 @contextlib.contextmanager
-def node(home: Path) -> Iterator[Node]:
+def node(home: Path, *, keep: Sequence[int] = ()) -> Iterator[Node]:
     """A Ready node with our images on it. `home` must be on a real disk: overlayfs does not stack on itself.
+    Children in `keep` are not of the node and live on at its end.
 
     Raises:
         StartError, RuntimeError: with the end of the log of the program that did not come up.
@@ -80,7 +81,7 @@ def node(home: Path) -> Iterator[Node]:
         node_monitor_grace_s=20,
     )
     processes: list[Process] = []
-    with isolated(ADDRESS), control_plane(settings, directory=home / "control-plane") as plane:
+    with isolated(ADDRESS, keep=keep), control_plane(settings, directory=home / "control-plane") as plane:
         cluster = ControlPlane(**{**plane.__dict__, "programs": {**plane.programs, **programs}})
         made = Node(cluster, home, home / "containerd.sock")
         try:
