@@ -299,6 +299,10 @@ class Stepper:
             if self.order.get("dies_in_recovery"):
                 os.kill(os.getpid(), signal.SIGKILL)
             started = time.monotonic()
+            if self.order.get("gives_up") == membership.epoch:
+                self.keeper.rejoin()
+                membership = self.keeper.join(timeout_ms=20_000)
+                continue
             while True:
                 try:
                     membership = self.keeper.recover()
@@ -352,7 +356,7 @@ class Stepper:
                 if self.order.get("dies_in_change"):
                     os.kill(os.getpid(), signal.SIGKILL)
                 return self.keeper.change(Membership.parse(file.read_text()))
-            if membership.epoch <= self.order.get("rebuilds", 0):
+            if membership.epoch in (self.order.get("gives_up"), *range(self.order.get("rebuilds", 0) + 1)):
                 raise GroupFault("on purpose: everybody rebuilds")
             time.sleep(0.002)
 

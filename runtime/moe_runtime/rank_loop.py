@@ -120,7 +120,8 @@ class StepLoop:
         plan = directive.plan
         am_in = plan is not None and self._keeper.me.pod_uid in plan.pod_uids
         try:
-            if directive.is_first and plan is not None and am_in and self._keeper.known is None:
+            known = self._keeper.known
+            if directive.is_first and plan is not None and am_in and (known is None or known.epoch < plan.epoch):
                 return self._keeper.form(plan, timeout_ms=_FORM_MS)
             return self._keeper.join(timeout_ms=_JOIN_MS)
         except MinorityStop as stop:
@@ -144,7 +145,8 @@ class StepLoop:
             return None
         staged = self._staging.take(digest)
         if staged is None:
-            raise GroupFault(f"epoch needs map {digest}, here are {epm.expert_map.digest} and {self._staging.digest}")
+            # Not a GroupFault: the next epoch would name the same map, and so would every one after it.
+            raise Fenced(f"epoch needs map {digest}, here are {epm.expert_map.digest} and {self._staging.digest}")
         epm.commit_map(staged)
         epm.bind(None)
         return epm.expert_map
@@ -252,12 +254,14 @@ class StepLoop:
         self._work.rollback()
         while True:
             directive = self._directive()
-            self._keeper.vouch(directive.vouched_dead, newest_epoch=directive.newest_epoch)
+            is_left_behind = not self._keeper.vouch(directive.vouched_dead, newest_epoch=directive.newest_epoch)
             try:
                 membership = self._keeper.recover()
                 break
             except MinorityStop as stop:
                 self._message = str(stop)
+                if is_left_behind:
+                    raise Fenced(f"epoch {directive.newest_epoch} was decided without this rank") from stop
                 if self._halt.is_set():
                     raise Fenced("stopped while recovering") from stop
         lost = tuple(sorted(set(before.ranks if before else ()) - set(membership.ranks)))

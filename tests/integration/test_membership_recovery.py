@@ -181,6 +181,16 @@ def test_a_member_that_dies_in_the_middle_of_a_change_does_not_stop_the_others(r
     assert set(ranks_lab.settled({"p1", "p2", "p3"}, above=1)) == {"p1", "p2", "p3"}
 
 
+def test_a_rank_that_gives_up_its_place_holds_nobody_up_and_may_come_back(ranks_lab: Lab) -> None:
+    ranks = [ranks_lab.start(rank, f"p{rank}", gives_up=1 if rank == 0 else None) for rank in range(2)]
+    ranks_lab.tell("form", {"epoch": 1, "members": [r.member() for r in ranks], "map_digest": "map-1"})
+    alone = ranks_lab.settled({"p1"}, above=1)
+    assert alone["p1"]["parts"]["agree_ms"] < 1000
+    change(ranks_lab, 3, ranks)
+    assert set(ranks_lab.settled({"p0", "p1"}, above=2)) == {"p0", "p1"}
+    assert not [e for e in ranks_lab.events if e["event"] == "ended"], "it must not be fenced"
+
+
 def test_thirty_rebuilds_leak_neither_threads_nor_files(ranks_lab: Lab) -> None:
     ranks_lab.form(4, rebuilds=30)
     last = ranks_lab.settled({"p0", "p1", "p2", "p3"}, above=30, timeout_s=40)

@@ -113,3 +113,25 @@ def test_a_first_epoch_is_acknowledged_only_by_who_waits_for_exactly_it() -> Non
     ledger.wait_for("form", epoch(1, 0, 1))
     assert ledger.acknowledge_first(epoch(1, 0, 1))
     assert not ledger.acknowledge_first(epoch(1, 0, 1, 2))
+
+
+def test_a_rank_that_gave_up_its_place_says_so_until_it_is_taken_in_again() -> None:
+    ledger = ledger_in(epoch(3, 0, 1), rank=1)
+    ledger.step_out()
+    assert ledger.is_out_of(3)
+    assert ledger.take_up() is None
+    assert not ledger.is_out_of(4)
+    ledger.learn(epoch(4, 0, 1))
+    assert not ledger.is_out_of(4)
+    ledger.take_up()
+    assert not ledger.is_out_of(3)
+
+
+def test_a_rank_whose_epoch_is_gone_may_help_to_form_a_newer_one() -> None:
+    ledger = ledger_in(epoch(3, 0, 1), rank=1)
+    ledger.wait_for("form", epoch(4, 1))
+    assert not ledger.acknowledge_first(epoch(4, 1))
+    ledger.step_out()
+    assert ledger.acknowledge_first(epoch(4, 1))
+    ledger.wait_for("form", epoch(3, 1))
+    assert not ledger.acknowledge_first(epoch(3, 1))

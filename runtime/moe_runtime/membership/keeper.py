@@ -61,6 +61,9 @@ class MembershipKeeper:
         self._ledger = self._face.ledger
         self._peers = Peers(self._ledger, token=token)
         self._attempt = 0
+        self._gave_up: set[str] = set()
+        """Members of the current epoch that say they have left it: they still vote, and are neither waited for nor
+        fenced."""
         self.fencing = Fencing(token=token)
 
     @property
@@ -99,9 +102,11 @@ class MembershipKeeper:
         return True
 
     def form(self, first: Membership, *, timeout_ms: int | None = None) -> Membership:
-        """Take up the first epoch once every member of it waits for the same one. Raises MinorityStop when some do not.
+        """Take up a first epoch once every member of it waits for the same one. Raises MinorityStop when some do not.
 
-        Call it again with whatever the coordinator names then. Where an epoch was formed already, that one is returned.
+        First means that no member is in an epoch: also after all members of an older one are gone, with a higher
+        number. Call it again with whatever the coordinator names then. Where an epoch was formed already, that one is
+        returned.
         """
         if not self._ledger.is_member(first):
             raise ValueError(f"pod {self.me.pod_uid} is not a member of {first.canonical()}")
@@ -111,7 +116,8 @@ class MembershipKeeper:
         try:
             while (formed := self._ledger.take_up()) is None:
                 news = self._ledger.news
-                if (known := self._ledger.known) is not None:
+                known = self._ledger.known
+                if known is not None and known.epoch >= first.epoch:
                     raise MinorityStop(f"epoch {known.epoch} was formed without pod {self.me.pod_uid}: ask to join")
                 if time.monotonic() > deadline:
                     raise MinorityStop(f"epoch {first.epoch} is not formed: waiting for ranks {list(missing)}")
@@ -134,7 +140,11 @@ class MembershipKeeper:
             self._ledger.sleep(remaining_s, since=news)
 
     def rejoin(self) -> None:
-        """Forget the epoch that went on without this rank; after this it may `join` as anybody else."""
+        """Give up the place in the current epoch, or forget one that went on without this rank; then `join` as
+        anybody else.
+
+        Members that are still in it go on without this rank at their next fault, without waiting for it or fencing it.
+        """
         self._ledger.step_out()
 
     def recover(self, *, suspects: Iterable[int] = ()) -> Membership:
@@ -166,7 +176,7 @@ class MembershipKeeper:
         ask = {"op": "form", "value": first.model_dump(mode="json")}
         answers = self._peers.ask(first.members, ask, timeout_ms=probe_ms)
         missing = [m.rank for m in first.members[1:] if not _says(answers[m.pod_uid], "acknowledged")]
-        if not missing and self._ledger.known is None:
+        if not missing and self._ledger.acknowledge_first(first):
             self._decide(first, first.members)
         return tuple(missing)
 
@@ -178,6 +188,7 @@ class MembershipKeeper:
         started = time.monotonic()
         agree_s = self._deadlines.agree_ms / 1000
         written_off: set[str] = set()
+        self._gave_up.clear()
         self._ledger.wait_for(waiting)
         try:
             while True:
@@ -193,7 +204,7 @@ class MembershipKeeper:
                     self._ledger.sleep(_POLL_S, since=news)
                 elif min(present) < self.me.rank:
                     self._ledger.sleep(_WAIT_FOR_LEADER_S, since=news)
-                elif not self._ledger.is_quorum(base, present):
+                elif not self._ledger.is_quorum(base, present | self._gave_up_ranks(base)):
                     if waited_s > agree_s:
                         raise MinorityStop(
                             f"ranks {sorted(present)} are no quorum of epoch {base.epoch} with {list(base.ranks)}"
@@ -232,7 +243,8 @@ class MembershipKeeper:
             answers = self._peers.probe(asked, timeout_ms=self._deadlines.probe_ms)
             if self._ledger.known_epoch > base.epoch:
                 return None
-            living = [m for m in asked if isinstance(answers[m.pod_uid], dict)]
+            self._gave_up.update(m.pod_uid for m in asked if _says(answers[m.pod_uid], "is_out"))
+            living = [m for m in asked if isinstance(answers[m.pod_uid], dict) and m.pod_uid not in self._gave_up]
             written_off.update(m.pod_uid for m in asked if _is_hung(answers[m.pod_uid]))
             late = [m for m in living if not _says(answers[m.pod_uid], "waiting")]
             if late and is_patient:
@@ -242,6 +254,9 @@ class MembershipKeeper:
             if arrived and not higher_too:
                 return arrived
         return arrived | {self.me.rank}
+
+    def _gave_up_ranks(self, base: Membership) -> frozenset[int]:
+        return frozenset(m.rank for m in base.members if m.pod_uid in self._gave_up)
 
     def _next(self, base: Membership, present: frozenset[int], wish: Membership | None) -> Membership:
         """The wish if all members and joiners are there for it, else the present ones with the map they have."""
@@ -258,7 +273,7 @@ class MembershipKeeper:
         self._attempt += 1
         ballot = Ballot(self._attempt, self.me.rank)
         proposal = Proposal(ballot, wanted, lambda ranks: self._ledger.is_quorum(base, ranks))
-        voters = [m for m in base.members if m.rank in present]
+        voters = [m for m in base.members if m.rank in present or m.pod_uid in self._gave_up]
         rank_of = {m.pod_uid: m.rank for m in voters}
         request = {"base": base.model_dump(mode="json"), "ballot": [ballot.attempt, ballot.rank]}
 
@@ -289,8 +304,8 @@ class MembershipKeeper:
                 self._outbid(refusal_of(reply))
         if proposal.is_decided:
             self._decide(value, voters)
-            lost = [m for m in base.members if m.rank not in present and m.pod_uid not in value.pod_uids]
-            self.fencing.ask(lost)
+            spared = {*value.pod_uids, *self._gave_up}
+            self.fencing.ask(m for m in base.members if m.rank not in present and m.pod_uid not in spared)
         return None
 
     def _decide(self, value: Membership, voters: Iterable[Member]) -> None:

@@ -27,6 +27,7 @@ class Ledger:
         self._acceptors: dict[int, Acceptor[Membership]] = {}
         self._waiting: Waiting = ""
         self._forming: Membership | None = None
+        self._out_of = 0
         self._vouched: frozenset[str] = frozenset()
         self._news = 0
 
@@ -76,7 +77,7 @@ class Ledger:
             known = self._known
             if known is None or not self.is_member(known):
                 return None
-            if self._current is not None and known.epoch <= self._current.epoch:
+            if known.epoch <= (self._out_of if self._current is None else self._current.epoch):
                 return None
             self._current = known
             for epoch in [e for e in self._acceptors if e <= known.epoch]:
@@ -88,8 +89,14 @@ class Ledger:
     def step_out(self) -> None:
         """Be no member any more, after an orderly leave or before asking to rejoin. What is known stays known."""
         with self._lock:
+            self._out_of = self._known.epoch if self._known is not None else 0
             self._current = None
             self._waiting = ""
+
+    def is_out_of(self, epoch: int) -> bool:
+        """Whether this rank has given up its place in that epoch: peers need neither wait for it nor fence it."""
+        with self._lock:
+            return self._current is None and epoch <= self._out_of
 
     def wait_for(self, waiting: Waiting, forming: Membership | None = None) -> None:
         """Say what the step thread waits for, so that peers can tell it from one that hangs in a step."""
@@ -141,9 +148,10 @@ class Ledger:
             return ballot if refusal is None else refusal
 
     def acknowledge_first(self, first: Membership) -> bool:
-        """Whether this rank waits for exactly this first epoch."""
+        """Whether this rank, a member nowhere, waits for exactly this epoch, and for one it has not heard of."""
         with self._lock:
-            return self._forming == first and self._known is None
+            known_epoch = self._known.epoch if self._known is not None else 0
+            return self._forming == first and self._current is None and known_epoch < first.epoch
 
     def _acceptor(self, base: Membership) -> Acceptor[Membership] | None:
         self.learn(base)

@@ -49,8 +49,8 @@ class PeerFace:
         return {"epoch": ledger.known_epoch, **reply}
 
 
-def _probe(ledger: Ledger, _: Json) -> Json:
-    return {"waiting": ledger.waiting}
+def _probe(ledger: Ledger, request: Json) -> Json:
+    return {"waiting": ledger.waiting, "is_out": ledger.is_out_of(int(request["epoch"]))}
 
 
 def _prepare(ledger: Ledger, request: Json) -> Json:
