@@ -118,7 +118,7 @@ class Sim:
             phase = "Ready" if self.told is None or pod.index in self.told.ranks else "Left"
             if self.members.get(pod.index) == pod.uid:
                 phase = "Draining" if pod.uid in self.draining else "Active"
-            states.append(RankState(rank=pod.index, pod_uid=pod.uid, phase=phase))  # type: ignore[arg-type]
+            states.append(RankState(rank=pod.index, pod_uid=pod.uid, phase=phase))
         in_force = (
             self.told is not None
             and self.map_in_force is not None

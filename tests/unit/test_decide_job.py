@@ -1,6 +1,7 @@
 """MoEJob in a simulated cluster: to the end, or to failure; nothing runs on."""
 
 from dataclasses import replace
+from typing import Any
 
 from moe_core.contract.exchange import RuntimeState
 from moe_core.decide import decide
@@ -8,7 +9,7 @@ from moe_core.facts import CreatePod, DeletePod
 from simcluster import Sim, edit, gpu_nodes, gpu_template, job_spec, make
 
 
-def running(**more: object) -> Sim:
+def running(**more: Any) -> Sim:
     sim = make("MoEJob", job_spec(template=gpu_template(), **more), gpu_nodes(6))
     sim.settle()
     assert sim.condition("Ready") == ("True", "AllActive")

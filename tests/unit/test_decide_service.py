@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -11,11 +12,11 @@ from moe_core.facts import BindPod, CreatePod, DeletePod, NodeFact, PutWish, Tai
 from simcluster import Sim, edit, gpu_nodes, gpu_template, make, service_spec
 
 
-def service(ranks: int = 4, nodes: int = 6, **more: object) -> Sim:
+def service(ranks: int = 4, nodes: int = 6, **more: Any) -> Sim:
     return make("MoEService", service_spec(ranks, template=gpu_template(), **more), gpu_nodes(nodes))
 
 
-def running(ranks: int = 4, nodes: int = 6, **more: object) -> Sim:
+def running(ranks: int = 4, nodes: int = 6, **more: Any) -> Sim:
     sim = service(ranks, nodes, **more)
     sim.settle()
     assert sim.condition("Ready") == ("True", "AllActive")
@@ -387,6 +388,22 @@ def test_a_tainted_node_is_not_used_and_is_told() -> None:
     sim.nodes = (*sim.nodes[:3], replace(sim.nodes[3], taints=(Taint("gpu", "reserved"),)))
     sim.settle()
     assert "taint gpu=reserved 1" in sim.message("Placed")
+
+
+def test_a_group_whose_ranks_report_one_after_the_other_has_lost_nobody() -> None:
+    sim = service()
+    for _ in range(3):
+        sim.step()
+        sim.tick()
+    state = sim.runtime()
+    assert state is not None
+    first = state.ranks[0].model_copy(update={"phase": "Active"})
+    others = [r.model_copy(update={"phase": "Ready"}) for r in state.ranks[1:]]
+    state = state.model_copy(update={"epoch": 1, "ranks": (first, *others)})
+    decision = decide(sim.wish, replace(sim.facts(), runtime=state), sim.now)
+    told = {c.type: (c.status, c.reason) for c in decision.conditions}
+    assert told["Ready"] == ("False", "Forming")
+    assert told["Degraded"][0] == "False"
 
 
 def test_events_come_on_transitions_only() -> None:

@@ -8,10 +8,10 @@ from moe_core.decide.crew import Seat, seats
 from moe_core.decide.follow import Following, follow, release_leavers
 from moe_core.decide.gang import Steps, fill, remember
 from moe_core.decide.helpers import tend
-from moe_core.decide.memory import Memory
+from moe_core.decide.memory import Memory, condition_in
 from moe_core.decide.place import bind
 from moe_core.decide.report import Counts, count
-from moe_core.facts import Action, Condition, DeleteObject, DeletePod, EnsureToken, Event, Facts
+from moe_core.facts import Action, Condition, DeleteObject, DeletePod, EnsureToken, Event, Facts, Wish
 from moe_core.manifests.objects import wanted_objects
 from moe_core.manifests.plan import Plan
 from moe_core.outcome import NoFit, Reason
@@ -120,10 +120,18 @@ def placed_condition(plan: Plan, cycle: Cycle) -> Condition:
         return Condition("Placed", "False", Reason.NO_FIT, str(cycle.no_fit))
     if counts.allocated == counts.desired:
         nodes = {seat.live.node for r, seat in sorted(cycle.ranks.items()) if r < plan.num_ranks and seat.live}
-        told = f"{counts.allocated} of {counts.desired} ranks placed on {len(nodes)} nodes"
+        on = f"{len(nodes)} node" if len(nodes) == 1 else f"{len(nodes)} nodes"
+        told = f"{counts.allocated} of {counts.desired} ranks placed on {on}"
         return Condition("Placed", "True", Reason.PLACED, told)
     told = f"{counts.allocated} of {counts.desired} ranks placed"
     return Condition("Placed", "False", Reason.PLACING, told)
+
+
+def is_forming(wish: Wish, cycle: Cycle) -> bool:
+    """The first epoch is there and its ranks report one after the other; nobody was lost since the start."""
+    before = condition_in(wish.status, "Ready") or {}
+    early = before.get("reason") in (None, Reason.STARTING, Reason.FORMING, Reason.NO_FIT)
+    return early and not cycle.filled.lost and cycle.counts.allocated == cycle.counts.desired
 
 
 def starting_note(cycle: Cycle, facts: Facts) -> str:

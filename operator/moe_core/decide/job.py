@@ -4,7 +4,15 @@ from dataclasses import replace
 
 from moe_core.decide.accept import Accepted
 from moe_core.decide.crew import seats
-from moe_core.decide.cycle import Cycle, everything_goes, placed_condition, run_cycle, soonest, starting_note
+from moe_core.decide.cycle import (
+    Cycle,
+    everything_goes,
+    is_forming,
+    placed_condition,
+    run_cycle,
+    soonest,
+    starting_note,
+)
 from moe_core.decide.memory import Memory, condition_in, is_true
 from moe_core.decide.report import count, events_of, status_of
 from moe_core.decide.service import suspended
@@ -28,7 +36,7 @@ def decide_job(wish: Wish, accepted: Accepted, facts: Facts, now: float) -> Deci
         lost = "; ".join(f"rank {rank}: {why}" for rank, why in sorted(cycle.filled.lost.items()))
         told = f"{cycle.filled.restarts} of {accepted.plan.max_restarts} restarts used; {lost}"
         return _end(wish, accepted, memory, facts, now, Condition("Failed", "True", Reason.BUDGET_EXHAUSTED, told))
-    ready = _ready(cycle, facts)
+    ready = _ready(wish, cycle, facts)
     conditions = (
         Condition("Accepted", "True", Reason.ACCEPTED, accepted.note),
         Condition("Suspended", "False", Reason.RUNNING, "not suspended"),
@@ -80,7 +88,7 @@ def _progress(facts: Facts) -> str:
     return told
 
 
-def _ready(cycle: Cycle, facts: Facts) -> Condition:
+def _ready(wish: Wish, cycle: Cycle, facts: Facts) -> Condition:
     counts, runtime = cycle.counts, facts.runtime
     if cycle.no_fit is not None and not cycle.formed:
         return Condition("Ready", "False", Reason.NO_FIT, str(cycle.no_fit))
@@ -92,7 +100,7 @@ def _ready(cycle: Cycle, facts: Facts) -> Condition:
         return Condition("Ready", "Unknown", Reason.COORDINATOR_AWAY, told)
     told = f"{counts.active} of {counts.desired} ranks active; {_progress(facts) or 'no step yet'}"
     if counts.active < counts.desired:
-        return Condition("Ready", "False", Reason.RANK_LOST, told)
+        return Condition("Ready", "False", Reason.FORMING if is_forming(wish, cycle) else Reason.RANK_LOST, told)
     return Condition("Ready", "True", Reason.ALL_ACTIVE, f"{counts.active} of {counts.desired} ranks active")
 
 

@@ -5,7 +5,15 @@ from dataclasses import replace
 
 from moe_core.decide.accept import Accepted
 from moe_core.decide.crew import active_uids, proven_dead, seats
-from moe_core.decide.cycle import Cycle, everything_goes, placed_condition, run_cycle, soonest, starting_note
+from moe_core.decide.cycle import (
+    Cycle,
+    everything_goes,
+    is_forming,
+    placed_condition,
+    run_cycle,
+    soonest,
+    starting_note,
+)
 from moe_core.decide.follow import is_leaving_done
 from moe_core.decide.gang import remember
 from moe_core.decide.memory import Memory
@@ -22,14 +30,14 @@ def decide_service(
     if accepted.spec.suspend:
         return suspended(wish, accepted, memory, facts, now)
     cycle = run_cycle(accepted.plan, memory, facts, now)
-    ready = _ready(cycle, accepted, facts)
+    ready = _ready(wish, cycle, accepted, facts)
     coverage = _coverage(cycle, facts)
     conditions = (
         refused or Condition("Accepted", "True", Reason.ACCEPTED, accepted.note),
         placed_condition(accepted.plan, cycle),
         ready,
         coverage,
-        _degraded(cycle, facts, coverage),
+        _degraded(wish, cycle, facts, coverage),
         _progressing(cycle, ready),
     )
     return Decision(
@@ -86,7 +94,7 @@ def suspended(wish: Wish, accepted: Accepted, memory: Memory, facts: Facts, now:
     )
 
 
-def _ready(cycle: Cycle, accepted: Accepted, facts: Facts) -> Condition:  # noqa: PLR0911 - a list of causes, first wins
+def _ready(wish: Wish, cycle: Cycle, accepted: Accepted, facts: Facts) -> Condition:  # noqa: PLR0911 - a list of causes, first wins
     counts, runtime = cycle.counts, facts.runtime
     told = f"{counts.active} of {counts.desired} ranks active"
     if runtime is not None and runtime.failure:
@@ -106,7 +114,7 @@ def _ready(cycle: Cycle, accepted: Accepted, facts: Facts) -> Condition:  # noqa
         return Condition("Ready", "False", Reason.RESIZING, told)
     if counts.active < counts.desired:
         told = f"{told}; not active: {_listed(_inactive(cycle, facts, counts.desired))}"
-        return Condition("Ready", "False", Reason.RANK_LOST, told)
+        return Condition("Ready", "False", Reason.FORMING if is_forming(wish, cycle) else Reason.RANK_LOST, told)
     gateways = [seat.live for seat in cycle.gateways.values() if seat.live is not None and seat.live.ready]
     told = f"{told}; {len(gateways)} of {accepted.plan.num_gateways} gateways ready"
     if len(gateways) < accepted.plan.num_gateways:
@@ -145,11 +153,11 @@ def _coverage(cycle: Cycle, facts: Facts) -> Condition:
     return Condition("ExpertCoverage", "False", Reason.EXPERTS_LOST, told)
 
 
-def _degraded(cycle: Cycle, facts: Facts, coverage: Condition) -> Condition:
+def _degraded(wish: Wish, cycle: Cycle, facts: Facts, coverage: Condition) -> Condition:
     if cycle.filled.exhausted:
         told = f"{len(cycle.filled.lost)} ranks are lost and the restart budget is used up"
         return Condition("Degraded", "True", Reason.BUDGET_EXHAUSTED, told)
-    if not cycle.formed:
+    if not cycle.formed or is_forming(wish, cycle):
         return Condition("Degraded", "False", Reason.STARTING, "not serving yet")
     if facts.runtime is None:
         return Condition("Degraded", "Unknown", Reason.COORDINATOR_AWAY, "no coordinator answers")
