@@ -7,9 +7,10 @@ into the client's model classes would keep a test machine busier than the contro
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -147,10 +148,24 @@ class Api:
             if answer.status >= 400:
                 raise ApiError(answer.status, {"message": await answer.text()})
             rest = b""
-            async for chunk in answer.content.iter_any():
-                *lines, rest = (rest + chunk).split(b"\n")
-                for line in filter(None, lines):
-                    event = json.loads(line)
-                    if event["type"] == "ERROR":  # usually 410 Gone: the version is too old, list again
-                        return
-                    yield event["type"], event["object"]
+            with cut_off(answer):
+                async for chunk in answer.content.iter_any():
+                    *lines, rest = (rest + chunk).split(b"\n")
+                    for line in filter(None, lines):
+                        event = json.loads(line)
+                        if event["type"] == "ERROR":  # usually 410 Gone: the version is too old, list again
+                            return
+                        yield event["type"], event["object"]
+
+
+@contextlib.contextmanager
+def cut_off(answer: aiohttp.ClientResponse) -> Iterator[None]:
+    """Cut an endless answer's connection when the block is left.
+
+    A polite TLS goodbye needs an answer of its own, from a server that may be stopped or dead.
+    """
+    try:
+        yield
+    finally:
+        if answer.connection is not None and answer.connection.transport is not None:
+            answer.connection.transport.abort()

@@ -17,8 +17,7 @@ import asyncio
 import contextlib
 import re
 import ssl
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -26,6 +25,8 @@ from typing import Literal
 import aiohttp
 from aiohttp import web
 
+from cluster.controlplane.api import cut_off
+from cluster.controlplane.background import in_background
 from cluster.controlplane.process import free_port
 from cluster.controlplane.start import ADMIN, ControlPlane
 
@@ -146,8 +147,9 @@ class _Server:
                 await back.write(body)
             else:
                 await back.prepare(request)
-                async for chunk in answer.content.iter_any():
-                    await back.write(chunk)
+                with cut_off(answer):
+                    async for chunk in answer.content.iter_any():
+                        await back.write(chunk)
             return back
 
     def _note(self, request: web.Request, status: int) -> None:
@@ -177,10 +179,9 @@ def faulty(cluster: ControlPlane, *, user: str = ADMIN, token: str | None = None
     token = token or cluster.tokens[user]
     kubeconfig = cluster.write_kubeconfig(f"proxied-{user}", token, url=url)
     proxy = Proxy(url, kubeconfig)
-    loop = asyncio.new_event_loop()
-    is_up, stop = threading.Event(), asyncio.Event()
 
-    async def live() -> None:
+    @contextlib.asynccontextmanager
+    async def live() -> AsyncIterator[Proxy]:
         tls = ssl.create_default_context(cafile=str(cluster.ca_file))
         timeout = aiohttp.ClientTimeout(total=None)
         connector = aiohttp.TCPConnector(ssl=tls, limit=0)
@@ -189,25 +190,11 @@ def faulty(cluster: ControlPlane, *, user: str = ADMIN, token: str | None = None
             app.router.add_route("*", "/{path:.*}", _Server(cluster.url, token, proxy, session).handle)
             runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
             await runner.setup()
-            await web.TCPSite(runner, "127.0.0.1", int(url.rsplit(":", 1)[1])).start()
-            is_up.set()
-            await stop.wait()
-            await runner.cleanup()
-        await asyncio.sleep(0.2)  # TLS connections are closed in the loop's next rounds
+            try:
+                await web.TCPSite(runner, "127.0.0.1", int(url.rsplit(":", 1)[1])).start()
+                yield proxy
+            finally:
+                await runner.cleanup()
 
-    def work() -> None:
-        try:
-            loop.run_until_complete(live())
-        finally:
-            loop.close()
-            is_up.set()
-
-    thread = threading.Thread(target=work, name="faults", daemon=True)
-    thread.start()
-    is_up.wait(timeout=10)
-    try:
-        yield proxy
-    finally:
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(stop.set)
-        thread.join(timeout=10)
+    with in_background(live, name="faults") as running:
+        yield running

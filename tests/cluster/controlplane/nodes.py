@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 import aiohttp
 
 from cluster.controlplane.api import Api, ApiError, Object
+from cluster.controlplane.background import in_background
 from cluster.controlplane.kubelet import Kubelets, Node
 from cluster.controlplane.start import ADMIN, ControlPlane
 
@@ -102,49 +102,24 @@ def kubelets(
         heartbeat_s: at most a third of `Settings.node_monitor_grace_s`.
         pod_ip: the address that a pod gets; made up when not given.
     """
-    loop = asyncio.new_event_loop()
-    started: list[KubeletControls] = []
-    is_up, stop = threading.Event(), asyncio.Event()
-    errors: list[BaseException] = []
 
-    async def live() -> None:
+    @contextlib.asynccontextmanager
+    async def live() -> AsyncIterator[KubeletControls]:
         async with Api(cluster.url, cluster.tokens[ADMIN], cluster.ca_file) as api:
             core = Kubelets(api, heartbeat_s=heartbeat_s, pod_ip=pod_ip)
-            running = loop.create_task(core.run())
+            running = asyncio.create_task(core.run())
             try:
                 has_controller = "kube-controller-manager" in cluster.processes
-                controls = KubeletControls(core, loop, has_node_controller=has_controller)
+                controls = KubeletControls(core, asyncio.get_running_loop(), has_node_controller=has_controller)
                 await asyncio.gather(*(controls.add(node) for node in nodes))
-                started.append(controls)
-                is_up.set()
-                await asyncio.wait([running, loop.create_task(stop.wait())], return_when=asyncio.FIRST_COMPLETED)
+                yield controls
             finally:
                 running.cancel()
-                await asyncio.gather(running, return_exceptions=True)
-                for name in list(core.node_names):
+                with contextlib.suppress(asyncio.CancelledError):
+                    await running
+                for name in core.node_names:
                     with contextlib.suppress(ApiError, aiohttp.ClientError, TimeoutError):
                         await api.delete(f"/api/v1/nodes/{name}")
 
-    def work() -> None:
-        try:
-            loop.run_until_complete(live())
-        except BaseException as error:  # noqa: BLE001 - handed to the thread that waits for it
-            errors.append(error)
-        finally:
-            loop.close()
-            is_up.set()
-
-    thread = threading.Thread(target=work, name="kubelets", daemon=True)
-    thread.start()
-    is_up.wait()
-    if errors:
-        thread.join()
-        raise errors[0]
-    try:
-        yield started[0]
-    finally:
-        with contextlib.suppress(RuntimeError):  # the loop has ended already: its error is raised below
-            loop.call_soon_threadsafe(stop.set)
-        thread.join(timeout=30)
-    if errors:
-        raise errors[0]
+    with in_background(live, name="kubelets") as controls:
+        yield controls
