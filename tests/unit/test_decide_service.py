@@ -312,6 +312,7 @@ def test_a_lost_coordinator_is_replaced_and_told_the_wish_again_under_no_older_g
     sim.told = None
     sim.step()
     assert sim.condition("Ready") == ("Unknown", "CoordinatorAway")
+    assert sim.wish.status["ranks"]["active"] == 4, "the ranks go on without it"
     sim.settle()
     assert sim.told is not None
     assert sim.told.generation >= generation

@@ -77,7 +77,7 @@ def run_cycle(plan: Plan, memory: Memory, facts: Facts, now: float, *, keep_fini
         memory=memory,
         ranks=ranks,
         gateways=gateways,
-        counts=count(plan.num_ranks, ranks, facts.runtime),
+        counts=count(plan.num_ranks, ranks, facts.runtime, last_active=memory.active if formed else 0),
         filled=filled,
         no_fit=bound.no_fit,
         following=following,

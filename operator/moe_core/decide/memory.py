@@ -24,6 +24,8 @@ class Memory:
     wish_ranks: int = 0
     """Size of the group as last put to the coordinator; 0 when none was."""
     epoch: int = 0
+    active: int = 0
+    """Ranks that took part in steps when a coordinator last answered."""
     dead_pod_uids: tuple[str, ...] = ()
     """The newest pods that are proven gone."""
     started_at: float | None = None
@@ -40,6 +42,7 @@ class Memory:
             wish_digest=str(kept.get("wishDigest", "")),
             wish_ranks=_int(kept.get("wishRanks")),
             epoch=_int(status.get("epoch")),
+            active=_int(ranks.get("active")) if isinstance(ranks := status.get("ranks"), Mapping) else 0,
             dead_pod_uids=tuple(str(uid) for uid in kept.get("deadPodUids", ()))[-MAX_DEAD_PODS:],
             started_at=seconds_of(status.get("startTime")),
             completed_at=seconds_of(status.get("completionTime")),

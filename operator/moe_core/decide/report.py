@@ -36,15 +36,17 @@ class Counts:
         }
 
 
-def count(num_ranks: int, ranks: Mapping[int, Seat], runtime: RuntimeState | None) -> Counts:
+def count(num_ranks: int, ranks: Mapping[int, Seat], runtime: RuntimeState | None, *, last_active: int = 0) -> Counts:
+    """`last_active` stands in while no coordinator answers: the ranks go on without it, as far as they run."""
     wanted = [ranks[r] for r in range(num_ranks) if r in ranks]
     placed = [seat.live for seat in wanted if seat.live is not None and seat.is_placed]
     active = active_uids(runtime)
+    available = sum(1 for pod in placed if pod.phase == "Running")
     return Counts(
         desired=num_ranks,
         allocated=len(placed),
-        available=sum(1 for pod in placed if pod.phase == "Running"),
-        active=sum(1 for pod in placed if pod.uid in active),
+        available=available,
+        active=min(last_active, available) if runtime is None else sum(1 for pod in placed if pod.uid in active),
     )
 
 
