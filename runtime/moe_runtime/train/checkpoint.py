@@ -37,23 +37,27 @@ class Summary:
     seconds: float
     data: str
     training_bytes: int
+    text: str
+    """Digest of training and held-out text."""
+    run: str
+    """Identity of the run, so that its ranks know it for finished."""
     version: int = 1
 
 
 def read_summary(folder: Path) -> Summary | None:
-    """None when the folder holds no complete checkpoint of ours. Raises ValueError for a file that is not ours."""
+    """None when the folder holds no complete checkpoint that a run of this version has written."""
     try:
         return Summary(**json.loads((folder / SUMMARY).read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError, TypeError):  # none, or a hand-written one, or of another version
         return None
-    except TypeError as error:
-        raise ValueError(f"{folder / SUMMARY}: {error}") from error
 
 
 def whole_model(config: Any, reader: SnapshotReader, expert_layers: dict[str, int], *, num_experts: int) -> Any:
     """The transformers model of a snapshot. expert_layers: stacked parameter's name -> MoE layer. CPU, float32."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # a rank's log is no terminal
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(config)
     state = {key: value for key, value in reader.dense().items() if "#" not in key}

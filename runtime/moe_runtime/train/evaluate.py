@@ -3,7 +3,7 @@
 A fixed number of held-out bytes is scored: the second half of windows that are spread evenly over the held-out text, so
 that every scored byte has at least half a window before it. The order-2 model is scored on the very same bytes.
 
-    python -m moe_runtime.train.evaluate CHECKPOINT --lost 0,5,9      # prints JSON
+    python -m moe_runtime.train.evaluate CHECKPOINT --lost 0:5,1:9      # prints JSON
 """
 
 import argparse
@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +22,18 @@ from moe_core.contract.expert_map import EMPTY_SLOT, ExpertMap
 from moe_core.contract.runtime_config import ModelSource
 from moe_runtime.dispatch.group_face import Group
 from moe_runtime.engine.model import ExpertParallelModel
+from moe_runtime.experts.generalists import read_generalists
+from moe_runtime.train.checkpoint import read_summary
 from moe_runtime.train.data import Bytes_N, Corpus, DataError, Ids_BQ, load_corpus
 from moe_runtime.train.order2 import Order2Model
 
-SCORED_BYTES = 131_072
+SCORED_BYTES = 102_400
 BATCH = 16
 """Windows per forward."""
+DEFAULT_WINDOW = 128
+PLAIN_ATTENTION_LENGTH = 512
+"""On CPUs torch's fused attention is the slower one for short rows: a whole training step of 32 rows of 128 bytes
+(hidden size 128, 4 heads, one thread) took 549 ms of CPU time with it and 314 ms with plain products."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,13 @@ def sample(text_N: Bytes_N, *, length: int, num_bytes: int = SCORED_BYTES) -> Sa
         raise DataError(f"held-out text of {len(text_N)} bytes is shorter than one window of {length + 1}")
     count = max(1, min(num_bytes // scored, room // scored))
     return Sample(tuple(int(start) for start in np.linspace(0, room, count).astype(np.int64)), length, scored)
+
+
+def prefer_plain_attention(epm: ExpertParallelModel, *, length: int) -> None:
+    """For training and scoring whole windows on a CPU; the numbers are the same."""
+    device = next(parameter for _, parameter in epm.dense_parameters()).device
+    if device.type == "cpu" and length <= PLAIN_ATTENTION_LENGTH:
+        epm.module.set_attn_implementation("eager")
 
 
 @torch.no_grad()
@@ -106,32 +118,44 @@ def evaluate_checkpoint(
     folder: Path,
     *,
     data: str,
-    length: int,
+    length: int | None = None,
     lost: Iterable[tuple[int, int]] = (),
     num_bytes: int = SCORED_BYTES,
 ) -> Held:
     """Score a checkpoint in this process: whole, and with the (MoE layer, logical expert) pairs of `lost` gone.
 
+    `length` None takes the window it was trained with.
+
     Raises OSError, InvalidInput, DataError.
     """
     corpus = load_corpus(data)
+    summary = read_summary(folder)
+    if length is None:
+        length = summary.window if summary is not None else DEFAULT_WINDOW
     chosen = sample(corpus.heldout_N, length=length, num_bytes=num_bytes)
     gone = frozenset(lost)
+    source = ModelSource(path=str(folder))
 
-    def bits(fallback: Literal["Generalist", "Drop"], missing: frozenset[tuple[int, int]]) -> float:
-        source = ModelSource(path=str(folder))
-        epm = ExpertParallelModel.load(source, expert_map=_map_without(folder, missing), rank=0, fallback=fallback)
-        return heldout_bits(epm, corpus.heldout_N, chosen)
+    def load(missing: frozenset[tuple[int, int]]) -> ExpertParallelModel:
+        epm = ExpertParallelModel.load(source, expert_map=_map_without(folder, missing), rank=0)
+        prefer_plain_attention(epm, length=length)
+        return epm
 
-    has_generalist = (folder / "generalist.json").is_file()
-    return Held(
-        full=bits("Drop", frozenset()),
-        generalist=bits("Generalist", gone) if gone and has_generalist else None,
-        drop=bits("Drop", gone) if gone else None,
-        order2=order2_bits(corpus, chosen),
-        num_bytes=chosen.num_bytes,
-        num_lost=len(gone),
+    full = heldout_bits(load(frozenset()), corpus.heldout_N, chosen)
+    generalist = drop = None
+    if gone:
+        injured = load(gone)
+        if read_generalists(folder) is not None:
+            generalist = heldout_bits(injured, corpus.heldout_N, chosen)
+        injured.use_generalists(None)
+        drop = heldout_bits(injured, corpus.heldout_N, chosen)
+    known = summary is not None and (summary.window, summary.heldout_bytes, summary.text) == (
+        chosen.length,
+        chosen.num_bytes,
+        corpus.digest,
     )
+    order2 = summary.order2_bits_per_byte if summary is not None and known else order2_bits(corpus, chosen)
+    return Held(full, generalist, drop, order2, chosen.num_bytes, len(gone))
 
 
 def order2_bits(corpus: Corpus, chosen: Sample) -> float:
@@ -156,18 +180,37 @@ def _map_without(folder: Path, missing: frozenset[tuple[int, int]]) -> ExpertMap
     )
 
 
+def parse_lost(text: str, *, num_layers: int) -> list[tuple[int, int]]:
+    """(MoE layer, logical expert) pairs.
+
+    >>> parse_lost("0:5,1:7,3", num_layers=2)
+    [(0, 5), (1, 7), (0, 3), (1, 3)]
+    """
+    pairs = []
+    for part in filter(None, text.split(",")):
+        layer, colon, expert = part.rpartition(":")
+        pairs += [(int(layer), int(expert))] if colon else [(each, int(expert)) for each in range(num_layers)]
+    return pairs
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m moe_runtime.train.evaluate", description="Held-out bits per byte.")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--data", default="stdlib", help="stdlib or a folder of text")
-    parser.add_argument("--length", type=int, default=128, help="window in bytes")
+    parser.add_argument("--length", type=int, help="window in bytes (default: as trained)")
     parser.add_argument("--bytes", type=int, default=SCORED_BYTES, help="held-out bytes to score")
-    parser.add_argument("--lost", default="", help="expert ids, comma-separated, lost in every layer")
+    parser.add_argument(
+        "--lost", default="", help="layer:expert pairs, comma-separated; an expert alone is lost in every layer"
+    )
     given = parser.parse_args(arguments)
-    ids = [int(part) for part in given.lost.split(",") if part]
-    layers = _map_without(given.checkpoint, frozenset()).num_layers
-    lost = [(layer, e) for layer in range(layers) for e in ids]
-    held = evaluate_checkpoint(given.checkpoint, data=given.data, length=given.length, lost=lost, num_bytes=given.bytes)
+    torch.set_num_threads(1)  # more of them wait for each other in a loop, which is slower beside other work
+    held = evaluate_checkpoint(
+        given.checkpoint,
+        data=given.data,
+        length=given.length,
+        lost=parse_lost(given.lost, num_layers=_map_without(given.checkpoint, frozenset()).num_layers),
+        num_bytes=given.bytes,
+    )
     sys.stdout.write(json.dumps(asdict(held)) + "\n")
     return 0
 

@@ -17,7 +17,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,12 @@ from moe_core.contract.runtime_config import TrainingConfig
 from moe_runtime.dispatch.group_face import Group
 from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.errors import RuntimeFault
+from moe_runtime.experts.calibrate import calibrate
+from moe_runtime.experts.generalists import write_generalists
 from moe_runtime.train import snapshot as snapshots
-from moe_runtime.train.checkpoint import Summary, publish, remove_snapshots, whole_model
+from moe_runtime.train.checkpoint import Summary, publish, read_summary, remove_snapshots, whole_model
 from moe_runtime.train.data import WindowOrder, load_corpus
-from moe_runtime.train.evaluate import heldout_bits, order2_bits, sample
+from moe_runtime.train.evaluate import heldout_bits, order2_bits, prefer_plain_attention, sample
 from moe_runtime.train.gradients import complete_gradients
 from moe_runtime.train.optim import Optimizer, Trained, rule_for
 from moe_runtime.train.schedule import progress, rate_share
@@ -41,9 +43,8 @@ from moe_runtime.train.snapshot import RunState, SnapshotDamaged, SnapshotReader
 MAX_GRADIENT_NORM = 1.0
 BITS = 1.0 / math.log(2.0)
 MAX_SKIPPED = 20
-EAGER_ATTENTION_LENGTH = 512
-"""On CPUs torch's fused attention is the slower one for short rows: a whole training step of 32 rows of 128 bytes (hidden
-size 128, 4 heads, one thread) took 549 ms of CPU time with it and 314 ms with plain products."""
+CALIBRATION_WINDOWS = 256
+"""Windows of training text on which the generalists are fitted; held-out text only measures them."""
 
 
 class OutOfStep(RuntimeFault):
@@ -92,8 +93,8 @@ class Trainer:
         self._mark = clock()
         self._group: Group | None = None
         self._skipped = 0
-        if self._device.type == "cpu" and config.sequence_length <= EAGER_ATTENTION_LENGTH:
-            epm.module.set_attn_implementation("eager")
+        self._summary: Summary | None = None
+        prefer_plain_attention(epm, length=config.sequence_length)
         self._stale = True  # a fresh process knows nothing of the run yet
         self._optimizer = self._new_optimizer()
         self._slots = self._slots_now()
@@ -120,10 +121,17 @@ class Trainer:
         """Agree on a step, on all ranks together; returns it. Nothing is read when all stand at the same one.
 
         Else the newest snapshot that every rank can read in full is taken, damaged ones are passed over. A run that has
-        none begins with one. Raises GroupFault, and SnapshotDamaged when no common snapshot is left.
+        none begins with one; a run whose checkpoint is published already has finished. Raises GroupFault, and
+        SnapshotDamaged when no common snapshot is left.
         """
         rows = self._gather((self.state.step, int(self._stale)))
         if len({row[0] for row in rows}) == 1 and not any(row[1] for row in rows):
+            return self.state.step
+        published = self._published_by_this_run()
+        if all(row[0] for row in self._gather((int(published is not None),))):
+            assert published is not None
+            self._summary, self._stale = published, False
+            self.state = replace(self.state, step=published.steps, tokens=published.tokens, seconds=published.seconds)
             return self.state.step
         offered = self._readable_steps()
         padded = (*offered, *([-1] * snapshots.KEPT))[: snapshots.KEPT]
@@ -288,7 +296,9 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Whether the run has reached its bound: `finish` comes next."""
-        return progress(self.config, step=self.state.step, seconds=self.state.seconds) >= 1.0
+        return (
+            self._summary is not None or progress(self.config, step=self.state.step, seconds=self.state.seconds) >= 1.0
+        )
 
     def evaluate(self) -> float:
         """Held-out bits per byte, all ranks together. Raises GroupFault. Takes no training time."""
@@ -303,9 +313,12 @@ class Trainer:
         The other ranks return None at once and must not wait for position 0 in a collective (it takes seconds).
         Raises GroupFault before anything of an older checkpoint is touched; may be called again then.
         """
+        is_writer = self._group is None or self._group.position == 0
+        if self._summary is not None:  # published before the fault that brought us here again
+            return self._summary if is_writer else None
         folder = self.snapshot()
         bits = self.evaluate()
-        if self._group is not None and self._group.position != 0:
+        if not is_writer:
             return None
         chosen = sample(self.corpus.heldout_N, length=self.config.sequence_length)
         summary = Summary(
@@ -319,6 +332,8 @@ class Trainer:
             seconds=round(self.state.seconds, 1),
             data=self.config.data,
             training_bytes=len(self.corpus.training_N),
+            text=self.corpus.digest,
+            run=self._identity,
         )
         reader = SnapshotReader(folder)
         layers = {item.name: item.layer_idx for item in self.epm.expert_parameters()}
@@ -326,10 +341,17 @@ class Trainer:
         def fill(staging: Path) -> None:
             model = whole_model(self.epm.module.config, reader, layers, num_experts=self.epm.num_experts)
             model.save_pretrained(staging)
+            ids_NQ = torch.from_numpy(self._order.take(self.state.cursor, count=CALIBRATION_WINDOWS)[:, :-1])
+            write_generalists(calibrate(model, ids_NQ), staging)
 
         publish(self.output, fill, summary)
+        self._summary = summary
         remove_snapshots(self.output)
         return summary
+
+    def _published_by_this_run(self) -> Summary | None:
+        summary = read_summary(self.output)
+        return summary if summary is not None and summary.run == self._identity else None
 
     # ---------------------------------------------------------------- parts
 
