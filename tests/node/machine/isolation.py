@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-CLONE_NEWNS, CLONE_NEWNET = 0x00020000, 0x40000000
+CLONE_FS, CLONE_NEWNS, CLONE_NEWNET = 0x00000200, 0x00020000, 0x40000000
 PR_SET_CHILD_SUBREAPER = 36
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -28,7 +28,7 @@ def _check(result: int, what: str) -> None:
 def isolated(address: str, *, keep: Sequence[int] = ()) -> Iterator[None]:
     """Loopback, and an empty bridge that holds `address` (a kubelet refuses a loopback address for its node)."""
     with contextlib.ExitStack() as stack:
-        before = [(stack.enter_context(Path(f"/proc/self/ns/{kind}").open("rb")), kind) for kind in ("net", "mnt")]
+        before = [stack.enter_context(Path(f"/proc/thread-self/ns/{kind}").open("rb")) for kind in ("net", "mnt")]
         folder = Path.cwd()
         _check(_libc.unshare(CLONE_NEWNET | CLONE_NEWNS), "unshare")
         _check(_libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
@@ -40,12 +40,14 @@ def isolated(address: str, *, keep: Sequence[int] = ()) -> Iterator[None]:
             run("ip", "link", "add", "node0", "type", "bridge")
             run("ip", "address", "add", f"{address}/32", "dev", "node0")
             run("ip", "link", "set", "node0", "up")
+            run("ip", "route", "add", "default", "dev", "node0")  # Service addresses are rewritten on the way out
             Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
             yield
         finally:
             kill_descendants(keep=keep)
             _check(_libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0), "prctl")
-            for file, _ in before:
+            _check(_libc.unshare(CLONE_FS), "unshare")  # threads that were started meanwhile share it with this one
+            for file in before:
                 _check(_libc.setns(file.fileno(), 0), "setns")
             os.chdir(folder)
 
