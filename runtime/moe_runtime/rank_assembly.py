@@ -42,7 +42,8 @@ def assemble(
         work=_work(config, rank=rank, desk=desk),
         directive=lambda: link.directive,
     )
-    link.start(loop.report)
+    # A minority that waits in `recover` goes on at the word itself, not when it next looks at the directive.
+    link.start(loop.report, heard=lambda d: keeper.vouch(d.vouched_dead, newest_epoch=d.newest_epoch))
     return loop
 
 

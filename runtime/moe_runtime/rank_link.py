@@ -1,4 +1,4 @@
-"""A rank's line to the coordinator: reports go there, the newest directive comes back. Its own thread; steps never wait for it.
+"""A rank's line to the coordinator: reports go there, the newest directive comes back. Steps never wait for it.
 
 While no coordinator answers, the last directive stays: ranks go on with what they know.
 """
@@ -12,7 +12,7 @@ from moe_core.outcome import InvalidInput
 from moe_runtime.registration import Directive, RankReport
 
 _HOLD_S = 0.4
-"""The coordinator holds a report's answer for so long when there is no news; a phase is never reported later than this."""
+"""The coordinator holds its answer for so long when there is no news, so no phase is reported later than this."""
 _CALL_S = 3.0
 _RETRY_S = 0.3
 
@@ -27,14 +27,14 @@ class CoordinatorLink:
         self._stop = threading.Event()
         self.directive = Directive()
 
-    def start(self, report: Callable[[], RankReport]) -> None:
-        """`report()` is called before every message, from the link's thread."""
-        threading.Thread(target=self._run, args=(report,), name="coordinator-link", daemon=True).start()
+    def start(self, report: Callable[[], RankReport], *, heard: Callable[[Directive], object]) -> None:
+        """`report()` is called before every message, `heard` with every directive, both from the link's thread."""
+        threading.Thread(target=self._run, args=(report, heard), name="coordinator-link", daemon=True).start()
 
     def stop(self) -> None:
         self._stop.set()
 
-    def _run(self, make_report: Callable[[], RankReport]) -> None:
+    def _run(self, make_report: Callable[[], RankReport], heard: Callable[[Directive], object]) -> None:
         connection: http.client.HTTPConnection | None = None
         while not self._stop.is_set():
             if connection is None:
@@ -46,6 +46,7 @@ class CoordinatorLink:
                 body = response.read()
                 if response.status == 200:
                     self.directive = Directive.parse(body)
+                    heard(self.directive)
                 elif response.status != 204:
                     print(f"the coordinator refused a report: {response.status} {body[:300]!r}", flush=True)
                     self._stop.wait(_RETRY_S)

@@ -2,8 +2,8 @@
 
     Starting -> Loading -> Ready -> Active -> (Draining -> Left) or, fenced by the others, back to Ready
 
-Every decision here follows from the directive (what the coordinator wants), the keeper (what the ranks have agreed) and the
-control exchange (what all ranks see at the same boundary), never from a message that must not be lost.
+Every decision here follows from the directive (what the coordinator wants), the keeper (what the ranks have agreed) and
+the control exchange (what all ranks see at the same boundary), never from a message that must not be lost.
 """
 
 import threading
@@ -33,7 +33,7 @@ _KEPT_RECOVERIES = 16
 
 
 class StepLoop:
-    """`run` is the thread. `directive()` gives the newest directive. Ends when stopped or when the model cannot be used; else never."""
+    """`run` is the thread's; it ends when halted or when the model cannot be used. `directive()` gives the newest one."""
 
     def __init__(
         self,
@@ -115,7 +115,8 @@ class StepLoop:
     def _await_epoch(self) -> Membership | None:
         """Ready and outside: form the first epoch or be taken into a running one. None: look again."""
         directive = self._directive()
-        self._phase = "Ready" if self._rank in directive.ranks else "Left"
+        # A coordinator that starts anew names no ranks until it is told of any: nobody has left by that.
+        self._phase = "Left" if directive.ranks and self._rank not in directive.ranks else "Ready"
         self._follow_map(directive, outside=True)
         plan = directive.plan
         am_in = plan is not None and self._keeper.me.pod_uid in plan.pod_uids

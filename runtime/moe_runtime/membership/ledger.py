@@ -117,8 +117,10 @@ class Ledger:
 
     def vouch(self, dead_pod_uids: Iterable[str]) -> None:
         with self._lock:
-            self._vouched |= frozenset(dead_pod_uids)
-            self._announce()
+            vouched = self._vouched | frozenset(dead_pod_uids)
+            if vouched != self._vouched:
+                self._vouched = vouched
+                self._announce()
 
     def is_quorum(self, base: Membership, ranks: frozenset[int]) -> bool:
         """A quorum of `base`, or everybody of it who is not vouched dead.
