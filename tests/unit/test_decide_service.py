@@ -74,6 +74,23 @@ def test_a_group_of_which_nothing_is_left_starts_again_all_or_none() -> None:
     assert sim.condition("Ready") == ("True", "AllActive")
 
 
+def test_a_gang_that_was_half_started_gives_its_room_back_when_the_rest_finds_none() -> None:
+    sim = service(nodes=4)
+    sim.step()
+    sim.step(crash_after=2)
+    sim.nodes = gpu_nodes(2)
+    assert len([p for p in sim.ranks() if p.node]) == 2
+    sim.step()
+    sim.now += 61
+    sim.settle()
+    assert [p for p in sim.ranks() if p.node] == []
+    assert len(sim.ranks()) == 4
+    sim.nodes = gpu_nodes(4)
+    sim.settle()
+    assert sim.condition("Ready") == ("True", "AllActive")
+    assert sim.wish.status["restarts"] == 0
+
+
 def test_all_ranks_are_bound_in_one_cycle_once_all_exist() -> None:
     sim = service()
     created = sim.step()

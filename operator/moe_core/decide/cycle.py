@@ -16,6 +16,9 @@ from moe_core.manifests.objects import wanted_objects
 from moe_core.manifests.plan import Plan
 from moe_core.outcome import NoFit, Reason
 
+STRANDED_S = 60.0
+"""Longer than a node's flap or a pod that is just ending elsewhere, short against waiting in vain on held devices."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cycle:
@@ -50,10 +53,16 @@ def run_cycle(plan: Plan, memory: Memory, facts: Facts, now: float, *, keep_fini
     ran = min(memory.wish_ranks or plan.num_ranks, plan.num_ranks) if formed else 0
     bound = bind(plan, facts, ranks=ranks, helpers=[*coordinator.values(), *gateways.values()], formed=ran)
     helpers, helper_waking = _helpers(plan, ranks, coordinator, gateways, now, starting=bool(bound.actions) or formed)
+    stranded = _stranded(ranks, now) if bound.no_fit is not None and not formed else None
+    if stranded is not None and stranded <= 0:
+        undone = [seat.live for _, seat in sorted(ranks.items()) if seat.live is not None and seat.is_placed]
+        bound.undo = [DeletePod(pod.name, pod.uid) for pod in undone]
+        base = [seen[r] if r in ranks and ranks[r].is_placed else base[r] for r in range(len(seen))]
     actions = (
         *_objects(plan, facts, following.num_ranks),
         *filled.actions,
         *bound.actions,
+        *bound.undo,
         *helpers,
         *following.actions,
         *release_leavers(plan, facts, following, ranks, formed=formed),
@@ -82,8 +91,18 @@ def run_cycle(plan: Plan, memory: Memory, facts: Facts, now: float, *, keep_fini
         no_fit=bound.no_fit,
         following=following,
         formed=formed,
-        waking=(*filled.waking, *helper_waking),
+        waking=(*filled.waking, *helper_waking, *([] if stranded is None else [max(stranded, 0.05)])),
     )
+
+
+def _stranded(ranks: Mapping[int, Seat], now: float) -> float | None:
+    """Seconds until a half started gang is undone, None if nothing of it is placed.
+
+    A part of it was started (the operator died between two bindings, or a node went away at once) and the rest finds no
+    room: it gives its room back and waits as a whole, so that two such gangs can never wait for each other.
+    """
+    placed = [seat.live.created_at for seat in ranks.values() if seat.live is not None and seat.is_placed]
+    return min(placed) + STRANDED_S - now if placed else None
 
 
 def _helpers(
@@ -139,7 +158,8 @@ def starting_note(cycle: Cycle, facts: Facts) -> str:
     counts = cycle.counts
     told = f"{counts.available} of {counts.desired} ranks running, none active yet"
     pods = sorted(facts.pods, key=lambda p: (p.role, p.index, p.incarnation, p.uid))
-    stuck = next((pod for pod in pods if pod.phase == "Pending" and pod.message and not pod.deleting), None)
+    held = [pod for pod in pods if not (pod.ready or pod.gated or pod.deleting) and pod.phase in ("Pending", "Running")]
+    stuck = next((pod for pod in held if pod.message), None)
     if stuck is not None:
         return f"{told}; {stuck.name}: {stuck.message}"
     if counts.available == counts.desired and facts.runtime is None:

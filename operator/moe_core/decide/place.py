@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from moe_core.contract.names import ROLE_COORDINATOR, ROLE_GATEWAY
 from moe_core.decide.crew import Seat
-from moe_core.facts import BindPod, Facts, PodFact
+from moe_core.facts import BindPod, DeletePod, Facts, PodFact
 from moe_core.manifests.plan import Plan
 from moe_core.manifests.pods import HELPER_REQUEST
 from moe_core.outcome import NoFit
@@ -25,6 +25,7 @@ Use = dict[str, dict[str, int]]
 class Bound:
     actions: list[BindPod] = field(default_factory=list)
     no_fit: NoFit | None = None
+    undo: list[DeletePod] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
