@@ -61,7 +61,7 @@ PACKS = st.sampled_from(
 DEPTH = {"": 0, "block": 1, "rack": 2}
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(clusters(), st.integers(1, 8), PACKS)
 def test_a_fit_is_found_exactly_when_there_is_one_and_never_overfills(
     nodes: tuple[NodeFact, ...], wanted: int, pack: Pack
@@ -79,7 +79,7 @@ def test_a_fit_is_found_exactly_when_there_is_one_and_never_overfills(
     assert names == sorted(names, key=lambda name: (path(by_name[name], 2), name)), "neighbours by number are near"
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(clusters(), st.integers(1, 8), st.sampled_from(["", "block"]))
 def test_preferred_racks_are_as_few_as_brute_force_finds(
     nodes: tuple[NodeFact, ...], wanted: int, required: str
@@ -103,7 +103,7 @@ def test_preferred_racks_are_as_few_as_brute_force_finds(
         assert len({rack[:1] for rack in used}) == 1, "one block holds them all, so one block is used"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(clusters(), st.integers(1, 6), PACKS, st.randoms(use_true_random=False))
 def test_the_order_of_nodes_changes_nothing(
     nodes: tuple[NodeFact, ...], wanted: int, pack: Pack, chance: object
@@ -113,7 +113,7 @@ def test_the_order_of_nodes_changes_nothing(
     assert fit(mixed, range(wanted), needs=GPU, pack=pack) == fit(nodes, range(wanted), needs=GPU, pack=pack)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(clusters(), st.integers(1, 6), st.data())
 def test_the_missing_ranks_stay_in_the_required_domain_of_the_kept_ones(
     nodes: tuple[NodeFact, ...], wanted: int, data: st.DataObject
