@@ -66,7 +66,7 @@ class CoordinatorFace:
         async with self._changed:
             self._changed.notify_all()
 
-    async def _wait(self, is_news: "asyncio.Event | None", deadline: float) -> bool:
+    async def _wait(self, deadline: float) -> bool:
         """Waits for the next wake-up; False when the deadline has passed."""
         left = deadline - time.monotonic()
         if left <= 0:
@@ -94,7 +94,7 @@ class CoordinatorFace:
             return _refusal(400, f"after and wait_s must be numbers: {error}")
         deadline = time.monotonic() + wait_s
         while (state := self._book.state()).version <= after:
-            if not await self._wait(None, deadline):
+            if not await self._wait(deadline):
                 break
         return web.json_response(text=state.canonical())
 
@@ -111,7 +111,7 @@ class CoordinatorFace:
         await self._wake()
         deadline = time.monotonic() + min(report.wait_s, _MAX_WAIT_S)
         while (directive := self._book.directive()).seal == report.directive_seen:
-            if not await self._wait(None, deadline):
+            if not await self._wait(deadline):
                 return web.Response(status=204)
         return web.json_response(text=directive.canonical())
 

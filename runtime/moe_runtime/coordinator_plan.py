@@ -37,7 +37,7 @@ def committed_membership(reports: Mapping[str, RankReport]) -> Membership | None
 def next_directive(
     wish: RuntimeWish | None, reports: Mapping[str, RankReport], *, may_form: bool, last_epoch: int = 0
 ) -> Directive:
-    """`reports` by pod uid, of ranks heard of lately. `may_form`: long enough up to have heard of every living group."""
+    """`reports`: by pod uid, of ranks heard of lately. `may_form`: up for long enough to know a living group."""
     if wish is None:
         return Directive()
     committed = committed_membership(reports)

@@ -1,7 +1,7 @@
 """A gateway's process: a Ray driver that calls ranks directly, kept informed, behind the OpenAI face.
 
-Calls go from here to the rank's process without any head in between, so requests go on while the coordinator's pod, Ray's
-head included, is dead. Only finding a rank that this gateway has never met needs Ray's head.
+Calls go from here to the rank's process without any head in between, so requests go on while the coordinator's pod,
+Ray's head included, is dead. Only finding a rank that this gateway has never met needs Ray's head.
 """
 
 import asyncio

@@ -210,7 +210,7 @@ class GatewayFace:
 
     async def _whole(
         self,
-        request: web.Request,
+        _: web.Request,
         asked: CompletionRequest,
         completion_id: str,
         answers: list[_Answer],

@@ -40,7 +40,7 @@ class RankDirectory:
         if epoch < self.epoch:
             return
         self.epoch = epoch
-        present = dict((uid, rank) for rank, uid in members)
+        present = {uid: rank for rank, uid in members}
         for uid, rank in present.items():
             self._known.setdefault(uid, KnownRank(rank, uid)).is_active = True
         for uid, known in list(self._known.items()):

@@ -1,12 +1,13 @@
 """One sequence from prompt to end over as many ranks as it takes: the replay. No Ray, no HTTP.
 
-When a rank dies, hangs or leaves, the sequence goes on elsewhere with prompt plus tokens already sent. Sampling depends on
-(seed, position) only, so the continuation is the one the first rank would have written.
+When a rank dies, hangs or leaves, the sequence goes on elsewhere with prompt plus tokens already sent. Sampling depends
+on (seed, position) only, so the continuation is the one the first rank would have written.
 """
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,11 +17,12 @@ from moe_runtime.rank_desk import Poll
 
 POLL_S = 1.0
 ANSWER_S = 3.0
-"""A rank that does not answer a poll within POLL_S + ANSWER_S is taken for hung. Its event loop answers polls even while
-the step loop waits for a recovery; seen late by up to 1.6 s while a replacement imports torch on the same two cores."""
+"""A rank that does not answer a poll within POLL_S + ANSWER_S is taken for hung. Its event loop answers also while the
+step loop waits for a recovery; a wrong guess costs a replay, not a token."""
 NO_PROGRESS_S = 60.0
 """How long a sequence waits for a next token, over all ranks, before its request fails."""
-MAX_ATTEMPTS = 20
+MAX_ATTEMPTS = 60
+BACKOFF_S = 0.1
 
 
 class RankUnreachable(Exception):
@@ -92,6 +94,49 @@ class Sampling:
     stop_token_ids: frozenset[int]
 
 
+@dataclass(slots=True)
+class _Visit:
+    """One attempt on one rank; `end` says how it ended: as the rank said, or died, hung, forgot."""
+
+    known: KnownRank
+    request: GenerationRequest
+    degraded: dict[str, int] = field(default_factory=dict)
+    end: str = ""
+    message: str = ""
+
+    async def tokens(self, client: RankClient) -> AsyncGenerator[tuple[int, ...], None]:
+        """Yields tokens as they come, until the end."""
+        self.known.in_flight += 1
+        try:
+            async for poll in self._polls(client):
+                self.degraded = poll.degraded
+                if poll.tokens:
+                    yield poll.tokens
+                self.end, self.message = poll.end or "", poll.message
+        except RankForgot:
+            self.end = "forgot"
+        except RankUnreachable as error:
+            self.end, self.message = "died" if error.is_gone else "hung", str(error)
+        finally:
+            self.known.in_flight -= 1
+            if self.end in ("", "hung"):
+                client.cancel(self.known.pod_uid, self.request.request_id)
+
+    async def _polls(self, client: RankClient) -> AsyncGenerator[Poll, None]:
+        uid, timeout_s = self.known.pod_uid, POLL_S + ANSWER_S
+        poll = await client.submit(uid, self.request, wait_s=POLL_S, timeout_s=timeout_s)
+        have, progress_at = 0, time.monotonic()
+        while True:
+            if poll.tokens:
+                have, progress_at = have + len(poll.tokens), time.monotonic()
+            yield poll
+            if poll.end is not None:
+                return
+            if time.monotonic() - progress_at > NO_PROGRESS_S:
+                raise RankUnreachable(f"rank {self.known.rank} made no progress for {NO_PROGRESS_S:.0f} s")
+            poll = await client.poll(uid, self.request.request_id, have=have, wait_s=POLL_S, timeout_s=timeout_s)
+
+
 async def generate(
     directory: RankDirectory,
     client: RankClient,
@@ -103,79 +148,53 @@ async def generate(
 ) -> AsyncGenerator[tuple[int, ...], None]:
     """Yields tokens as they come. Raises NoRankLeft, AllBusy (only before the first token), RequestRefused."""
     sent: list[int] = []
-    avoid: set[str] = set()
+    avoid: frozenset[str] = frozenset()
+    busy: frozenset[str] = frozenset()
     progress_at = time.monotonic()
     for attempt in range(MAX_ATTEMPTS):
-        known = await directory.wait_for_rank(progress_at + NO_PROGRESS_S, frozenset(avoid))
+        known = await directory.wait_for_rank(progress_at + NO_PROGRESS_S, avoid | busy)
         if known is None:
-            raise NoRankLeft(f"no rank took the request within {NO_PROGRESS_S:.0f} s")
-        request = GenerationRequest(
-            request_id=f"{sequence_id}.{attempt}",
-            prompt=prompt + tuple(sent),
-            max_tokens=sampling.max_tokens - len(sent),
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-            stop_token_ids=sampling.stop_token_ids,
-        )
-        known.in_flight += 1
-        finished = False
-        try:
-            async for poll in _on_rank(client, known, request, progress_at + NO_PROGRESS_S):
+            break
+        visit = _Visit(known, _request(f"{sequence_id}.{attempt}", prompt, sent, sampling))
+        async with contextlib.aclosing(visit.tokens(client)) as parts:
+            async for part in parts:
+                sent += part
+                progress_at = time.monotonic()
                 directory.clear(known.pod_uid)
-                trace.degraded_by_attempt[attempt] = poll.degraded
-                if poll.tokens:
-                    sent += poll.tokens
-                    progress_at = time.monotonic()
-                    yield poll.tokens
-                if poll.end in ("stop", "length"):
-                    finished = True
-                    trace.finish_reason = poll.end
-                    return
-                if poll.end in ("too_long", "refused"):
-                    finished = True
-                    raise RequestRefused(poll.end, poll.message)
-                if poll.end == "overloaded":
-                    finished = True
-                    if len(avoid) + 1 >= len(directory.usable()) and not sent:
-                        raise AllBusy(poll.message)
-                    avoid.add(known.pod_uid)
-                    break
-                if poll.end == "moved":
-                    finished = True
-                    raise RankForgot("moved")
-        except RankForgot as error:
-            trace.replays.append("moved" if str(error) == "moved" else "forgot")
-            avoid = {known.pod_uid}
-            await asyncio.sleep(0.05 * min(attempt, 10))
-        except RankUnreachable as error:
-            directory.suspect(known.pod_uid, is_gone=error.is_gone)
-            trace.replays.append("died" if error.is_gone else "hung")
-            avoid = {known.pod_uid}
-        finally:
-            known.in_flight -= 1
-            if not finished:
-                client.cancel(known.pod_uid, request.request_id)
-        if time.monotonic() - progress_at > NO_PROGRESS_S:
-            raise NoRankLeft(f"no token for {NO_PROGRESS_S:.0f} s, after {len(trace.replays)} replays")
-    raise NoRankLeft(f"{MAX_ATTEMPTS} attempts, no rank finished the request")
-
-
-async def _on_rank(
-    client: RankClient, known: KnownRank, request: GenerationRequest, deadline: float
-) -> AsyncIterator[Poll]:
-    """Polls of one request on one rank until its end; raises RankUnreachable when nothing comes until `deadline`."""
-    poll = await client.submit(known.pod_uid, request, wait_s=POLL_S, timeout_s=POLL_S + ANSWER_S)
-    have = 0
-    while True:
-        have += len(poll.tokens)
-        if poll.tokens:
-            deadline = time.monotonic() + NO_PROGRESS_S
-        yield poll
-        if poll.end is not None:
+                trace.degraded_by_attempt[attempt] = visit.degraded
+                yield part
+        if visit.end in ("stop", "length"):
+            trace.finish_reason = visit.end
             return
-        if time.monotonic() > deadline:
-            raise RankUnreachable(f"rank {known.rank} made no progress for {NO_PROGRESS_S:.0f} s")
-        poll = await client.poll(
-            known.pod_uid, request.request_id, have=have, wait_s=POLL_S, timeout_s=POLL_S + ANSWER_S
-        )
+        if visit.end in ("too_long", "refused"):
+            raise RequestRefused(visit.end, visit.message)
+        if visit.end == "overloaded":
+            busy |= {known.pod_uid}
+            if busy.issuperset(k.pod_uid for k in directory.usable()):
+                if not sent:
+                    raise AllBusy(visit.message)
+                busy = frozenset()
+                await asyncio.sleep(BACKOFF_S)
+            continue
+        if len(sent) >= sampling.max_tokens:  # all was sent, only the last word was lost
+            trace.finish_reason = "length"
+            return
+        trace.replays.append(visit.end)
+        directory.suspect(known.pod_uid, is_gone=visit.end == "died")
+        avoid = frozenset({known.pod_uid})
+        await asyncio.sleep(BACKOFF_S * min(attempt, 5))
+    waited = time.monotonic() - progress_at
+    raise NoRankLeft(f"no rank could go on: {len(trace.replays)} replays, no token for {waited:.0f} s")
+
+
+def _request(request_id: str, prompt: tuple[int, ...], sent: list[int], sampling: Sampling) -> GenerationRequest:
+    """What is left of the sequence; positions count on, so that sampling does."""
+    return GenerationRequest(
+        request_id=request_id,
+        prompt=prompt + tuple(sent),
+        max_tokens=sampling.max_tokens - len(sent),
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        stop_token_ids=sampling.stop_token_ids,
+    )

@@ -83,7 +83,7 @@ async def _run(env: PodEnv, parent_pid: int) -> None:
 
 
 async def _parent_gone(parent_pid: int) -> None:
-    """Returns when the process that started this one died. Polled: the kernel's death signal follows a thread, not a process."""
+    """Returns when the process that started this one died. Polled: the kernel's death signal follows a thread."""
     while parent_pid <= 1 or os.getppid() == parent_pid:
         await asyncio.sleep(0.5)
 

@@ -26,7 +26,7 @@ def lead_session() -> None:
 
 
 def die_with_parent(parent_pid: int) -> Callable[[], None]:
-    """A `preexec_fn`: the kernel kills the child when `parent_pid` (its parent now) dies, also if that happened already."""
+    """A `preexec_fn`: the kernel kills the child when its parent `parent_pid` dies, also if that happened already."""
 
     def in_child() -> None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -36,13 +36,8 @@ def die_with_parent(parent_pid: int) -> Callable[[], None]:
     return in_child
 
 
-def end_when_parent_ends() -> None:
-    """This process gets a SIGTERM when the process that started it dies (a shell that was killed)."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-
-
 def start(command: Sequence[str], *, env: Mapping[str, str], log: Path | None = None) -> "subprocess.Popen[bytes]":
-    """Start a child that dies with this process. Call from the main thread: the kernel watches the thread that forks."""
+    """Start a child that dies with this process. From the main thread only: the kernel watches the forking thread."""
     out = log.open("ab") if log is not None else None
     try:
         return subprocess.Popen(
@@ -51,7 +46,7 @@ def start(command: Sequence[str], *, env: Mapping[str, str], log: Path | None = 
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT if out is not None else None,
-            preexec_fn=die_with_parent(os.getpid()),
+            preexec_fn=die_with_parent(os.getpid()),  # noqa: PLW1509 - one system call, no lock, no import
         )
     finally:
         if out is not None:

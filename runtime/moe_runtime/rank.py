@@ -59,25 +59,25 @@ class RankActor:
         self._loop: StepLoop | None = None
 
     async def start(self) -> int:
-        """Report to the guard, then load in the background. Returns the pid. Raises OSError without a guard."""
-        boot = self._boot
-        _redirect_output(Path(boot.log_path))
-        from moe_runtime.heartbeat import Heartbeat
-
-        self._heartbeat = Heartbeat(Path(boot.guard_socket), pod_uid=boot.pod_uid)
+        """Begin in the background; returns the pid. The guard hears of this rank once its imports are done."""
+        _redirect_output(Path(self._boot.log_path))
         self._desk = Desk(asyncio.get_running_loop())
         threading.Thread(target=self._begin, name="rank-begin", daemon=True).start()
         return os.getpid()
 
     def _begin(self) -> None:
         """Imports torch and transformers, which takes seconds: not in the event loop."""
-        from moe_runtime.rank_assembly import assemble
-
         boot = self._boot
         assert self._desk is not None
-        config = RuntimeConfig.parse(Path(boot.config_path).read_bytes())
-        token = Path(boot.token_path).read_text(encoding="utf-8").strip()
         try:
+            config = RuntimeConfig.parse(Path(boot.config_path).read_bytes())
+            token = Path(boot.token_path).read_text(encoding="utf-8").strip()
+            from moe_runtime.heartbeat import Heartbeat
+            from moe_runtime.rank_assembly import assemble
+
+            # Only now: loading torch's libraries from a cold disk holds the interpreter for longer than a guard bears
+            # silence. Without a guard this raises, and the process ends.
+            self._heartbeat = Heartbeat(Path(boot.guard_socket), pod_uid=boot.pod_uid)
             self._loop = assemble(
                 config,
                 token=token,
@@ -127,7 +127,7 @@ def _redirect_output(path: Path) -> None:
 
 
 def create() -> None:
-    """Run by the guard in a process that ends then: `python -c '...create()' BOOT_JSON`. Exit code 0: the rank began."""
+    """Run by the guard in a process that ends then: `python -c '...create()' BOOT_JSON`. Exit code 0: it began."""
     boot: dict[str, Any] = json.loads(sys.argv[1])
     deadline = time.monotonic() + _CREATE_S
     while True:

@@ -16,7 +16,7 @@ from moe_runtime.engine.scheduler import GenerationRequest, Progress
 TicketEnd = Literal["stop", "length", "moved", "overloaded", "too_long", "refused"]
 
 LEASE_S = 20.0
-"""A request whose gateway has not polled for this long is dropped: the gateway died or has replayed it elsewhere."""
+"""A request that nobody has polled for this long is dropped: its gateway died or has replayed it elsewhere."""
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class Poll:
-    """Tokens from the asked index on. `degraded`: this answer's tokens so far that were computed degraded, by reason."""
+    """Tokens from the asked index on. `degraded`: this answer's tokens that were computed degraded, by reason."""
 
     tokens: tuple[int, ...]
     end: TicketEnd | None

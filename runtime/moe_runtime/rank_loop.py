@@ -33,7 +33,7 @@ _KEPT_RECOVERIES = 16
 
 
 class StepLoop:
-    """`run` is the thread's; it ends when halted or when the model cannot be used. `directive()` gives the newest one."""
+    """`run` is the thread's; it ends when halted or when the model is unusable. `directive()` gives the newest one."""
 
     def __init__(
         self,

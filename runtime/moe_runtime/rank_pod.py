@@ -1,7 +1,7 @@
 """A rank's pod as its guard sees it: have the rank created, watch it, end with it.
 
-This process imports neither torch nor Ray, so that it stays small and alive when they do not; the rank's actor is created
-by a child that ends at once.
+This process imports neither torch nor Ray, so that it stays small and alive when they do not; the rank's actor is
+created by a child that ends at once.
 """
 
 import asyncio
@@ -21,8 +21,9 @@ from moe_runtime.pod_env import PodEnv
 from moe_runtime.ray_env import head_listens, ray_environment, ray_temp_dir
 
 _CREATE = "from moe_runtime.rank import create; create()"
-_BEGIN_S = 180.0
-"""From the actor's creation to its first heartbeat: a Ray worker starts in 1 to 7 s (4 at once on 2 cores)."""
+_BEGIN_S = 300.0
+"""From the actor's creation to its first heartbeat, which comes after the imports: 7 s of one core; seen 30 s for four
+at once on two cores that others used too; a cold disk takes longer."""
 
 
 class RankEnded(RuntimeError):
@@ -101,7 +102,7 @@ async def _create(env: PodEnv, guard: Guard, log: Path) -> None:
     creator = processes.start(command, env=ray_environment(env, os.environ), log=log)
     deadline = time.monotonic() + _BEGIN_S
     while guard.state == "absent":
-        if creator.poll() not in (None, 0):
+        if creator.poll() not in (None, 0):  # the actor could not be made, or died in its first steps
             raise RankEnded(f"rank {env.rank} was not created (code {creator.returncode}):\n{_tail(log)}")
         if time.monotonic() > deadline:
             raise RankEnded(f"rank {env.rank} gave no sign of life in {_BEGIN_S:.0f} s:\n{_tail(log)}")

@@ -57,7 +57,7 @@ class ServeWork:
         assert self.epm is not None and self._cache is not None, "load comes first"
         return self.epm, self._cache
 
-    def enter(self, group: EpochGroup, epoch: int) -> None:
+    def enter(self, group: EpochGroup, epoch: int) -> None:  # noqa: ARG002 - training exchanges through it
         self._desk.epoch = epoch
         self._desk.open()
 

@@ -1,6 +1,6 @@
 """A service of three ranks and two gateways, injured in every way, while requests run: real processes, Ray, Gloo.
 
-One group of pods for the whole module: its start costs more than everything that is done to it. Each test leaves it whole.
+One group of pods for the whole module: its start costs more than what is done to it. Each test leaves it whole.
 """
 
 import os
@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from integration.serving_pods import Pods, spread_map, tiny_checkpoint, until
 
+from integration.serving_pods import Pods, spread_map, tiny_checkpoint, until
 from moe_core.contract.exchange import RuntimeState, RuntimeWish
 from moe_core.contract.runtime_config import ModelSource
 

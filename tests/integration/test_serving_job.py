@@ -5,8 +5,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from integration.serving_pods import Pods, spread_map
 
+from integration.serving_pods import Pods, spread_map
 from moe_core.contract.exchange import RuntimeState, RuntimeWish
 from moe_core.contract.runtime_config import ModelShape, ModelSource, TrainingConfig
 

@@ -1,4 +1,4 @@
-"""A service grows, shrinks, and loses its lowest rank while it is small: streams go on token-exact through all of it."""
+"""A service grows, shrinks, and loses its lowest rank while it is small: answers stay token-exact through all of it."""
 
 import os
 import signal
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from integration.serving_pods import Pods, spread_map, tiny_checkpoint, until
 
+from integration.serving_pods import Pods, spread_map, tiny_checkpoint, until
 from moe_core.contract.exchange import RuntimeState, RuntimeWish
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.runtime_config import ModelSource

@@ -1,7 +1,7 @@
-"""Continuous batching for one rank: which sequences run which tokens in the next step. No tensors, no clock, no threads.
+"""Continuous batching for one rank: which sequences run which tokens in the next step. No tensors, clock or threads.
 
-`plan` changes nothing that a failed step would have to undo: planning again after a rollback gives the same chunks. Only
-`commit` moves sequences on. Prompts are read in chunks beside the sequences that decode.
+`plan` changes nothing that a failed step would have to undo: planning again after a rollback gives the same chunks.
+Only `commit` moves sequences on. Prompts are read in chunks beside the sequences that decode.
 """
 
 from collections import deque
@@ -135,7 +135,7 @@ class Scheduler:
         return self._running[request_id].request
 
     def commit(self, chunks: Sequence[Chunk], sampled: Sequence[int | None]) -> tuple[list[Progress], list[int]]:
-        """The step counts: `sampled` gives a token for each chunk that samples. Returns progress and KV rows to free."""
+        """The step counts: `sampled` holds a token for each chunk that samples. Returns progress and rows to free."""
         progress: list[Progress] = []
         freed: list[int] = []
         for chunk, token_id in zip(chunks, sampled, strict=True):

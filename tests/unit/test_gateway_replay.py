@@ -1,0 +1,169 @@
+"""Replay over ranks that die, hang, move and refuse: no token lost, none twice."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from moe_runtime import gateway_replay
+from moe_runtime.engine.scheduler import GenerationRequest
+from moe_runtime.gateway_ranks import RankDirectory
+from moe_runtime.gateway_replay import (
+    AllBusy,
+    NoRankLeft,
+    RankForgot,
+    RankUnreachable,
+    RequestRefused,
+    Sampling,
+    Trace,
+    generate,
+)
+from moe_runtime.rank_desk import Poll
+
+PROMPT = (100, 101)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway_replay, "BACKOFF_S", 0.0)
+
+
+class FakeRanks:
+    """Each rank writes its sequence's positions as tokens, `step` at a time, until its script says otherwise."""
+
+    def __init__(self, scripts: dict[str, Callable[[int], Poll | None]], *, step: int = 2) -> None:
+        self._scripts = scripts
+        self._step = step
+        self._requests: dict[str, GenerationRequest] = {}
+        self.cancelled: list[tuple[str, str]] = []
+        self.visited: list[str] = []
+
+    async def submit(self, pod_uid: str, request: GenerationRequest, *, wait_s: float, timeout_s: float) -> Poll:
+        self.visited.append(pod_uid)
+        self._requests[request.request_id] = request
+        return await self.poll(pod_uid, request.request_id, have=0, wait_s=wait_s, timeout_s=timeout_s)
+
+    async def poll(self, pod_uid: str, request_id: str, *, have: int, wait_s: float, timeout_s: float) -> Poll:
+        request = self._requests[request_id]
+        scripted = self._scripts.get(pod_uid, lambda _: None)(len(request.prompt) + have - len(PROMPT))
+        if scripted is not None:
+            return scripted
+        first = len(request.prompt) + have
+        count = min(self._step, request.max_tokens - have)
+        ends = have + count == request.max_tokens
+        return poll(tuple(range(first, first + count)), "length" if ends else None)
+
+    def cancel(self, pod_uid: str, request_id: str) -> None:
+        self.cancelled.append((pod_uid, request_id))
+
+
+def poll(tokens: tuple[int, ...] = (), end: str | None = None, degraded: dict[str, int] | None = None) -> Poll:
+    return Poll(tokens, end, "", degraded or {}, 1)  # type: ignore[arg-type]
+
+
+def at(position: int, error: Exception) -> Callable[[int], Poll | None]:
+    def script(done: int) -> Poll | None:
+        if done >= position:
+            raise error
+        return None
+
+    return script
+
+
+async def collect(
+    ranks: FakeRanks, *, uids: tuple[str, ...] = ("a", "b"), max_tokens: int = 9
+) -> tuple[list[int], Trace]:
+    directory = RankDirectory()
+    directory.tell(1, [(i, uid) for i, uid in enumerate(uids)])
+    trace, tokens = Trace(), []
+    sampling = Sampling(max_tokens, 0.0, 1.0, 0, frozenset())
+    async for part in generate(directory, ranks, sequence_id="s", prompt=PROMPT, sampling=sampling, trace=trace):
+        tokens += part
+    return tokens, trace
+
+
+WHOLE = list(range(2, 11))
+
+
+async def test_an_undisturbed_sequence_stays_on_one_rank() -> None:
+    ranks = FakeRanks({})
+    tokens, trace = await collect(ranks)
+    assert (tokens, trace.replays, trace.finish_reason, ranks.visited) == (WHOLE, [], "length", ["a"])
+    assert ranks.cancelled == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        (RankUnreachable("gone", is_gone=True), "died"),
+        (RankUnreachable("silent"), "hung"),
+        (RankForgot("?"), "forgot"),
+    ],
+)
+async def test_a_lost_rank_costs_no_token(fault: Exception, cause: str) -> None:
+    ranks = FakeRanks({"a": at(4, fault)})
+    tokens, trace = await collect(ranks)
+    assert tokens == WHOLE
+    assert trace.replays == [cause]
+    assert ranks.visited == ["a", "b"]
+
+
+async def test_a_rank_that_hands_its_requests_back_costs_no_token() -> None:
+    ranks = FakeRanks({"a": lambda done: poll(end="moved") if done >= 2 else None})
+    tokens, trace = await collect(ranks)
+    assert (tokens, trace.replays) == (WHOLE, ["moved"])
+
+
+async def test_a_hung_rank_is_told_to_forget() -> None:
+    ranks = FakeRanks({"a": at(4, RankUnreachable("silent"))})
+    await collect(ranks)
+    assert ranks.cancelled == [("a", "s.0")]
+
+
+async def test_losing_only_the_last_word_needs_no_replay() -> None:
+    def lost_end(done: int) -> Poll | None:
+        if done >= 9:
+            raise RankUnreachable("gone", is_gone=True)
+        return poll(tuple(range(2 + done, 2 + min(done + 2, 9))))
+
+    tokens, trace = await collect(FakeRanks({"a": lost_end}))
+    assert (tokens, trace.replays, trace.finish_reason) == (WHOLE, [], "length")
+
+
+async def test_a_busy_rank_is_passed_over_and_all_busy_is_said() -> None:
+    busy = {"a": lambda _: poll(end="overloaded")}
+    tokens, trace = await collect(FakeRanks(busy))
+    assert (tokens, trace.replays) == (WHOLE, [])
+    with pytest.raises(AllBusy):
+        await collect(FakeRanks({**busy, "b": lambda _: poll(end="overloaded")}))
+
+
+async def test_a_refusal_is_not_tried_elsewhere() -> None:
+    ranks = FakeRanks({"a": lambda _: poll(end="refused")})
+    with pytest.raises(RequestRefused):
+        await collect(ranks)
+    assert ranks.visited == ["a"]
+
+
+async def test_without_any_rank_it_gives_up_after_its_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway_replay, "NO_PROGRESS_S", 0.05)
+    with pytest.raises(NoRankLeft):
+        await collect(FakeRanks({}), uids=())
+
+
+async def test_degraded_tokens_add_up_over_attempts() -> None:
+    def degraded_then_gone(done: int) -> Poll | None:
+        if done >= 2:
+            raise RankUnreachable("gone", is_gone=True)
+        return poll((2, 3), degraded={"generalist": 2})
+
+    _, trace = await collect(FakeRanks({"a": degraded_then_gone}))
+    assert trace.degraded == {"generalist": 2}
+
+
+async def test_a_sequence_waits_for_a_rank_that_comes_later() -> None:
+    directory = RankDirectory()
+    waiting = asyncio.create_task(directory.wait_for_rank(1e12))
+    await asyncio.sleep(0)
+    directory.tell(1, [(0, "a")])
+    assert (picked := await waiting) is not None and picked.pod_uid == "a"
