@@ -1,0 +1,129 @@
+"""Both ways over a group equal the one-rank reference, for any layout: threads stand for ranks here."""
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from moe_core.contract.expert_map import ExpertMap
+from moe_runtime.dispatch.all_to_all import run_by_pick, run_by_token
+from moe_runtime.dispatch.plan import LOST, DispatchPlan, make_plan
+from moe_runtime.dispatch.reference import run_local
+
+DIM, NUM_EXPERTS, TOP_K = 6, 5, 3
+
+
+class Board:
+    """Where the threads of one test leave rows for each other."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier = threading.Barrier(size, timeout=10)
+        self.sent: list[tuple[torch.Tensor, ...]] = [()] * size
+
+
+class ThreadGroup:
+    def __init__(self, board: Board, ranks: Sequence[int], position: int) -> None:
+        self._board, self.ranks, self.position, self.size = board, tuple(ranks), position, len(ranks)
+        self.exchanges = 0
+
+    def all_to_all(self, rows: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> torch.Tensor:
+        self.exchanges += 1
+        self._board.sent[self.position] = torch.split(rows.detach(), list(send_counts))
+        self._board.barrier.wait()
+        parts = [sent[self.position] for sent in self._board.sent]
+        assert [len(part) for part in parts] == list(receive_counts)
+        received = torch.cat(parts)
+        self._board.barrier.wait()
+        return received
+
+    def all_gather_ints(self, row: Sequence[int]) -> list[list[int]]:
+        raise AssertionError("dispatch asks for no control exchange")
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> None:
+        raise AssertionError("dispatch reduces nothing")
+
+
+MATRIX_EDD = torch.randn(NUM_EXPERTS, DIM, DIM, generator=torch.Generator().manual_seed(0))
+LAYOUTS = {
+    "even": ((3, 2), (0, 1, 2, 3, 4)),
+    "copies_and_an_empty_slot": ((3, 4, 2), (0, 1, 2, 3, 4, -1, 0, 2, 0)),
+    "a_rank_without_slots": ((0, 5), (4, 3, 2, 1, 0)),
+    "a_lost_expert": ((2, 1, 1), (0, 1, 2, 3)),
+    "everything_lost_but_one": ((0, 1), (2,)),
+}
+
+
+def tokens_of(rank: int, uneven: bool) -> int:
+    return (4, 0, 7)[rank] if uneven else 3
+
+
+def one_rank(
+    group: ThreadGroup, plan: DispatchPlan, logical_of_slot: Sequence[int], way: str, uneven: bool
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Ours, the reference, and the gradients of ours (inputs, weights)."""
+    rank = group.position
+    generator = torch.Generator().manual_seed(rank)
+    num_tokens = tokens_of(rank, uneven)
+    x_TD = torch.randn(num_tokens, DIM, generator=generator, requires_grad=True)
+    weight_TK = torch.rand(num_tokens, TOP_K, generator=generator, requires_grad=True)
+    expert_TK = torch.stack([torch.randperm(NUM_EXPERTS, generator=generator)[:TOP_K] for _ in range(num_tokens + 1)])[
+        1:
+    ]
+    address_TK = plan.layers[0].address_E[expert_TK]
+
+    def run_slots(rows_RD: torch.Tensor, slot_R: torch.Tensor) -> torch.Tensor:
+        expert_R = torch.tensor(logical_of_slot)[slot_R]
+        assert int(expert_R.min()) >= 0
+        return torch.einsum("rd,rdf->rf", rows_RD, MATRIX_EDD[expert_R])
+
+    def run_experts(rows_RD: torch.Tensor, expert_R: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("rd,rdf->rf", rows_RD, MATRIX_EDD[expert_R])
+
+    if way == "by_pick":
+        ours = run_by_pick(x_TD, address_TK, weight_TK, plan=plan, group=group, run_slots=run_slots)
+        gradients = list(torch.autograd.grad(ours.square().sum(), [x_TD, weight_TK]))
+    else:
+        counts = [tokens_of(r, uneven) for r in range(group.size)]
+        with torch.no_grad():
+            ours = run_by_token(
+                x_TD, address_TK, weight_TK, plan=plan, group=group, run_slots=run_slots, tokens_of_position=counts
+            )
+        gradients = []
+    known_TK = torch.where(address_TK == LOST, LOST, expert_TK)
+    reference = run_local(x_TD, known_TK, weight_TK, run_experts)
+    if gradients:
+        gradients += list(torch.autograd.grad(reference.square().sum(), [x_TD, weight_TK], allow_unused=True))
+    return ours.detach(), reference.detach(), gradients
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("way", ["by_pick", "by_token"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_both_ways_equal_the_reference_and_its_gradients(layout: str, way: str, uneven: bool) -> None:
+    slots_of_rank, row = LAYOUTS[layout]
+    emap = ExpertMap(generation=0, num_logical_experts=NUM_EXPERTS, slots_of_rank=slots_of_rank, logical_of_slot=(row,))
+    ranks = range(emap.num_ranks)
+    board = Board(emap.num_ranks)
+    groups = [ThreadGroup(board, ranks, rank) for rank in ranks]
+    with ThreadPoolExecutor(len(groups)) as pool:
+        jobs = [
+            pool.submit(
+                one_rank,
+                groups[rank],
+                make_plan(emap, ranks, rank=rank),
+                [row[slot] for slot in emap.slot_range(rank)],
+                way,
+                uneven,
+            )
+            for rank in ranks
+        ]
+        results = [job.result(timeout=10) for job in jobs]
+
+    for ours, reference, gradients in results:
+        assert torch.allclose(ours, reference, atol=1e-5)
+        for mine, theirs in zip(gradients[:2], gradients[2:], strict=True):
+            assert torch.allclose(mine, torch.zeros_like(mine) if theirs is None else theirs, atol=1e-4)
+    # forward: counts, rows, results; backward: results, rows. By token: there and back.
+    assert {group.exchanges for group in groups} == {5 if way == "by_pick" else 2}
