@@ -97,8 +97,10 @@ class ControlPlane:
             "contexts": [{"name": "test", "context": {"cluster": "test", "user": user, "namespace": namespace}}],
             "current-context": "test",
         }
-        path.touch(mode=0o600)
-        path.write_text(json.dumps(config, indent=1))
+        text = json.dumps(config, indent=1)
+        if not path.exists() or path.read_text() != text:  # another thread's kubectl may be reading it
+            path.touch(mode=0o600)
+            path.write_text(text)
         return path
 
     def service_account_kubeconfig(self, namespace: str, name: str) -> Path:
