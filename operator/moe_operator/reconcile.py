@@ -54,7 +54,7 @@ class Reconciler:
 
     `may_apply` says whether this process holds the lease. It is asked before every single action: without it nothing is
     changed and the key is looked at later. `clock` gives seconds since the Unix epoch. `at_once` actions on pods run
-    side by side.
+    side by side, and `cycles_at_once` keys: after a take-over all of them want their turn, and the server must bear it.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Reconciler:
         clock: Callable[[], float],
         may_apply: Callable[[], bool],
         at_once: int = 1,
+        cycles_at_once: int = 16,
         brain: Brain = decide,
     ) -> None:
         self._cluster = cluster
@@ -72,6 +73,7 @@ class Reconciler:
         self._clock = clock
         self._may_apply = may_apply
         self._at_once = at_once
+        self._turn = asyncio.Semaphore(cycles_at_once)
         self._brain = brain
         self._failures: dict[Key, int] = {}
         self._not_before: dict[Key, float] = {}
@@ -101,6 +103,10 @@ class Reconciler:
         wait_s = self._not_before.get(key, 0.0) - asyncio.get_running_loop().time()
         if wait_s > 0 or not self._may_apply():
             return max(wait_s, LOOK_AGAIN_S)
+        async with self._turn:
+            return await self._guarded_cycle(key)
+
+    async def _guarded_cycle(self, key: Key) -> float | None:
         with self._metrics.cycle(key.kind):
             try:
                 wake_in = await self._cycle(key)

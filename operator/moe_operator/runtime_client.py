@@ -48,9 +48,9 @@ class RuntimeClient:
             self._poll = asyncio.create_task(self._follow(), name=f"poll {self._url}")
 
     async def first_answer(self) -> None:
-        """Wait for it, or until the coordinator counts as away: "not asked yet" must not be taken for that."""
+        """Wait for it, or until a hung coordinator would count as away: "not asked yet" must not be taken for that."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(AWAY_AFTER_S):
+            async with asyncio.timeout(POLL_S + POLL_GRACE_S):
                 await self._answered.wait()
 
     async def close(self) -> None:

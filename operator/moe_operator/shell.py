@@ -35,10 +35,11 @@ REQUESTS_AT_ONCE = 8
 class Shell:
     """Everything that lives as long as the process; kopf's handlers reach it as `memo.shell`."""
 
-    def __init__(self, settings: OperatorSettings, api: KubeApi, watched: dict[str, str]) -> None:
-        """`watched`: plural -> path of the collection."""
+    def __init__(self, settings: OperatorSettings, api: KubeApi, lease_api: KubeApi, watched: dict[str, str]) -> None:
+        """`watched`: plural -> path of the collection. `lease_api`: a renewal never queues behind other requests."""
         self.settings = settings
         self.api = api
+        self._lease_api = lease_api
         self.metrics = Metrics()
         self.cluster = KubernetesCluster(api, settings, clock=time.time)
         self.resync = Resync(
@@ -51,7 +52,7 @@ class Shell:
         )
         self.trace = WatchTrace(
             watched,
-            stalled_after_s=2.5 * settings.watch_timeout_s + 10,
+            stalled_after_s=2.5 * settings.watch_timeout_s + 5,
             start_s=START_LIMIT_S,
             on_list=self.resync.soon,
         )
@@ -60,7 +61,7 @@ class Shell:
             settings.http_host, settings.http_port, alive=self._problems, ready=self._unready, metrics=self._exposition
         )
         self.elector = Elector(
-            KubernetesLease(api, namespace=settings.lease_namespace, name=settings.lease_name),
+            KubernetesLease(lease_api, namespace=settings.lease_namespace, name=settings.lease_name),
             identity=settings.identity,
             duration_s=settings.lease_duration_s,
             renew_deadline_s=settings.renew_deadline_s,
@@ -87,7 +88,8 @@ class Shell:
             request_timeout_s=settings.request_timeout_s,
             remaining_s=lambda: shells[0].remaining_s() if shells else 0.0,
         )
-        shells.append(cls(settings, api, watched))
+        lease_api = KubeApi(await load_configuration(), request_timeout_s=settings.request_timeout_s)
+        shells.append(cls(settings, api, lease_api, watched))
         return shells[0]
 
     @property
@@ -120,6 +122,7 @@ class Shell:
         await self.cluster.close()
         await self._health.close()
         await self.api.close()
+        await self._lease_api.close()
 
     async def _reconcile(self) -> None:
         await self._complete.wait()

@@ -6,13 +6,11 @@ import asyncio
 import base64
 import contextlib
 import functools
-import json
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from typing import Any
 from aiohttp import web
 
 from cluster.controlplane.api import Api, Object
+from cluster.controlplane.background import in_background
 from cluster.controlplane.nodes import KubeletControls, Node
 from cluster.controlplane.process import Process, free_port
 from cluster.controlplane.start import ADMIN, ControlPlane
@@ -178,35 +177,19 @@ def coordinators(cluster: ControlPlane) -> Iterator[Coordinator]:
     """The coordinator of every owner, on a thread of its own; `url` is the template for MOERATOR_COORDINATOR_URL."""
     port = free_port()
     answering = Coordinator(f"http://127.0.0.1:{port}/{{namespace}}/{{service}}")
-    loop, is_up, stop = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
 
-    async def live() -> None:
+    @contextlib.asynccontextmanager
+    async def live() -> AsyncIterator[Coordinator]:
         async with Api(cluster.url, cluster.tokens[ADMIN], cluster.ca_file) as api:
-            runner = web.AppRunner(
-                answering.handler(api), access_log=None, shutdown_timeout=0.1, handler_cancellation=True
-            )
+            handler = answering.handler(api)
+            runner = web.AppRunner(handler, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
             await runner.setup()
             await web.TCPSite(runner, "127.0.0.1", port).start()
-            is_up.set()
-            await stop.wait()
+            yield answering
             await runner.cleanup()
-        await asyncio.sleep(0.2)  # TLS connections are closed in the loop's next rounds
 
-    def work() -> None:
-        try:
-            loop.run_until_complete(live())
-        finally:
-            loop.close()
-            is_up.set()
-
-    thread = threading.Thread(target=work, name="coordinators", daemon=True)
-    thread.start()
-    assert is_up.wait(10), "the coordinators did not start"
-    try:
-        yield answering
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join(timeout=10)
+    with in_background(live, name="coordinators") as running:
+        yield running
 
 
 class Room:
@@ -372,7 +355,3 @@ def by_rank(pods: Sequence[Object]) -> Mapping[int, list[str]]:
 
 def uids(pods: Sequence[Object]) -> set[str]:
     return {str(pod["metadata"]["uid"]) for pod in pods}
-
-
-def as_json(text: str) -> Any:
-    return json.loads(text)

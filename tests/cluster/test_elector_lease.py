@@ -24,10 +24,10 @@ from cluster.waiting import eventually
 
 pytestmark = pytest.mark.cluster
 
-LEASE_S = 4.0
+LEASE_S = 6.0
 QUICK = {
     "MOERATOR_LEASE_DURATION_S": f"{LEASE_S:g}",
-    "MOERATOR_REQUEST_TIMEOUT_S": "1",
+    "MOERATOR_REQUEST_TIMEOUT_S": "2",
     "MOERATOR_WATCH_TIMEOUT_S": "20",
 }
 USERS = {"operator-a": ["system:masters"], "operator-b": ["system:masters"]}
@@ -98,7 +98,7 @@ async def churn(world: World) -> AsyncIterator[None]:
         for number in itertools.count():
             with contextlib.suppress(OSError, TimeoutError):  # the API server is stopped now and then
                 await world.apply(job(f"j{number}", ranks=3))
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.2)
 
     working = asyncio.create_task(apply())
     try:
@@ -108,7 +108,7 @@ async def churn(world: World) -> AsyncIterator[None]:
         await asyncio.gather(working, return_exceptions=True)
 
 
-async def leads(operator: Operator, *, timeout_s: float = 20) -> None:
+async def leads(operator: Operator, *, timeout_s: float = 40) -> None:
     await eventually(
         lambda: asyncio.to_thread(lambda: operator.is_leader),
         bool,
@@ -124,7 +124,7 @@ async def works(world: World, user: str, audit: Path) -> None:
         lambda: asyncio.to_thread(lambda: len([c for c in changes(audit) if c.user == user])),
         lambda count: count > before + 5,
         what=f"changes by {user}",
-        timeout_s=20,
+        timeout_s=40,
     )
 
 
@@ -234,7 +234,7 @@ async def test_a_leader_that_is_told_to_go_hands_over_at_once(audited: ControlPl
     async with churn(pair.world):
         await works(pair.world, "operator-a", audit)
         assert await asyncio.to_thread(pair.a.process.terminate) == 0
-        await leads(pair.b, timeout_s=LEASE_S / 2)
+        await leads(pair.b, timeout_s=LEASE_S - 1)
         await works(pair.world, "operator-b", audit)
     assert assert_never_two(audit, pair.world.namespace) == ["operator-a", "operator-b"]
 
@@ -244,6 +244,6 @@ async def test_a_killed_leader_is_followed_after_its_lease(audited: ControlPlane
     async with churn(pair.world):
         await works(pair.world, "operator-a", audit)
         pair.a.process.kill()
-        await leads(pair.b, timeout_s=3 * LEASE_S)
+        await leads(pair.b, timeout_s=5 * LEASE_S)
         await works(pair.world, "operator-b", audit)
     assert assert_never_two(audit, pair.world.namespace) == ["operator-a", "operator-b"]

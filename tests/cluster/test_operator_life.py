@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,7 +96,7 @@ async def test_children_that_are_deleted_or_changed_come_back_as_they_were(
             await world.api.delete(path_of(kind, world.namespace, name))
         for kind, name in CHILDREN:
             again = await eventually(
-                lambda kind=kind, name=name: world.find(kind, name),
+                functools.partial(world.find, kind, name),
                 lambda seen: seen is not None,
                 what=f"{kind} {name}",
             )

@@ -29,8 +29,8 @@ JSON_PATCH = "application/json-patch+json"
 USER_AGENT = "moerator"
 
 
-class NotFound(ClusterError):
-    """There is no such object (404)."""
+class NotFound(Conflict):
+    """There is no such object (404): for a change, a conflict with what was seen."""
 
 
 class NotLeader(Unavailable):
