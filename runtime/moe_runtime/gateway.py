@@ -183,14 +183,18 @@ async def serve_gateway(env: PodEnv) -> None:
     port = env.config.serving.gateway_port
     tasks = []
     try:
-        await web.TCPSite(runner, host, port, reuse_port=True).start()
         if env.health_port is not None:
             await web.TCPSite(runner, host, env.health_port).start()
-        print(f"moe-pod: gateway on port {port}", flush=True)
         await head_listens(env)
         await asyncio.to_thread(_connect, env)
         scout = Scout(env, directory, ranks, face)
         tasks = [asyncio.create_task(scout.follow_coordinator()), asyncio.create_task(scout.ask_ranks())]
+        # The port that gateways of one machine share: whoever listens there gets requests, so a new one waits until it
+        # can answer them.
+        while not directory.usable() and not any(task.done() for task in tasks):
+            await asyncio.sleep(0.1)
+        await web.TCPSite(runner, host, port, reuse_port=True).start()
+        print(f"moe-pod: gateway on port {port}", flush=True)
         await asyncio.gather(*tasks)
     finally:
         for task in tasks:
