@@ -85,15 +85,23 @@ class ConditionTeller:
         self._ready: set[str] = set()
 
     def news(self, thing: dict[str, Any]) -> list[str]:
-        lines = []
+        """Lines with the seconds since the start, for every turn since the last call."""
+        seconds = time.monotonic() - self._started_at
         name = f"{thing['kind']}/{thing['metadata']['name']}"
+        return [
+            f"{seconds:6.1f} s  {name}  {c['type']}={c['status']} {c['reason']}: {c['message']}"
+            for c in self.turns(thing)
+        ]
+
+    def turns(self, thing: dict[str, Any]) -> list[dict[str, Any]]:
+        """The conditions that changed their status or reason since the last call."""
+        turned = []
         for c in thing.get("status", {}).get("conditions", ()):
             key, now = (thing["kind"], thing["metadata"]["name"], c["type"]), (c["status"], c["reason"])
             if self._told.get(key) != now:
                 self._told[key] = now
-                seconds = time.monotonic() - self._started_at
-                lines.append(f"{seconds:6.1f} s  {name}  {c['type']}={c['status']} {c['reason']}: {c['message']}")
-        return lines
+                turned.append(c)
+        return turned
 
     def first_time_ready(self, thing: dict[str, Any]) -> bool:
         uid = thing["metadata"]["uid"]

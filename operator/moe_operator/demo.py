@@ -34,6 +34,10 @@ STAGES = ("train", "serve", "kill a rank", "measure")
 CALM_S = 6.0
 """Seconds of load before the fault and after the cure, so that the two can be told apart."""
 READY_WITHIN_S, DRILL_WITHIN_S = 300.0, 180.0
+WORTH_TELLING = frozenset(
+    [("Accepted", "False"), ("Placed", "True"), ("Complete", "True"), ("Failed", "True"), ("Injected", "True")]
+    + [(kind, status) for kind in ("Ready", "ExpertCoverage", "Degraded") for status in ("True", "False")]
+)
 FAILED_FOLDER = "failed-run"
 T = TypeVar("T")
 
@@ -194,8 +198,7 @@ class Demo:
                 if state.serving is not None:
                     facts["tokens degraded"] = f"{sum(state.serving.degraded_tokens.values())}"
                     facts["requests continued elsewhere"] = f"{state.serving.requests_replayed}"
-            for line in self._teller.news(self._thing(shell, service)):
-                self._screen.news(line.partition("  ")[2].strip())
+            self._tell(self._thing(shell, service))
             self._screen.refresh()
             await asyncio.sleep(0.5)
 
@@ -240,8 +243,7 @@ class Demo:
         """Follow one resource until `done` has an answer; tell every turn of its conditions."""
         while True:
             thing = self._thing(shell, key)
-            for line in self._teller.news(thing):
-                self._screen.news(line.partition("  ")[2].strip())
+            self._tell(thing)
             face = shell.cluster.state_of(key)
             state = face.state if face else None
             if state is not None:
@@ -254,6 +256,13 @@ class Demo:
             if outcome_of(thing) is False:
                 raise DemoFailed(f"{key}: {thing['status'].get('message', '')}")
             await shell.changed()
+
+    def _tell(self, thing: dict[str, Any]) -> None:
+        """Only the turns that a person watching wants to hear of."""
+        for c in self._teller.turns(thing):
+            if (c["type"], c["status"]) in WORTH_TELLING:
+                name = f"{thing['kind']}/{thing['metadata']['name']}"
+                self._screen.news(f"{name} {c['type']}={c['status']} {c['reason']}: {c['message']}")
 
     def _thing(self, shell: LocalShell, key: Key) -> dict[str, Any]:
         thing = shell.cluster.resource(key)
