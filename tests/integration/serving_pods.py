@@ -125,6 +125,8 @@ class Pods:
     training: TrainingConfig | None = None
     max_sequences: int = 8
     faults_enabled: bool = True
+    shared_ray: bool = True
+    """False: every pod has a Ray node of its own, as in a cluster."""
     pods: dict[str, Pod] = field(default_factory=dict)
     config: RuntimeConfig = field(init=False)
 
@@ -176,7 +178,7 @@ class Pods:
             "MOERATOR_CONFIG": str(self.folder / "config.json"),
             "MOERATOR_TOKEN_FILE": str(self.folder / "token"),
             "MOERATOR_STATE_DIR": str(folder),
-            "MOERATOR_SHARED_RAY": "1",
+            "MOERATOR_SHARED_RAY": "1" if self.shared_ray else "0",
             "PYTHONUNBUFFERED": "1",
         }
         if rank is not None:
@@ -191,7 +193,8 @@ class Pods:
 
     def start_all(self, *, gateways: int = 1) -> None:
         self.start("coordinator", "coordinator")
-        self.start("node", "node")
+        if self.shared_ray:
+            self.start("node", "node")
         for rank in range(self.num_ranks):
             self.start("rank", f"rank-{rank}", rank=rank)
         for i in range(gateways):

@@ -45,7 +45,7 @@ class Service:
         return state.wish_generation == 1 and state.coverage is not None and state.coverage.is_full
 
     def wait_whole(self) -> RuntimeState:
-        return self.pods.wait_state("all ranks are active", self.is_whole, within_s=90)
+        return self.pods.wait_state("all ranks are active", self.is_whole, within_s=180)
 
 
 class Stream(threading.Thread):

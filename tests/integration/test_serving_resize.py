@@ -40,7 +40,7 @@ def pods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pods]:
     with Pods(folder / "run", num_ranks=2, source=source) as pods:
         pods.start_all(gateways=1)
         pods.put_wish(WISHES[1])
-        pods.wait_state("two ranks are active", lambda s: in_force(1, s), within_s=90)
+        pods.wait_state("two ranks are active", lambda s: in_force(1, s), within_s=180)
         until("the gateway has ranks", pods.healthy, within_s=20)
         yield pods
 
@@ -91,5 +91,5 @@ def test_half_without_the_lowest_rank_waits_until_its_death_is_vouched_for(pods:
     assert state.recoveries[-1].lost_ranks == (0,)
     assert pods.complete(PROMPT, max_tokens=NUM_TOKENS)["choices"][0]["text"] == expected
     pods.start("rank", "rank-0-1", rank=0)
-    pods.wait_state("rank 0 is back", lambda s: in_force(3, s), within_s=90)
+    pods.wait_state("rank 0 is back", lambda s: in_force(3, s), within_s=180)
     assert pods.complete(PROMPT, max_tokens=NUM_TOKENS)["choices"][0]["text"] == expected
