@@ -1,0 +1,202 @@
+"""What rank processes do in the training tests: train a very small model over a group and hand back numbers."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gloo_ranks import join_group
+from moe_core.contract.expert_map import ExpertMap
+from moe_core.contract.runtime_config import ModelShape, ModelSource, TrainingConfig
+from moe_runtime.engine.model import ExpertParallelModel
+from moe_runtime.errors import GroupFault
+from moe_runtime.train import loop
+from moe_runtime.train.loop import Trainer
+from moe_runtime.train.snapshot import SnapshotReader, step_folder
+
+NUM_LAYERS, NUM_EXPERTS = 2, 8
+SHAPE = ModelShape(
+    family="qwen3_moe",
+    hidden_size=32,
+    num_hidden_layers=NUM_LAYERS,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=16,
+    num_experts=NUM_EXPERTS,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    vocab_size=256,
+    max_position_embeddings=128,
+)
+WINDOWS_PER_STEP = 8
+
+
+def write_text(folder: Path) -> Path:
+    """A folder of text of which some files are held out."""
+    folder.mkdir()
+    for number in range(40):
+        lines = (f"def step_{number}(x): return x + {number * i}\n" for i in range(12))
+        (folder / f"file{number}.py").write_text("".join(lines))
+    return folder
+
+
+def config_for(output: Path, text: Path, *, num_ranks: int, **changes: Any) -> TrainingConfig:
+    values: dict[str, Any] = {
+        "data": str(text),
+        "sequence_length": 16,
+        "sequences_per_rank": WINDOWS_PER_STEP // num_ranks,
+        "max_steps": 8,
+        "max_seconds": None,
+        "learning_rate": 0.01,
+        "warmup_steps": 2,
+        "weight_decay": 0.05,
+        # per rank's own tokens, so that it differs between one rank and several: off where they are compared
+        "aux_loss_coefficient": 0.0,
+        "seed": 5,
+        "snapshot_every_steps": 3,
+        "output_path": str(output),
+        "optimizer": "Muon",
+    }
+    return TrainingConfig(**{**values, **changes})
+
+
+def even_map(num_ranks: int, *, redundant: int = 0) -> ExpertMap:
+    """Experts in order, and `redundant` slots per rank with copies of the next rank's experts."""
+    each = NUM_EXPERTS // num_ranks
+    row: list[int] = []
+    for rank in range(num_ranks):
+        row += [rank * each + i for i in range(each)]
+        row += [((rank + 1) * each + i) % NUM_EXPERTS for i in range(redundant)]
+    return ExpertMap(
+        generation=0,
+        num_logical_experts=NUM_EXPERTS,
+        slots_of_rank=(each + redundant,) * num_ranks,
+        logical_of_slot=(tuple(row),) * NUM_LAYERS,
+    )
+
+
+def trainer_for(config: TrainingConfig, expert_map: ExpertMap, rank: int) -> Trainer:
+    source = ModelSource(shape=SHAPE)
+    epm = ExpertParallelModel.load(source, expert_map=expert_map, rank=rank, seed=config.seed)
+    return Trainer(config, epm, run_id="test")
+
+
+def everything(output: Path, step: int) -> dict[str, torch.Tensor]:
+    """All tensors of a snapshot, parameters and optimizer state, experts as whole stacks."""
+    reader = SnapshotReader(step_folder(output, step))
+    found = dict(reader.dense())
+    for layer_idx in range(NUM_LAYERS):
+        prefix = f"model.layers.{layer_idx}.mlp.experts."
+        for name in ("gate_up_proj", "down_proj", "gate_up_proj#momentum", "down_proj#momentum"):
+            rows = [reader.expert(prefix + name, layer_idx=layer_idx, logical_id=e) for e in range(NUM_EXPERTS)]
+            found[prefix + name] = torch.stack(rows)
+    return found
+
+
+def live_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Copies of everything a step may change on this rank."""
+    tensors = {name: p.detach().clone() for name, p in trainer.epm.module.named_parameters()}
+    for name, moments in trainer._optimizer.state.items():
+        tensors.update({f"{name}#{moment}": tensor.clone() for moment, tensor in moments.items()})
+    return tensors
+
+
+def train(rank: int, store_path: str, *, size: int, output: str, text: str, redundant: int, steps: int) -> Any:
+    """Losses of `steps` steps; the last step is left as a snapshot."""
+    config = config_for(Path(output), Path(text), num_ranks=size)
+    trainer = trainer_for(config, even_map(size, redundant=redundant), rank)
+    with join_group(store_path, ranks=range(size), rank=rank) as group:
+        trainer.epm.bind(group)
+        trainer.bind(group)
+        trainer.restore()
+        reports = [trainer.step() for _ in range(steps)]
+        trainer.snapshot()
+    return [report.loss_bits for report in reports], [report.gradient_norm for report in reports]
+
+
+def train_to_the_end(rank: int, store_path: str, *, size: int, output: str, text: str) -> Any:
+    """A whole run up to the checkpoint: (held-out figure, summary of the one that wrote it)."""
+    config = config_for(Path(output), Path(text), num_ranks=size, aux_loss_coefficient=0.01)
+    trainer = trainer_for(config, even_map(size), rank)
+    with join_group(store_path, ranks=range(size), rank=rank) as group:
+        trainer.epm.bind(group)
+        trainer.bind(group)
+        trainer.restore()
+        while not trainer.finished:
+            trainer.step()
+        bits = trainer.evaluate()
+        summary = trainer.finish()
+        group.all_gather_ints((1,), timeout_ms=60_000)
+        trainer._stale = True  # as a replacement that comes after the end would be
+        again = trainer.restore(), trainer.finished
+    return bits, summary, again
+
+
+def lose_a_rank(process: int, store_path: str, *, output: str, text: str, at_step: int, where: str) -> Any:
+    """Rank 1 kills itself inside a step; process number 2 takes its place. Steps seen by each, by epoch."""
+    num_ranks = 2
+    is_replacement = process == num_ranks
+    rank = 1 if is_replacement else process
+    config = config_for(Path(output), Path(text), num_ranks=num_ranks, aux_loss_coefficient=0.01)
+    trainer = trainer_for(config, even_map(num_ranks), rank)
+    untouched = None
+    if not is_replacement:
+        with join_group(store_path, ranks=range(num_ranks), rank=rank) as group:
+            trainer.epm.bind(group)
+            trainer.bind(group)
+            trainer.restore()
+            for _ in range(at_step):
+                trainer.step()
+            if rank == 1:
+                _die_in(trainer, where)
+            before, state = live_tensors(trainer), trainer.state
+            try:
+                trainer.step()
+            except GroupFault:
+                after = live_tensors(trainer)
+                untouched = state == trainer.state and all(torch.equal(before[name], after[name]) for name in before)
+    with join_group(store_path, ranks=range(num_ranks), rank=rank, epoch=2, timeout_ms=40_000) as group:
+        trainer.epm.bind(group)
+        trainer.bind(group)
+        restored = trainer.restore()
+        losses = []
+        while not trainer.finished:
+            losses.append(trainer.step().loss_bits)
+        trainer.snapshot()
+    return untouched, restored, losses
+
+
+def _die_in(trainer: Trainer, where: str) -> None:
+    def die(*_: Any, **__: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if where == "forward":
+        trainer.epm.module.model.layers[1].register_forward_pre_hook(die)
+    elif where == "backward":
+        trainer.epm.module.model.layers[0].register_full_backward_hook(die)
+    else:  # gradients are complete, the last exchange has not happened
+        original: Callable[..., Any] = loop.complete_gradients
+
+        def after(*arguments: Any, **named: Any) -> Any:
+            original(*arguments, **named)
+            die()
+
+        loop.complete_gradients = after
+
+
+def train_undisturbed(rank: int, store_path: str, *, size: int, output: str, text: str) -> list[float]:
+    """What `lose_a_rank` is compared with: the same run in which nobody dies."""
+    config = config_for(Path(output), Path(text), num_ranks=size, aux_loss_coefficient=0.01)
+    trainer = trainer_for(config, even_map(size), rank)
+    losses = []
+    with join_group(store_path, ranks=range(size), rank=rank) as group:
+        trainer.epm.bind(group)
+        trainer.bind(group)
+        trainer.restore()
+        while not trainer.finished:
+            losses.append(trainer.step().loss_bits)
+        trainer.snapshot()
+    return losses
