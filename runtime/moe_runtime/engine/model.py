@@ -275,6 +275,7 @@ class ExpertParallelModel:
 
     def _forget(self) -> None:
         self._last_cache = None
+        self._context.degraded_T = None
         self._context.pending_LE = torch.zeros(
             self.num_layers, self.num_experts, dtype=torch.int64, device=self._device
         )

@@ -96,7 +96,7 @@ def heldout_bits(epm: ExpertParallelModel, text_N: Bytes_N, chosen: Sample, *, g
             targets = ids_BQ[:, -chosen.scored :].reshape(-1)
             nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum")
             sums += torch.tensor([float(nats), float(targets.numel())], dtype=torch.float64)
-    epm.rollback()
+        epm.rollback()
     if group is not None and group.size > 1:
         group.all_reduce_sum(sums)
     return float(sums[0] / sums[1]) / math.log(2.0)
