@@ -138,7 +138,7 @@ class CoordinatorFace:
         return web.json_response({"ok": True, "version": self._book.version})
 
     async def _get_metrics(self, _: web.Request) -> web.Response:
-        text = self._metrics.render(self._book.state())
+        text = self._metrics.render(self._book.state(), self._book.wish.expert_map if self._book.wish else None)
         return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
 
 

@@ -74,6 +74,7 @@ class GatewayFace:
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{model}", self._model)
         app.router.add_get("/health", self._health)
+        app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/metrics", self._metrics)
         return app
 
@@ -107,6 +108,10 @@ class GatewayFace:
             "experts_total": self._directory.total,
         }
         return web.json_response(body, status=200 if body["status"] == "ok" else 503)
+
+    async def _healthz(self, _: web.Request) -> web.Response:
+        """For a liveness probe: this process answers, whatever became of the ranks."""
+        return web.json_response({"ok": True})
 
     async def _metrics(self, _: web.Request) -> web.Response:
         self.metrics.epoch.set(self._directory.epoch)

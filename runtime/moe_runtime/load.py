@@ -1,13 +1,17 @@
 """Load windows: tokens per logical expert, as ranks count them and the operator reads them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+
+from moe_core.contract.expert_map import ExpertMap
+from moe_core.experts.measure import Balance, balance
 
 
-def balancedness(load_LE: Sequence[Sequence[int]]) -> float | None:
-    """Mean over max of the load of experts, mean over layers; None without load.
-
-    >>> balancedness([[4, 4], [8, 0]])
-    0.75
-    """
-    per_layer = [sum(row) / len(row) / max(row) for row in load_LE if row and max(row) > 0]
-    return sum(per_layer) / len(per_layer) if per_layer else None
+def balance_in_force(
+    expert_map: ExpertMap | None, load_LE: Sequence[Sequence[int]], *, map_digest: str, live_ranks: Collection[int]
+) -> Balance | None:
+    """How evenly the load falls on the active ranks; None without load, or when the map known here is not in force."""
+    if expert_map is None or expert_map.digest != map_digest or not load_LE or not live_ranks:
+        return None
+    if len(load_LE) != expert_map.num_layers or len(load_LE[0]) != expert_map.num_logical_experts:
+        return None
+    return balance(expert_map, load_LE, [rank for rank in live_ranks if rank < expert_map.num_ranks])

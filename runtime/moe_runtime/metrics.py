@@ -5,7 +5,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from moe_core.contract.exchange import RuntimeState
-from moe_runtime.load import balancedness
+from moe_core.contract.expert_map import ExpertMap
+from moe_runtime.load import balance_in_force
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -13,15 +14,15 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 class CoordinatorMetrics:
     """The state as metrics; the state is the only source, so nothing is counted twice."""
 
-    def render(self, state: RuntimeState) -> bytes:
+    def render(self, state: RuntimeState, expert_map: ExpertMap | None) -> bytes:
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(_StateCollector(state))
+        registry.register(_StateCollector(state, expert_map))
         return generate_latest(registry)
 
 
 class _StateCollector(Collector):
-    def __init__(self, state: RuntimeState) -> None:
-        self._state = state
+    def __init__(self, state: RuntimeState, expert_map: ExpertMap | None) -> None:
+        self._state, self._expert_map = state, expert_map
 
     def collect(self) -> list[Metric]:
         state = self._state
@@ -50,10 +51,14 @@ class _StateCollector(Collector):
                 GaugeMetricFamily("moe_experts_covered", "(layer, expert) pairs alive.", value=state.coverage.covered),
                 GaugeMetricFamily("moe_experts_total", "(layer, expert) pairs.", value=state.coverage.total),
             ]
-        if (mean := balancedness(state.load)) is not None:
-            gauges.append(
-                GaugeMetricFamily("moe_load_balancedness", "Mean over max of expert load, mean of layers.", value=mean)
-            )
+        even = balance_in_force(
+            self._expert_map, state.load, map_digest=state.map_digest, live_ranks=[rank.rank for rank in active]
+        )
+        if even is not None:
+            gauges += [
+                GaugeMetricFamily("moe_balancedness", "Mean over max of rank load.", value=even.balancedness),
+                GaugeMetricFamily("moe_balancedness_min", "The same of the worst layer.", value=even.balancedness_min),
+            ]
         return [tokens, fallback, requests, info, *gauges]
 
 

@@ -100,6 +100,7 @@ class StepLoop:
                     self._live(membership)
         except ModelUnusable as error:
             self._phase, self._failure, self._message = "Failed", str(error), str(error)
+            self._say(f"cannot go on: {error}")
         except BaseException as error:
             self.crashed = error
             raise
@@ -109,8 +110,10 @@ class StepLoop:
             if self._halt.wait(0.05):
                 return
         self._phase = "Loading"
+        began = time.monotonic()
         self._work.load(wanted)
         self._phase = "Ready"
+        self._say(f"ready, loaded in {time.monotonic() - began:.1f} s, {resident_bytes() >> 20} MiB resident")
 
     def _await_epoch(self) -> Membership | None:
         """Ready and outside: form the first epoch or be taken into a running one. None: look again."""
@@ -168,6 +171,7 @@ class StepLoop:
                     membership = self._recover(fault)
         except Fenced as fenced:
             self._message = str(fenced)
+            self._say(f"is out: {fenced}")
             self._keeper.rejoin()
         finally:
             self._drop_group()
@@ -191,6 +195,9 @@ class StepLoop:
         self._coverage = coverage(epm)
         self._work.enter(self._group, membership.epoch)
         self._phase, self._message = "Active", ""
+        self._say(
+            f"active in epoch {membership.epoch} with ranks {list(membership.ranks)}, map {membership.map_digest}"
+        )
         if self._recovering is not None and self._recovering[3] == 0.0:
             lost, detected, agreed, _ = self._recovering
             self._recovering = (lost, detected, agreed, time.time())
@@ -250,6 +257,7 @@ class StepLoop:
         """The next epoch without whom the fault took. Waits for a vouching as a minority. Raises Fenced."""
         detected = time.time()
         self._message = str(fault)
+        self._say(f"suspends its step: {fault}")
         before = self._keeper.current
         self._drop_group()
         self._work.rollback()
@@ -286,6 +294,10 @@ class StepLoop:
             resumed_at=time.time(),
         )
         self._recoveries = (*self._recoveries, recovery)[-_KEPT_RECOVERIES:]
+
+    def _say(self, what: str) -> None:
+        """One line in the pod's log, for people."""
+        print(f"rank {self._rank}: {what}", flush=True)
 
     def _drop_group(self) -> None:
         group, self._group = self._group, None

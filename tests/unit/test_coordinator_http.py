@@ -10,7 +10,7 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from moe_core.contract.exchange import FaultRequest, RuntimeWish
 from moe_core.contract.expert_map import ExpertMap
-from moe_core.contract.membership import Member
+from moe_core.contract.membership import Member, Membership
 from moe_core.contract.runtime_config import ModelSource, RuntimeConfig, ServingConfig
 from moe_runtime import coordinator
 from moe_runtime.coordinator import CoordinatorFace
@@ -147,3 +147,14 @@ async def test_a_bad_query_is_refused(client: TestClient, query: str) -> None:
     answer = await client.get(f"/v1/state?{query}")
     assert answer.status == 400
     assert "numbers" in json.loads(await answer.text())["error"]
+
+
+async def test_metrics_tell_how_evenly_the_load_falls(client: TestClient) -> None:
+    both = Membership(epoch=3, members=(REPORT.member,), map_digest=WISH.expert_map.digest)
+    active = REPORT.model_copy(update={"phase": "Active", "membership": both, "load": ((3, 1),)})
+    await client.put("/v1/wish", data=WISH.canonical())
+    await client.post("/v1/register", data=active.canonical())
+    lines = (await (await client.get("/metrics")).text()).splitlines()
+    assert "moe_balancedness 1.0" in lines
+    assert "moe_active_ranks 1.0" in lines
+    assert "moe_epoch 3.0" in lines
