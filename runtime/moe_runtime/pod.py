@@ -33,8 +33,9 @@ from moe_runtime.ray_env import (
     uses_shared_node,
 )
 from moe_runtime.ray_node import READY_LINE
+from moe_runtime.tokenizer import TokenizerMissing
 
-_NODE_START_S = 120.0
+_NODE_START_S = 180.0
 """Seen: 7 s for a head, 6 s for a node (2 busy cores, 22 Nov); a cold disk takes ten times that."""
 _GRACE_S = 3.0
 
@@ -54,7 +55,7 @@ def main() -> None:
     try:
         asyncio.run(_run(env, parent_pid))
         code = 0
-    except (PodBroke, RankEnded) as error:
+    except (PodBroke, RankEnded, TokenizerMissing, OSError) as error:
         print(f"moe-pod: {env.role}: {error}", file=sys.stderr, flush=True)
         code = 1
     finally:

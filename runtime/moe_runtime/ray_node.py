@@ -10,10 +10,29 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 READY_LINE = "ray node is up"
+_REGISTER_S = 150.0
+"""Ray gives a node 30 s to register; on two cores with a load of 14 that was not enough."""
+
+
+def _patient(get_node: Callable[[str, str], Any]) -> Callable[[str, str], Any]:
+    """Ray's look-up of a node that is starting, asked again and again instead of giving up."""
+
+    def ask(gcs_address: str, node_id: str) -> Any:
+        deadline = time.monotonic() + _REGISTER_S
+        while True:
+            try:
+                return get_node(gcs_address, node_id)
+            except RuntimeError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+
+    return ask
 
 
 def main() -> None:
@@ -28,6 +47,7 @@ def main() -> None:
         def start_api_server(self, *, include_dashboard: bool | None, raise_on_failure: bool) -> None:
             """Nothing: no dashboard."""
 
+    ray_services.get_node = _patient(ray_services.get_node)
     # The per-node agent is started in its minimal form: no dashboard modules, half the memory.
     ray_services.ray._private.utils.get_dashboard_dependency_error = lambda: ImportError("not wanted")
     head = bool(options["head"])
