@@ -114,7 +114,7 @@ class Demo:
         def look(state: RuntimeState | None) -> None:
             training = state.training if state else None
             if training is None:
-                self._view.headline = "starting four ranks"
+                self._view.headline = f"starting {document['spec']['parallelism']['expert']} ranks"
                 return
             figures, facts = self._figures, self._view.facts
             figures.note_training(training)

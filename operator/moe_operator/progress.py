@@ -101,9 +101,12 @@ class LiveScreen(Screen):
             style = "bold green" if idx < view.stage else "bold yellow" if idx == view.stage else "dim"
             mark = "✔" if idx < view.stage else "▶" if idx == view.stage else "·"
             road.append(f" {mark} {name} ", style=style)
-        parts += [road, Text(view.headline, style="bold")]
+        parts += [road, Text(), Text(view.headline, style="bold")]
         if view.fraction is not None:
-            parts.append(ProgressBar(total=1.0, completed=min(1.0, view.fraction), width=64))
+            done = min(1.0, view.fraction)
+            bar = Table.grid(padding=(0, 2))
+            bar.add_row(ProgressBar(total=1.0, completed=done, width=64), f"{100 * done:.0f} %")
+            parts.append(bar)
         if view.facts or view.series:
             grid = Table.grid(padding=(0, 2))
             for name, value in view.facts.items():
@@ -114,6 +117,7 @@ class LiveScreen(Screen):
             parts.append(grid)
         if view.ranks:
             parts.append(_ranks_table(view.ranks))
+        parts.append(Text())
         parts += [Text(f"{seconds:6.1f} s  {text}", style="dim", no_wrap=True) for seconds, text in view.news]
         clock = f"{time.monotonic() - self.started_at:.0f} s"
         return Panel(Group(*parts), title="moerator demo", subtitle=clock, border_style="blue", padding=(1, 2))
