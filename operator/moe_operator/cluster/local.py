@@ -53,6 +53,9 @@ logger = logging.getLogger(__name__)
 
 POD_PROGRAM = (sys.executable, "-m", "moe_runtime.pod")
 ROLE_NODE = "node"
+REST_S = 0.15
+"""Ranks report many times a second; looking at each report would take a tenth of a core from them."""
+MIRROR_EVERY_S = 0.5
 OWNER_KINDS: tuple[Kind, ...] = ("MoEJob", "MoEService")
 RESOURCE_KINDS: tuple[Kind, ...] = (*OWNER_KINDS, "MoEDrill")
 
@@ -80,6 +83,7 @@ class LocalCluster:
         self._dirty_event = asyncio.Event()
         self._changed = asyncio.Event()
         self._num_events = self._num_pods = 0
+        self._mirroring = asyncio.create_task(self._mirror(), name="mirror")
 
     async def __aenter__(self) -> "LocalCluster":
         return self
@@ -92,6 +96,9 @@ class LocalCluster:
         await asyncio.gather(*(client.close() for client in self._clients.values()), *self._closing)
         self._clients.clear()
         await self._kubelet.close()
+        self._mirroring.cancel()
+        await asyncio.gather(self._mirroring, return_exceptions=True)
+        self._store.write_mirror()
         if not self._keep:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -140,8 +147,12 @@ class LocalCluster:
     # Observation.
 
     async def dirty(self) -> AsyncIterator[Key]:
+        loop = asyncio.get_running_loop()
+        looked_at = 0.0
         while True:
             await self._dirty_event.wait()
+            await asyncio.sleep(looked_at + REST_S - loop.time())
+            looked_at = loop.time()
             self._dirty_event.clear()
             keys, self._dirty = list(self._dirty), {}
             for key in keys:
@@ -265,6 +276,11 @@ class LocalCluster:
         self._pulse()
 
     # Inside.
+
+    async def _mirror(self) -> None:
+        while True:
+            self._store.write_mirror()
+            await asyncio.sleep(MIRROR_EVERY_S)
 
     def _owner(self, wish: Wish) -> Manifest:
         thing = self._store.get(wish.kind, wish.namespace, wish.name)

@@ -30,6 +30,7 @@ class ObjectStore:
         self._mirror = mirror
         self._clock = clock
         self._objects: dict[ObjectKey, Manifest] = {}
+        self._unwritten: dict[ObjectKey, None] = {}
         self._version = 0
 
     def get(self, kind: str, namespace: str, name: str) -> Manifest | None:
@@ -97,20 +98,26 @@ class ObjectStore:
 
     def remove(self, kind: str, namespace: str, name: str) -> None:
         if self._objects.pop((kind, namespace, name), None) is not None:
+            self._unwritten.pop((kind, namespace, name), None)
             self._file((kind, namespace, name)).unlink(missing_ok=True)
+
+    def write_mirror(self) -> None:
+        """Write what has changed since the last call: a person looks once a second, objects change far more often."""
+        keys, self._unwritten = list(self._unwritten), {}
+        for key in keys:
+            path = self._file(key)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(".part")
+            part.write_text(yaml.dump(self._objects[key], Dumper=_Dumper, sort_keys=False, width=120))
+            part.replace(path)
 
     def _put(self, thing: Manifest) -> None:
         self._version += 1
         thing["metadata"]["resourceVersion"] = str(self._version)
         key = (thing["kind"], thing["metadata"]["namespace"], thing["metadata"]["name"])
         self._objects[key] = thing
-        if thing["kind"] in UNSEEN_KINDS:
-            return
-        path = self._file(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(yaml.dump(thing, Dumper=_Dumper, sort_keys=False, width=120))
-        part.replace(path)
+        if thing["kind"] not in UNSEEN_KINDS:
+            self._unwritten[key] = None
 
     def _file(self, key: ObjectKey) -> Path:
         kind, namespace, name = key
