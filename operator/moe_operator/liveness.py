@@ -9,7 +9,6 @@ stalled. A blocked loop answers no probe at all, which is an answer too.
 import asyncio
 import functools
 import logging
-import re
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 
@@ -20,12 +19,11 @@ from moe_operator.elector import running_clock
 
 logger = logging.getLogger(__name__)
 
-_RESOURCE = re.compile(r"/apis?/(?:[^/]+/)?v\w+/(?:namespaces/[^/]+/)?(?P<plural>[a-z]+)$")
 LAG_LOOK_S = 1.0
 
 
 class WatchTrace:
-    """When kopf's watches were last answered, by path. `on_list` is called when a resource was listed once more.
+    """When kopf's watches of the expected paths were last answered. `on_list` is called when one was listed once more.
 
     `stalled_after_s` bounds the time between two answers of a watch that works; `start_s` the time to the first ones.
     """
@@ -55,8 +53,7 @@ class WatchTrace:
 
     def note(self, path: str, *, is_watch: bool) -> None:
         """A request for `path` was answered."""
-        match = _RESOURCE.search(path)
-        if match is None or match["plural"] not in self._expected:
+        if path not in self._expected:
             return
         if is_watch:
             self._answered[path] = self._clock()
@@ -64,8 +61,8 @@ class WatchTrace:
             self._on_list()
 
     def is_started(self) -> bool:
-        """Whether every resource has been listed and is watched."""
-        return self._expected <= {self._plural(path) for path in self._answered}
+        """Whether every collection has been listed and is watched."""
+        return self._expected <= self._answered.keys()
 
     def problems(self) -> list[str]:
         now = self._clock()
@@ -75,14 +72,9 @@ class WatchTrace:
             if now - at > self._stalled_after_s
         ]
         if not self.is_started() and now - self._born > self._start_s:
-            missing = sorted(self._expected - {self._plural(path) for path in self._answered})
+            missing = sorted(self._expected - self._answered.keys())
             stalled.append(f"not watched {self._start_s:.0f} s after the start: {', '.join(missing)}")
         return stalled
-
-    @staticmethod
-    def _plural(path: str) -> str:
-        match = _RESOURCE.search(path)
-        return match["plural"] if match else ""
 
     async def _on_request_end(
         self, _session: aiohttp.ClientSession, _context: SimpleNamespace, params: aiohttp.TraceRequestEndParams

@@ -53,7 +53,7 @@ async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> N
     try:
         ours = _given[0] if _given else OperatorSettings.from_environment()
         configure(settings, ours)
-        memo.shell = await Shell.connect(ours, handlers.collections())
+        memo.shell = await Shell.connect(ours)
     except OperatorError as error:
         raise kopf.PermanentError(str(error)) from error  # anything else would be tried again after a minute
     await cast(Shell, memo.shell).start()

@@ -23,6 +23,7 @@ from moe_operator.metrics import Metrics
 from moe_operator.observe import KINDS
 from moe_operator.reconcile import Reconciler
 from moe_operator.settings import OperatorSettings
+from moe_operator.watched import WATCHED
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +36,8 @@ REQUESTS_AT_ONCE = 8
 class Shell:
     """Everything that lives as long as the process; kopf's handlers reach it as `memo.shell`."""
 
-    def __init__(self, settings: OperatorSettings, api: KubeApi, lease_api: KubeApi, watched: dict[str, str]) -> None:
-        """`watched`: plural -> path of the collection. `lease_api`: a renewal never queues behind other requests."""
+    def __init__(self, settings: OperatorSettings, api: KubeApi, lease_api: KubeApi) -> None:
+        """`lease_api` has connections of its own: a renewal never queues behind other requests."""
         self.settings = settings
         self.api = api
         self._lease_api = lease_api
@@ -45,13 +46,12 @@ class Shell:
         self.resync = Resync(
             api,
             self.cache,
-            watched,
             namespaces=settings.namespaces,
             every_s=settings.resync_s,
             distrust=self.cluster.distrust,
         )
         self.trace = WatchTrace(
-            watched,
+            {path for watched in WATCHED for path in watched.paths(settings.namespaces)},
             stalled_after_s=2.5 * settings.watch_timeout_s + 5,
             start_s=START_LIMIT_S,
             on_list=self.resync.soon,
@@ -76,11 +76,11 @@ class Shell:
             may_apply=lambda: self.remaining_s() > 0,
             at_once=REQUESTS_AT_ONCE,
         )
-        self._complete = asyncio.Event()
+        self._complete = False
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
-    async def connect(cls, settings: OperatorSettings, watched: dict[str, str]) -> "Shell":
+    async def connect(cls, settings: OperatorSettings) -> "Shell":
         """Raises NoCluster when there is nothing to connect to."""
         shells: list[Shell] = []
         api = KubeApi(
@@ -89,7 +89,7 @@ class Shell:
             remaining_s=lambda: shells[0].remaining_s() if shells else 0.0,
         )
         lease_api = KubeApi(await load_configuration(), request_timeout_s=settings.request_timeout_s)
-        shells.append(cls(settings, api, lease_api, watched))
+        shells.append(cls(settings, api, lease_api))
         return shells[0]
 
     @property
@@ -99,10 +99,6 @@ class Shell:
     def remaining_s(self) -> float:
         """For how long this process may still send changes."""
         return self.elector.remaining_s() if self.settings.leader_election else float("inf")
-
-    def note_complete(self) -> None:
-        """All resources are in the cache; reconcile may begin."""
-        self._complete.set()
 
     async def start(self) -> None:
         """Answer probes, wait until our resources are served, then begin. So does a standby: it just may not apply."""
@@ -125,7 +121,8 @@ class Shell:
         await self._lease_api.close()
 
     async def _reconcile(self) -> None:
-        await self._complete.wait()
+        await self.resync.until_complete()
+        self._complete = True
         await self._reconciler.run()
 
     async def _wait_for_resources(self) -> None:
@@ -153,7 +150,7 @@ class Shell:
         return ended + self.trace.problems() + self._lag.problems()
 
     def _unready(self) -> list[str]:
-        return self._problems() or ([] if self.trace.is_started() else ["not every resource is watched yet"])
+        return self._problems() or ([] if self._complete else ["not everything has been listed yet"])
 
     def _exposition(self) -> bytes:
         for kind in KINDS:

@@ -13,9 +13,7 @@ class Clock:
 
 
 def traced(clock: Clock, lists: list[str]) -> WatchTrace:
-    return WatchTrace(
-        ["pods", "moejobs"], stalled_after_s=100, start_s=300, on_list=lambda: lists.append("list"), clock=clock
-    )
+    return WatchTrace([PODS, JOBS], stalled_after_s=100, start_s=300, on_list=lambda: lists.append("list"), clock=clock)
 
 
 def test_it_has_started_once_every_resource_is_watched() -> None:
@@ -44,7 +42,7 @@ def test_what_is_never_watched_is_told_after_the_start() -> None:
     assert trace.problems() == []
     clock.now = 301.0
     trace.note(PODS, is_watch=True)
-    assert trace.problems() == ["not watched 300 s after the start: moejobs"]
+    assert trace.problems() == [f"not watched 300 s after the start: {JOBS}"]
 
 
 def test_a_relist_is_told_and_the_first_list_is_not() -> None:

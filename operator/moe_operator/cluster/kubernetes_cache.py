@@ -99,6 +99,10 @@ class Cache:
     def uids(self, plural: str) -> set[str]:
         return {uid for uid, of in self._plural_of.items() if of == plural}
 
+    def knows(self, uid: str) -> bool:
+        """Whether this object has been seen, be it gone again or not."""
+        return uid in self._plural_of or uid in self._deleted
+
     def mark_all(self) -> None:
         """Everything is looked at again: the safety net."""
         for key in self._uid_of:
