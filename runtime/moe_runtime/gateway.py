@@ -176,7 +176,7 @@ async def serve_gateway(env: PodEnv) -> None:
     tokenizer = await asyncio.to_thread(load_tokenizer, Path(source) if source else None)
     directory, ranks = RankDirectory(), RayRanks(env.ray_namespace)
     face = GatewayFace(env.config, directory, ranks, tokenizer)
-    runner = web.AppRunner(face.app(), access_log=None, shutdown_timeout=0.5)
+    runner = web.AppRunner(face.app(), access_log=None, shutdown_timeout=0.5, handler_cancellation=True)
     await runner.setup()
     assert env.config.serving is not None
     host = env.pod_ip if is_loopback(env.pod_ip) else None
