@@ -82,6 +82,7 @@ def show_status(kind: str, name: str, *, namespace: str, run: Path | None, clust
         thing = found[0]
     typer.echo(f"{resource.kind} {thing['metadata']['namespace']}/{name}")
     status = dict(thing.get("status", {}))
+    status.pop("memory", None)  # the brain's own notes
     for c in status.pop("conditions", ()):
         typer.echo(f"  {c['type']:<16} {c['status']:<8} {c['reason']:<22} {c['message']}")
     if status:
