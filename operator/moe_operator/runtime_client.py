@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 POLL_S = 5.0
 POLL_GRACE_S = 3.0  # a coordinator that hangs is away after both together
 AWAY_AFTER_S = 3.0
+FIRST_ANSWER_S = 15.0
 RETRY_S = 0.3
 
 
@@ -48,9 +49,9 @@ class RuntimeClient:
             self._poll = asyncio.create_task(self._follow(), name=f"poll {self._url}")
 
     async def first_answer(self) -> None:
-        """Wait for it, or until a hung coordinator would count as away: "not asked yet" must not be taken for that."""
+        """Wait for it, for a while: a new operator must not take "not asked yet" for "away" and say so."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(POLL_S + POLL_GRACE_S):
+            async with asyncio.timeout(FIRST_ANSWER_S):
                 await self._answered.wait()
 
     async def close(self) -> None:
@@ -95,23 +96,24 @@ class RuntimeClient:
 
     async def _follow(self) -> None:
         loop = asyncio.get_running_loop()
-        last_seen = loop.time()
-        version = 0
+        version, failing_since = 0, None
         while True:
             try:
                 state = await self._poll_once(version)
             except (aiohttp.ClientError, TimeoutError, Unavailable, InvalidInput) as error:
                 version = 0  # whoever answers next may count from the start, and shall not wait for our number
-                if self._state is not None and loop.time() - last_seen > AWAY_AFTER_S:
+                failing_since = failing_since or loop.time()
+                hangs = isinstance(error, TimeoutError)  # it was waited for already
+                if self._state is not None and (hangs or loop.time() - failing_since > AWAY_AFTER_S):
                     logger.warning("coordinator %s is away: %r", self._url, error)
                     self._state, self._put_generation = None, None
                     self._on_change()
                 await asyncio.sleep(RETRY_S)
                 continue
-            last_seen, version = loop.time(), state.version
+            version, failing_since = state.version, None
+            self._answered.set()
             if state != self._state:
                 self._state, self._put_generation = state, state.wish_put
-                self._answered.set()
                 self._on_change()
 
     async def _poll_once(self, version: int) -> RuntimeState:
