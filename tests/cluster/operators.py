@@ -23,7 +23,7 @@ from cluster.controlplane.nodes import KubeletControls, Node
 from cluster.controlplane.process import Process, free_port
 from cluster.controlplane.start import ADMIN, ControlPlane
 from cluster.waiting import eventually
-from moe_core.contract.exchange import Coverage, RankState, RuntimeState, RuntimeWish
+from moe_core.contract.exchange import Coverage, FaultRequest, RankState, RuntimeState, RuntimeWish
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MOERATOR = Path(sys.executable).with_name("moerator")
@@ -109,12 +109,26 @@ class Coordinator:
     wishes: dict[str, list[RuntimeWish]] = field(default_factory=dict)
     epochs: dict[str, int] = field(default_factory=dict)
     members: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    faults: list[FaultRequest] = field(default_factory=list)
+    on_fault: Callable[[str, str], None] = lambda namespace, pod: None
+    """Called with the namespace and name of a pod that a drill injures."""
 
     def handler(self, api: Api) -> web.Application:
         app = web.Application()
         app.router.add_get("/{namespace}/{service}/v1/state", functools.partial(self._state, api))
         app.router.add_put("/{namespace}/{service}/v1/wish", functools.partial(self._wish, api))
+        app.router.add_post("/{namespace}/{service}/v1/faults", functools.partial(self._fault, api))
         return app
+
+    async def _fault(self, api: Api, request: web.Request) -> web.Response:
+        _, ranks = await self._admit(api, request)
+        fault = FaultRequest.parse(await request.read())
+        self.faults.append(fault)
+        for pod in ranks:
+            if pod["metadata"]["uid"] == fault.pod_uid:
+                name = pod["metadata"]["name"]
+                await asyncio.to_thread(self.on_fault, request.match_info["namespace"], name)
+        return web.Response(status=202)
 
     async def _admit(self, api: Api, request: web.Request) -> tuple[str, list[Object]]:
         namespace, service = request.match_info["namespace"], request.match_info["service"]

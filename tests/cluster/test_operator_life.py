@@ -146,6 +146,27 @@ async def test_suspending_a_job_removes_its_pods_and_resuming_brings_new_ones(
         assert not uids(first) & uids(again)
 
 
+async def test_a_drill_kills_a_rank_once_and_tells_how_it_went(
+    cluster: ControlPlane, world: World, room: Room, coordinator: Coordinator
+) -> None:
+    coordinator.on_fault = room.controls.fail_pod
+    with operator(cluster, world.namespace, MOERATOR_COORDINATOR_URL=coordinator.url):
+        await world.apply(service(ranks=2, drills="Allowed"))
+        await world.until_condition("moeservices", "chat", "Ready", "True")
+        drill = {
+            "apiVersion": "moerator.dev/v1alpha1",
+            "kind": "MoEDrill",
+            "metadata": {"name": "ouch"},
+            "spec": {"target": {"kind": "MoEService", "name": "chat", "rank": 1}, "fault": {"type": "KillRank"}},
+        }
+        await world.apply(drill)
+        verdict = await world.until_condition("moedrills", "ouch", "Complete", "True", timeout_s=60)
+    assert verdict["reason"] == "DrillPassed", verdict["message"]
+    mine = [fault for fault in coordinator.faults if fault.fault == "kill"]
+    assert len(mine) == 1
+    assert by_rank(await world.pods())[1] == ["chat-svc-rank-1-2"]
+
+
 async def test_a_restart_changes_nothing_and_writes_nothing(
     cluster: ControlPlane, world: World, room: Room, proxy: Proxy, coordinator: Coordinator
 ) -> None:
