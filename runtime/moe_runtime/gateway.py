@@ -6,6 +6,7 @@ Ray's head included, is dead. Only finding a rank that this gateway has never me
 
 import asyncio
 import contextlib
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,14 @@ def _connect(env: PodEnv) -> None:
             time.sleep(0.5)
 
 
+def _take_signals_back() -> None:
+    """Ray's core puts its own handler for SIGTERM (a stack trace, then death) over the one of the pod's event loop."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        handler = signal.getsignal(number)
+        if handler is not None:
+            signal.signal(number, handler)
+
+
 async def serve_gateway(env: PodEnv) -> None:
     """Serve until cancelled. Raises TokenizerMissing, OSError (port), ConnectionError (no Ray)."""
     source = env.config.model.path
@@ -187,6 +196,7 @@ async def serve_gateway(env: PodEnv) -> None:
             await web.TCPSite(runner, host, env.health_port).start()
         await head_listens(env)
         await asyncio.to_thread(_connect, env)
+        _take_signals_back()
         scout = Scout(env, directory, ranks, face)
         tasks = [asyncio.create_task(scout.follow_coordinator()), asyncio.create_task(scout.ask_ranks())]
         # The port that gateways of one machine share: whoever listens there gets requests, so a new one waits until it

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -52,19 +53,28 @@ def main() -> None:
         sys.exit(2)
     parent_pid = os.getppid()
     processes.lead_session()
+    asyncio.run(_run_and_end(env, parent_pid))
+
+
+async def _run_and_end(env: PodEnv, parent_pid: int) -> None:
+    """Never returns: ends the process from within, because asyncio's and Ray's own ends wait for threads that may be
+    blocked in a call to a head that is gone."""
+    code = 1
     try:
-        asyncio.run(_run(env, parent_pid))
+        await _run(env, parent_pid)
         code = 0
     except (PodBroke, RankEnded, TokenizerMissing, OSError) as error:
         print(f"moe-pod: {env.role}: {error}", file=sys.stderr, flush=True)
-        code = 1
+    except BaseException:
+        traceback.print_exc()
+        raise
     finally:
         processes.end_descendants(grace_s=_GRACE_S)
         if not uses_shared_node(env):
             shutil.rmtree(ray_temp_dir(env), ignore_errors=True)
-    # Not sys.exit: a Ray driver's own exit hooks wait for a head that may be gone.
-    sys.stdout.flush()
-    os._exit(code)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 async def _run(env: PodEnv, parent_pid: int) -> None:
