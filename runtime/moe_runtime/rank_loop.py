@@ -106,7 +106,8 @@ class StepLoop:
             raise
 
     def _load(self) -> None:
-        while (wanted := self._directive().expert_map) is None:
+        # A rank that is to join a growing group waits for the map that has slots for it.
+        while (wanted := self._directive().expert_map) is None or self._rank >= wanted.num_ranks:
             if self._halt.wait(0.05):
                 return
         self._phase = "Loading"
