@@ -46,7 +46,8 @@ def pod(name: str, *, owner: str = "", version: int = 1, uid: str = "", **spec: 
     }
 
 
-def node(name: str, *, version: int = 1, ready: str = "True", heartbeat: str = "", **labels: str) -> Object:
+def node(name: str, *, version: int = 1, ready: str = "True", heartbeat: str = "", hostname: str = "") -> Object:
+    labels = {"kubernetes.io/hostname": hostname} if hostname else {}
     condition = {
         "type": "Ready",
         "status": ready,
@@ -183,7 +184,7 @@ def test_a_successor_of_the_same_name_survives_the_end_of_the_first(cache: Cache
 
 
 def test_use_of_a_node_leaves_out_the_owners_own_pods(cache: Cache) -> None:
-    cache.put("nodes", node("n", **{"kubernetes.io/hostname": "n"}))
+    cache.put("nodes", node("n", hostname="n"))
     cache.put("pods", pod("stranger", nodeName="n"))
     cache.put("pods", pod("tiny-job-rank-3-2", owner="tiny", nodeName="n"))
     assert cache.nodes("uid-tiny")[0].used == {"cpu": 500, "pods": 1}
@@ -193,7 +194,7 @@ def test_use_of_a_node_leaves_out_the_owners_own_pods(cache: Cache) -> None:
 
 
 def test_a_pod_that_is_bound_but_not_scheduled_takes_its_place_already(cache: Cache) -> None:
-    cache.put("nodes", node("ip-10", **{"kubernetes.io/hostname": "worker-7"}))
+    cache.put("nodes", node("ip-10", hostname="worker-7"))
     waiting = pod("tiny-job-rank-3-2", owner="tiny", nodeSelector={"kubernetes.io/hostname": "worker-7"})
     cache.put("pods", waiting)
     assert cache.pods("uid-tiny")[0].node == "ip-10"
@@ -202,9 +203,9 @@ def test_a_pod_that_is_bound_but_not_scheduled_takes_its_place_already(cache: Ca
 
 
 def test_a_gated_pod_takes_no_place(cache: Cache) -> None:
-    cache.put("nodes", node("n", **{"kubernetes.io/hostname": "n"}))
-    gated = {"nodeSelector": {"kubernetes.io/hostname": "n"}, "schedulingGates": [{"name": "moerator.dev/gang"}]}
-    cache.put("pods", pod("tiny-job-rank-3-2", owner="tiny", **gated))
+    cache.put("nodes", node("n", hostname="n"))
+    selector, gates = {"kubernetes.io/hostname": "n"}, [{"name": "moerator.dev/gang"}]
+    cache.put("pods", pod("tiny-job-rank-3-2", owner="tiny", nodeSelector=selector, schedulingGates=gates))
     assert cache.nodes("uid-other")[0].used == {}
 
 
