@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from integration.serving_pods import Pods, spread_map, tiny_checkpoint, until
 
+from integration.serving_pods import Pods, spread_map, tiny_checkpoint, until
 from moe_core.contract.exchange import RuntimeState, RuntimeWish
 from moe_core.contract.runtime_config import ModelSource
 

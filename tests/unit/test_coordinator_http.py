@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
@@ -58,17 +59,17 @@ def environment(*, faults_enabled: bool) -> PodEnv:
 
 
 @pytest.fixture
-async def client() -> AsyncIterator[TestClient]:
+async def client() -> AsyncIterator[TestClient[Any, Any]]:
     async with client_of(faults_enabled=True) as client:
         yield client
 
 
-def client_of(*, faults_enabled: bool) -> TestClient:
+def client_of(*, faults_enabled: bool) -> TestClient[Any, Any]:
     face = CoordinatorFace(environment(faults_enabled=faults_enabled), Book(lambda: 1000.0, is_serving=True))
     return TestClient(TestServer(face.app()), headers={"Authorization": f"Bearer {TOKEN}"})
 
 
-async def test_without_the_token_only_health_and_metrics_answer(client: TestClient) -> None:
+async def test_without_the_token_only_health_and_metrics_answer(client: TestClient[Any, Any]) -> None:
     wrong = {"Authorization": "Bearer wrong"}
     for method, path in [("PUT", "/v1/wish"), ("GET", "/v1/state"), ("POST", "/v1/register"), ("GET", "/v1/members")]:
         assert (await client.request(method, path, headers=wrong)).status == 401
@@ -76,7 +77,7 @@ async def test_without_the_token_only_health_and_metrics_answer(client: TestClie
     assert (await client.get("/metrics", headers=wrong)).status == 200
 
 
-async def test_a_wish_is_taken_shown_and_an_older_one_refused(client: TestClient) -> None:
+async def test_a_wish_is_taken_shown_and_an_older_one_refused(client: TestClient[Any, Any]) -> None:
     assert (await client.put("/v1/wish", data=WISH.canonical())).status == 204
     assert (await (await client.get("/v1/state")).json())["wish_put"] == 2
     older = WISH.model_copy(update={"generation": 1})
@@ -84,17 +85,17 @@ async def test_a_wish_is_taken_shown_and_an_older_one_refused(client: TestClient
 
 
 @pytest.mark.parametrize("body", ["", "[]", '{"generation": -1}', '{"generation": 1, "rank": []}'])
-async def test_a_bad_wish_is_refused_with_its_field(client: TestClient, body: str) -> None:
+async def test_a_bad_wish_is_refused_with_its_field(client: TestClient[Any, Any], body: str) -> None:
     answer = await client.put("/v1/wish", data=body)
     assert answer.status == 400
     assert "RuntimeWish" in (await answer.json())["error"]
 
 
-async def test_a_bad_report_is_refused(client: TestClient) -> None:
+async def test_a_bad_report_is_refused(client: TestClient[Any, Any]) -> None:
     assert (await client.post("/v1/register", data='{"phase": "Dancing"}')).status == 400
 
 
-async def test_a_waiting_operator_hears_of_a_rank_at_once(client: TestClient) -> None:
+async def test_a_waiting_operator_hears_of_a_rank_at_once(client: TestClient[Any, Any]) -> None:
     version = (await (await client.get("/v1/state")).json())["version"]
     waiting = asyncio.create_task(client.get(f"/v1/state?after={version}&wait_s=20"))
     await asyncio.sleep(0)
@@ -103,7 +104,7 @@ async def test_a_waiting_operator_hears_of_a_rank_at_once(client: TestClient) ->
     assert [rank["phase"] for rank in state["ranks"]] == ["Loading"]
 
 
-async def test_a_waiting_rank_hears_of_a_wish_at_once(client: TestClient) -> None:
+async def test_a_waiting_rank_hears_of_a_wish_at_once(client: TestClient[Any, Any]) -> None:
     report = REPORT.model_copy(update={"directive_seen": Directive().seal, "wait_s": 20.0})
     waiting = asyncio.create_task(client.post("/v1/register", data=report.canonical()))
     await asyncio.sleep(0)
@@ -112,12 +113,12 @@ async def test_a_waiting_rank_hears_of_a_wish_at_once(client: TestClient) -> Non
     assert directive.expert_map == WISH.expert_map
 
 
-async def test_without_news_a_report_is_answered_by_nothing(client: TestClient) -> None:
+async def test_without_news_a_report_is_answered_by_nothing(client: TestClient[Any, Any]) -> None:
     report = REPORT.model_copy(update={"directive_seen": Directive().seal})
     assert (await client.post("/v1/register", data=report.canonical())).status == 204
 
 
-async def test_a_gateway_reports_its_counts_and_gets_the_members(client: TestClient) -> None:
+async def test_a_gateway_reports_its_counts_and_gets_the_members(client: TestClient[Any, Any]) -> None:
     answer = await client.post("/v1/register", data=GatewayReport(pod_uid="g", requests_ok=4).canonical())
     assert MembersView.parse(await answer.read()).ranks == ()
     assert (await (await client.get("/v1/state")).json())["serving"]["requests_ok"] == 4
@@ -130,7 +131,9 @@ async def test_faults_are_forbidden_unless_enabled() -> None:
         assert (await client.post("/v1/faults", data=fault)).status == 403
 
 
-async def test_a_fault_goes_to_the_guard_of_its_pod(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_fault_goes_to_the_guard_of_its_pod(
+    client: TestClient[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     injected: list[tuple[str, str]] = []
     monkeypatch.setattr(
         coordinator, "inject_fault", lambda address, fault, *, token: injected.append((address, fault.fault))
@@ -143,13 +146,13 @@ async def test_a_fault_goes_to_the_guard_of_its_pod(client: TestClient, monkeypa
 
 
 @pytest.mark.parametrize("query", ["after=x", "wait_s=soon"])
-async def test_a_bad_query_is_refused(client: TestClient, query: str) -> None:
+async def test_a_bad_query_is_refused(client: TestClient[Any, Any], query: str) -> None:
     answer = await client.get(f"/v1/state?{query}")
     assert answer.status == 400
     assert "numbers" in json.loads(await answer.text())["error"]
 
 
-async def test_metrics_tell_how_evenly_the_load_falls(client: TestClient) -> None:
+async def test_metrics_tell_how_evenly_the_load_falls(client: TestClient[Any, Any]) -> None:
     both = Membership(epoch=3, members=(REPORT.member,), map_digest=WISH.expert_map.digest)
     active = REPORT.model_copy(update={"phase": "Active", "membership": both, "load": ((3, 1),)})
     await client.put("/v1/wish", data=WISH.canonical())

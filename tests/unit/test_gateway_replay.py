@@ -1,7 +1,7 @@
 """Replay over ranks that die, hang, move and refuse: no token lost, none twice."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 
@@ -21,6 +21,8 @@ from moe_runtime.gateway_replay import (
 from moe_runtime.rank_desk import Poll
 
 PROMPT = (100, 101)
+Script = Callable[[int], Poll | None]
+"""What a rank does once it has written so many tokens; None: as usual."""
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +33,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 class FakeRanks:
     """Each rank writes its sequence's positions as tokens, `step` at a time, until its script says otherwise."""
 
-    def __init__(self, scripts: dict[str, Callable[[int], Poll | None]], *, step: int = 2) -> None:
+    def __init__(self, scripts: Mapping[str, Script], *, step: int = 2) -> None:
         self._scripts = scripts
         self._step = step
         self._requests: dict[str, GenerationRequest] = {}
@@ -45,7 +47,8 @@ class FakeRanks:
 
     async def poll(self, pod_uid: str, request_id: str, *, have: int, wait_s: float, timeout_s: float) -> Poll:
         request = self._requests[request_id]
-        scripted = self._scripts.get(pod_uid, lambda _: None)(len(request.prompt) + have - len(PROMPT))
+        script = self._scripts.get(pod_uid)
+        scripted = script(len(request.prompt) + have - len(PROMPT)) if script is not None else None
         if scripted is not None:
             return scripted
         first = len(request.prompt) + have
@@ -75,7 +78,8 @@ async def collect(
 ) -> tuple[list[int], Trace]:
     directory = RankDirectory()
     directory.tell(1, [(i, uid) for i, uid in enumerate(uids)])
-    trace, tokens = Trace(), []
+    trace = Trace()
+    tokens: list[int] = []
     sampling = Sampling(max_tokens, 0.0, 1.0, 0, frozenset())
     async for part in generate(directory, ranks, sequence_id="s", prompt=PROMPT, sampling=sampling, trace=trace):
         tokens += part
@@ -131,7 +135,7 @@ async def test_losing_only_the_last_word_needs_no_replay() -> None:
 
 
 async def test_a_busy_rank_is_passed_over_and_all_busy_is_said() -> None:
-    busy = {"a": lambda _: poll(end="overloaded")}
+    busy: dict[str, Script] = {"a": lambda _: poll(end="overloaded")}
     tokens, trace = await collect(FakeRanks(busy))
     assert (tokens, trace.replays) == (WHOLE, [])
     with pytest.raises(AllBusy):
