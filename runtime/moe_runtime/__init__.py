@@ -1,1 +1,1 @@
-"""The runtime inside moerator's pods: steps, membership, experts. It measures and degrades; it never plans placement."""
+"""The runtime in moerator's pods: steps, membership, experts. It measures and degrades; it never plans placement."""
