@@ -178,13 +178,13 @@ def _die_in(trainer: Trainer, where: str) -> None:
     elif where == "backward":
         trainer.epm.module.model.layers[0].register_full_backward_hook(die)
     else:  # gradients are complete, the last exchange has not happened
-        original: Callable[..., Any] = loop.complete_gradients
+        original: Callable[..., Any] = vars(loop)["complete_gradients"]
 
         def after(*arguments: Any, **named: Any) -> Any:
             original(*arguments, **named)
             die()
 
-        loop.complete_gradients = after
+        vars(loop)["complete_gradients"] = after
 
 
 def train_undisturbed(rank: int, store_path: str, *, size: int, output: str, text: str) -> list[float]:

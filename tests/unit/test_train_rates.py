@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_core.contract.runtime_config import TrainingConfig
-from moe_runtime.train.loop import balance_loss
+from moe_runtime.train.losses import balance_loss
 from moe_runtime.train.optim import Optimizer, Trained, orthogonalised, rule_for
 from moe_runtime.train.schedule import progress, rate_share
 

@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -36,7 +35,8 @@ from moe_runtime.train.checkpoint import Summary, publish, read_summary, remove_
 from moe_runtime.train.data import WindowOrder, load_corpus
 from moe_runtime.train.evaluate import heldout_bits, order2_bits, prefer_plain_attention, sample
 from moe_runtime.train.gradients import complete_gradients
-from moe_runtime.train.optim import Optimizer, Trained, rule_for
+from moe_runtime.train.losses import losses
+from moe_runtime.train.parameters import dense_tensors, keyed, optimizer_for
 from moe_runtime.train.schedule import progress, rate_share
 from moe_runtime.train.snapshot import RunState, SnapshotDamaged, SnapshotReader
 
@@ -96,7 +96,7 @@ class Trainer:
         self._summary: Summary | None = None
         prefer_plain_attention(epm, length=config.sequence_length)
         self._stale = True  # a fresh process knows nothing of the run yet
-        self._optimizer = self._new_optimizer()
+        self._optimizer = optimizer_for(self.epm, self.config)
         self._slots = self._slots_now()
         self._identity = digest_of(
             "/".join(
@@ -114,7 +114,7 @@ class Trainer:
         self._mark = self._clock()
         if self._slots_now() != self._slots:  # other experts came into the slots: their optimizer state is not here
             self._slots = self._slots_now()
-            self._optimizer = self._new_optimizer()
+            self._optimizer = optimizer_for(self.epm, self.config)
             self._stale = True
 
     def restore(self) -> int:
@@ -164,7 +164,7 @@ class Trainer:
         self.epm.module.zero_grad(set_to_none=True)
         self.epm.rollback()
         with self._precision():
-            text_loss, router_loss = self._losses(ids_BQ)
+            text_loss, router_loss = losses(self.epm, ids_BQ)
             torch.autograd.backward((text_loss + self.config.aux_loss_coefficient * router_loss) / size)
             gradients = complete_gradients(
                 self.epm, self._group, sums=(float(text_loss.detach()) / size, float(router_loss.detach()) / size)
@@ -199,11 +199,6 @@ class Trainer:
             self.snapshot()
         return report
 
-    def _losses(self, ids_BQ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        output = self.epm.module(input_ids=ids_BQ[:, :-1], use_cache=False, output_router_logits=True)
-        text_loss = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1).float(), ids_BQ[:, 1:].reshape(-1))
-        return text_loss, balance_loss(getattr(output, "router_logits", None), self.epm.top_k, like=text_loss)
-
     def _commit(self, gradients: dict[str, torch.Tensor], *, norm: float, share: float) -> None:
         """Needs no other rank. A step whose gradient is no number is passed over, on all ranks alike."""
         if not math.isfinite(norm):
@@ -229,11 +224,13 @@ class Trainer:
         tensors: dict[str, torch.Tensor] = {}
         for item in self.epm.expert_parameters():
             slots = [slot for slot, _ in plan[self.epm.rank][item.layer_idx]]
-            for key, stack in self._keyed(item.name, item.parameter):
+            for key, stack in keyed(item.name, item.parameter, self._optimizer):
                 tensors[key] = stack[slots]
         digests = [snapshots.write_tensors(folder, snapshots.experts_file(self.epm.rank), tensors)]
         if position == 0:
-            digests.append(snapshots.write_tensors(folder, snapshots.DENSE_FILE, self._dense_tensors()))
+            digests.append(
+                snapshots.write_tensors(folder, snapshots.DENSE_FILE, dense_tensors(self.epm, self._optimizer))
+            )
         of_rank = self._gather(_as_ints(digests[0]))
         if position == 0:
             files = {snapshots.experts_file(rank): _as_hex(row) for rank, row in zip(ranks, of_rank, strict=True)}
@@ -266,30 +263,16 @@ class Trainer:
     @torch.no_grad()
     def _load(self, reader: SnapshotReader) -> None:
         dense = reader.dense()
-        for key, tensor in self._dense_tensors().items():
+        for key, tensor in dense_tensors(self.epm, self._optimizer).items():
             tensor.copy_(dense[key])
         for item in self.epm.expert_parameters():
-            for key, stack in self._keyed(item.name, item.parameter):
+            for key, stack in keyed(item.name, item.parameter, self._optimizer):
                 for slot, logical_id in enumerate(item.logical_of_slot):
                     if logical_id != EMPTY_SLOT:
                         stack[slot].copy_(reader.expert(key, layer_idx=item.layer_idx, logical_id=logical_id))
         self.state = reader.manifest.state
         self._stale = False
         self._skipped = 0
-
-    def _dense_tensors(self) -> dict[str, torch.Tensor]:
-        """Dense parameters, their optimizer state and the model's saved buffers, the live ones."""
-        found: dict[str, torch.Tensor] = {}
-        for name, parameter in self.epm.dense_parameters():
-            found.update(self._keyed(name, parameter))
-        saved = self.epm.module.state_dict()
-        found.update({name: buffer for name, buffer in self.epm.module.named_buffers() if name in saved})
-        return found
-
-    def _keyed(self, name: str, parameter: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        yield name, parameter.detach()
-        for moment, tensor in self._optimizer.state.get(name, {}).items():
-            yield f"{name}#{moment}", tensor
 
     # ---------------------------------------------------------------- the end
 
@@ -355,28 +338,6 @@ class Trainer:
 
     # ---------------------------------------------------------------- parts
 
-    def _new_optimizer(self) -> Optimizer:
-        module: Any = self.epm.module
-        faces = (module.get_input_embeddings(), module.get_output_embeddings())
-        embeddings = {id(face.weight) for face in faces if face is not None}
-        experts = {item.name: item.parameter for item in self.epm.expert_parameters()}
-        trained = [
-            Trained(
-                name,
-                parameter,
-                rule_for(
-                    parameter,
-                    optimizer=self.config.optimizer,
-                    per_expert=name in experts,
-                    is_embedding=id(parameter) in embeddings,
-                    num_experts=self.epm.num_experts,
-                ),
-                name in experts,
-            )
-            for name, parameter in [*self.epm.dense_parameters(), *experts.items()]
-        ]
-        return Optimizer(trained, learning_rate=self.config.learning_rate, weight_decay=self.config.weight_decay)
-
     def _slots_now(self) -> list[tuple[str, int, tuple[int, ...]]]:
         return [(item.name, id(item.parameter), item.logical_of_slot) for item in self.epm.expert_parameters()]
 
@@ -396,21 +357,6 @@ class Trainer:
             yield
         finally:
             torch.set_float32_matmul_precision(before)
-
-
-def balance_loss(router_logits: Any, top_k: int, *, like: torch.Tensor) -> torch.Tensor:
-    """Switch Transformer's load-balancing loss per layer, averaged: 1 when every expert gets the same share.
-
-    router_logits: per layer [T, E], before the softmax; None or empty for a family that does not give them: no loss.
-    """
-    losses = []
-    for logits_TE in router_logits or ():
-        probability_TE = logits_TE.float().softmax(dim=-1)
-        num_experts = probability_TE.shape[-1]
-        picks_TK = probability_TE.topk(top_k, dim=-1).indices
-        share_E = torch.bincount(picks_TK.reshape(-1), minlength=num_experts).float() / picks_TK.numel()
-        losses.append(num_experts * (share_E * probability_TE.mean(dim=0)).sum())
-    return torch.stack(losses).mean() if losses else torch.zeros_like(like)
 
 
 def _as_ints(digest: str) -> tuple[int, ...]:

@@ -1,0 +1,49 @@
+"""The tensors of a run on this rank: what is trained, by which rule, and under which key a snapshot holds it.
+
+A parameter's key is its name in the transformers model; the optimizer's state lies beside it as `name#moment`.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from moe_core.contract.runtime_config import TrainingConfig
+from moe_runtime.engine.model import ExpertParallelModel
+from moe_runtime.train.optim import Optimizer, Trained, rule_for
+
+
+def optimizer_for(epm: ExpertParallelModel, config: TrainingConfig) -> Optimizer:
+    """A fresh one over this rank's dense parameters and slots."""
+    module: Any = epm.module
+    faces = (module.get_input_embeddings(), module.get_output_embeddings())
+    embeddings = {id(face.weight) for face in faces if face is not None}
+    experts = {item.name: item.parameter for item in epm.expert_parameters()}
+    trained = []
+    for name, parameter in [*epm.dense_parameters(), *experts.items()]:
+        rule = rule_for(
+            parameter,
+            optimizer=config.optimizer,
+            per_expert=name in experts,
+            is_embedding=id(parameter) in embeddings,
+            num_experts=epm.num_experts,
+        )
+        trained.append(Trained(name, parameter, rule, name in experts))
+    return Optimizer(trained, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def dense_tensors(epm: ExpertParallelModel, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """Dense parameters, their optimizer state and the model's saved buffers, the live ones, by key."""
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in epm.dense_parameters():
+        found.update(keyed(name, parameter, optimizer))
+    saved = epm.module.state_dict()
+    found.update({name: buffer for name, buffer in epm.module.named_buffers() if name in saved})
+    return found
+
+
+def keyed(name: str, parameter: torch.Tensor, optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    """A parameter and its optimizer state, the live ones, by key."""
+    yield name, parameter.detach()
+    for moment, tensor in optimizer.state.get(name, {}).items():
+        yield f"{name}#{moment}", tensor
