@@ -142,7 +142,7 @@ def _container(plan: Plan, role: str, index: int) -> dict[str, Any]:
             "timeoutSeconds": 2,
             "failureThreshold": 3,
         }
-        # A process that hangs (SIGSTOP, a stuck disk) is restarted in place; on busy cores Ray may take minutes to start.
+        # A process that hangs (SIGSTOP, a stuck disk) is restarted in place; a start may take minutes on busy cores.
         alive = {"httpGet": {"path": "/healthz", "port": number}, "periodSeconds": 5, "timeoutSeconds": 3}
         container["startupProbe"] = {**alive, "failureThreshold": 60}
         container["livenessProbe"] = {**alive, "failureThreshold": 3}
