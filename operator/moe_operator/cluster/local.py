@@ -11,20 +11,11 @@ import secrets
 import shutil
 import sys
 import time
-import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from moe_core.contract.names import (
-    ANNOTATION_SPEC_DIGEST,
-    LABEL_ROLE,
-    ROLE_GATEWAY,
-    ROLE_RANK,
-    pod_name,
-)
-from moe_core.contract.runtime_config import ENV_ROLE, ENV_SHARED_RAY
 from moe_core.facts import (
     ApplyObject,
     BindPod,
@@ -37,13 +28,13 @@ from moe_core.facts import (
     Kind,
     ModelFact,
     ObjectFact,
-    PodFact,
     TargetFact,
     Wish,
 )
-from moe_operator.cluster.local_machine import NODE_NAME, Ports, node_fact
+from moe_operator.cluster.local_crew import Crew
+from moe_operator.cluster.local_machine import Ports, node_fact
 from moe_operator.cluster.local_model import read_model
-from moe_operator.cluster.local_pods import Kubelet, LocalPod
+from moe_operator.cluster.local_pods import LocalPod
 from moe_operator.cluster.local_runs import make_run_folder
 from moe_operator.cluster.local_store import Manifest, ObjectStore, key_of, owner_uid_of
 from moe_operator.cluster.protocol import Conflict, Foreign, Key, RuntimeFace, Unavailable
@@ -52,7 +43,6 @@ from moe_operator.runtime_client import RuntimeClient
 logger = logging.getLogger(__name__)
 
 POD_PROGRAM = (sys.executable, "-m", "moe_runtime.pod")
-ROLE_NODE = "node"
 REST_S = 0.15
 """Ranks report many times a second; looking at each report would take a tenth of a core from them."""
 MIRROR_EVERY_S = 0.5
@@ -67,22 +57,22 @@ class LocalCluster:
         self.folder = folder or make_run_folder()
         self._keep = keep
         self._store = ObjectStore(self.folder / "objects", clock=time.time)
-        self._kubelet = Kubelet(
-            program,
-            run_folder=self.folder,
-            read_volume=self._read_volume,
-            on_change=self._pod_changed,
-            on_gone=self._pod_gone,
-        )
-        self._pods: dict[str, LocalPod] = {}
         self._ports = Ports()
+        self._crew = Crew(
+            program,
+            folder=self.folder,
+            store=self._store,
+            ports=self._ports,
+            on_change=self._mark_owner,
+            on_gone=self._room_is_free,
+        )
         self._ports_of: dict[str, dict[str, int]] = {}
         self._clients: dict[str, RuntimeClient] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._dirty: dict[Key, None] = {}
         self._dirty_event = asyncio.Event()
         self._changed = asyncio.Event()
-        self._num_events = self._num_pods = 0
+        self._num_events = 0
         self._mirroring = asyncio.create_task(self._mirror(), name="mirror")
 
     async def __aenter__(self) -> "LocalCluster":
@@ -95,7 +85,7 @@ class LocalCluster:
         """Kill every pod and remove the run folder."""
         await asyncio.gather(*(client.close() for client in self._clients.values()), *self._closing)
         self._clients.clear()
-        await self._kubelet.close()
+        await self._crew.close()
         self._mirroring.cancel()
         await asyncio.gather(self._mirroring, return_exceptions=True)
         self._store.write_mirror()
@@ -126,7 +116,7 @@ class LocalCluster:
         return list(self._store.list(kind))
 
     def pods(self) -> list[LocalPod]:
-        return list(self._pods.values())
+        return self._crew.all()
 
     def state_of(self, key: Key) -> RuntimeFace | None:
         """Face of the coordinator of a job or service, None before it has pods."""
@@ -165,11 +155,11 @@ class LocalCluster:
         wish = wish_of(thing)
         if wish.kind == "MoEDrill":
             return wish, Facts(target=self._target(wish), local=True)
-        own = frozenset(pod.uid for pod in self._pods_of(wish.uid, with_node=True))
+        own = frozenset(pod.uid for pod in self._crew.of(wish.uid, with_node=True))
         client = self._clients.get(wish.uid)
         facts = Facts(
             nodes=(node_fact(self.pods(), own=own),),
-            pods=self._pod_facts(wish.uid),
+            pods=self._crew.facts(wish.uid),
             objects=tuple(
                 ObjectFact(child["kind"], child["metadata"]["name"], child["metadata"]["annotations"][APPLIED])
                 for child in self._store.children(wish.uid)
@@ -213,24 +203,19 @@ class LocalCluster:
             if owner_uid_of(there) != wish.uid:
                 raise Foreign(f"Pod/{action.name} exists and is not owned by {wish.kind}/{wish.name}")
             return
-        pod = self._admit(wish, action.manifest, gated=action.gated)
+        owner = self._owner(wish)
+        pod = self._crew.admit(action.manifest, owner=owner, gated=action.gated)
         if not action.gated:
-            self._run(pod, NODE_NAME)
+            self._run(pod, owner)
 
     async def bind_pod(self, wish: Wish, action: BindPod) -> None:
         pod = self._expect(action.name, action.uid, wish)
         if pod.gated and not pod.deleting:
-            if pod.role == ROLE_RANK:
-                self._ensure_ray_node(wish, pod)
-            self._run(pod, action.node)
+            self._run(pod, self._owner(wish))
 
     async def delete_pod(self, wish: Wish, action: DeletePod) -> None:
-        pod = self._pods.get(action.uid)
-        if pod is None:
-            return
-        pod = self._expect(action.name, action.uid, wish)
-        if not pod.deleting or action.grace_seconds == 0:
-            self._kubelet.delete(pod, grace_s=action.grace_seconds)
+        if self._crew.get(action.uid) is not None:
+            self._crew.delete(self._expect(action.name, action.uid, wish), grace_s=action.grace_seconds)
 
     async def delete_object(self, wish: Wish, action: DeleteObject) -> None:
         thing = self._store.get(action.kind, wish.namespace, action.name)
@@ -289,45 +274,24 @@ class LocalCluster:
         return thing
 
     def _expect(self, name: str, uid: str, wish: Wish) -> LocalPod:
-        pod = self._pods.get(uid)
+        pod = self._crew.get(uid)
         if pod is None or pod.name != name:
             raise Conflict(f"Pod/{name} with uid {uid} is gone")
         if owner_uid_of(pod.manifest) != wish.uid:
             raise Foreign(f"Pod/{name} is not owned by {wish.kind}/{wish.name}")
         return pod
 
-    def _admit(self, wish: Wish, manifest: Mapping[str, Any], *, gated: bool) -> LocalPod:
-        uid = str(uuid.uuid4())
-        thing = deepcopy(dict(manifest)) | {"apiVersion": "v1", "kind": "Pod"}
-        thing["metadata"]["uid"] = uid
-        self._store.put_child(thing, owner=self._owner(wish))
-        stored = self._store.get("Pod", wish.namespace, thing["metadata"]["name"])
-        assert stored is not None
-        self._num_pods += 1
-        folder, temp = self.folder / "p" / thing["metadata"]["name"], self.folder / f"t{self._num_pods}"
-        pod = LocalPod(stored, folder, temp, created_at=time.time(), gated=gated)
-        pod.extra_env[ENV_SHARED_RAY] = "1"
-        if pod.role == ROLE_GATEWAY:
-            pod.health_port = self._ports.take()
-        self._pods[uid] = pod
-        self._pod_changed(pod)
-        return pod
+    def _run(self, pod: LocalPod, owner: Manifest) -> None:
+        if owner["metadata"]["uid"] not in self._clients:
+            self._follow_runtime(owner)
+        self._crew.run(pod, owner=owner)
 
-    def _run(self, pod: LocalPod, node: str) -> None:
-        pod.gated, pod.node = False, node
-        uid = owner_uid_of(pod.manifest) or ""
-        if uid not in self._clients:
-            self._follow_runtime(uid)
-        self._kubelet.start(pod)
-
-    def _follow_runtime(self, uid: str) -> None:
-        thing = next(
-            thing for kind in OWNER_KINDS for thing in self._store.list(kind) if thing["metadata"]["uid"] == uid
-        )
+    def _follow_runtime(self, owner: Manifest) -> None:
+        uid = owner["metadata"]["uid"]
         client = RuntimeClient(
-            f"http://127.0.0.1:{self._ports_for(thing)['coordinator']}",
+            f"http://127.0.0.1:{self._ports_for(owner)['coordinator']}",
             token=lambda: self._token(uid),
-            on_change=lambda: self._mark(thing),
+            on_change=lambda: self._mark(owner),
         )
         self._clients[uid] = client
         client.start()
@@ -337,27 +301,6 @@ class LocalCluster:
             if child["kind"] == "Secret":
                 return str(child["stringData"]["token"])
         return None
-
-    def _ensure_ray_node(self, wish: Wish, rank: LocalPod) -> None:
-        """The bare Ray node that the owner's ranks share, started with its first rank, gone with its last pod."""
-        if any(pod.role == ROLE_NODE and not pod.deleting for pod in self._pods_of(wish.uid, with_node=True)):
-            return
-        manifest = deepcopy(rank.manifest)
-        name = pod_name(wish.kind, wish.name, ROLE_NODE, index=0, incarnation=self._num_pods)
-        labels = manifest["metadata"]["labels"] | {LABEL_ROLE: ROLE_NODE}
-        manifest["metadata"] = {"name": name, "labels": labels}
-        manifest["spec"]["restartPolicy"] = "Always"
-        for probe in ("livenessProbe", "readinessProbe", "startupProbe", "resources"):
-            manifest["spec"]["containers"][0].pop(probe, None)
-        node = self._admit(wish, manifest, gated=False)
-        node.extra_env[ENV_ROLE] = ROLE_NODE
-        self._run(node, NODE_NAME)
-
-    def _read_volume(self, pod: LocalPod, kind: str, name: str) -> Mapping[str, str] | None:
-        thing = self._store.get(kind, pod.namespace, name)
-        if thing is None:
-            return None
-        return dict(thing.get("stringData" if kind == "Secret" else "data", {}))
 
     def _model(self, wish: Wish) -> ModelFact | None:
         path = wish.spec.get("model", {}).get("path") if isinstance(wish.spec.get("model"), Mapping) else None
@@ -373,20 +316,6 @@ class LocalCluster:
             self._ports_of[uid] = ports
         return self._ports_of[uid]
 
-    def _pods_of(self, uid: str, *, with_node: bool = False) -> list[LocalPod]:
-        return [
-            pod
-            for pod in self._pods.values()
-            if owner_uid_of(pod.manifest) == uid and (with_node or pod.role != ROLE_NODE)
-        ]
-
-    def _pod_facts(self, uid: str) -> tuple[PodFact, ...]:
-        facts = (
-            pod.fact(digest=pod.manifest["metadata"]["annotations"].get(ANNOTATION_SPEC_DIGEST, ""))
-            for pod in self._pods_of(uid)
-        )
-        return tuple(sorted(facts, key=lambda fact: fact.name))
-
     def _target(self, drill: Wish) -> TargetFact | None:
         named = drill.spec.get("target", {})
         thing = self._store.get(str(named.get("kind")), drill.namespace, str(named.get("name")))
@@ -394,7 +323,7 @@ class LocalCluster:
             return None
         wish = wish_of(thing)
         client = self._clients.get(wish.uid)
-        return TargetFact(wish, self._pod_facts(wish.uid), client.state if client else None)
+        return TargetFact(wish, self._crew.facts(wish.uid), client.state if client else None)
 
     def _drills_of(self, key: Key) -> list[Manifest]:
         return [
@@ -408,8 +337,8 @@ class LocalCluster:
     def _delete_owner(self, owner: Manifest) -> None:
         key, uid = key_of(owner), owner["metadata"]["uid"]
         self._store.remove(key.kind, key.namespace, key.name)
-        for pod in self._pods_of(uid, with_node=True):
-            self._kubelet.delete(pod)
+        for pod in self._crew.of(uid, with_node=True):
+            self._crew.delete(pod)
         for child in list(self._store.children(uid)):
             if child["kind"] != "Pod":
                 self._store.remove(child["kind"], key.namespace, child["metadata"]["name"])
@@ -420,32 +349,12 @@ class LocalCluster:
             task.add_done_callback(self._closing.discard)
         self._mark(owner)
 
-    def _pod_changed(self, pod: LocalPod) -> None:
-        pod.manifest["status"] = {
-            "phase": pod.phase,
-            "message": pod.message,
-            "podIP": "127.0.0.1",
-            "conditions": [{"type": "Ready", "status": str(pod.ready)}],
-            "containerStatuses": [{"name": "moerator", "ready": pod.ready, "restartCount": pod.restarts}],
-        }
-        if pod.node:
-            pod.manifest["spec"]["nodeName"] = pod.node
-        if self._store.get("Pod", pod.namespace, pod.name) is pod.manifest:
-            self._store.touch(pod.manifest)
-        self._mark_owner(pod)
-
-    def _pod_gone(self, pod: LocalPod) -> None:
-        self._pods.pop(pod.uid, None)
-        if self._store.get("Pod", pod.namespace, pod.name) is pod.manifest:
-            self._store.remove("Pod", pod.namespace, pod.name)
-        left = self._pods_of(owner_uid_of(pod.manifest) or "", with_node=True)
-        if all(other.role == ROLE_NODE for other in left):
-            for node in left:
-                if not node.deleting:
-                    self._kubelet.delete(node, grace_s=1)
-        for kind in OWNER_KINDS:  # its room is free now, so whoever waits for room should look again
+    def _room_is_free(self) -> None:
+        """Whoever waits for room should look again."""
+        for kind in OWNER_KINDS:
             for thing in self._store.list(kind):
                 self._mark(thing)
+        self._pulse()
 
     def _mark_owner(self, pod: LocalPod) -> None:
         reference = pod.manifest["metadata"]["ownerReferences"][0]
