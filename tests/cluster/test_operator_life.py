@@ -173,6 +173,7 @@ async def test_a_restart_changes_nothing_and_writes_nothing(
     with operator(cluster, world.namespace, MOERATOR_COORDINATOR_URL=coordinator.url) as first:
         await world.apply(service(ranks=4))
         await world.until_condition("moeservices", "chat", "Ready", "True")
+        await world.until_condition("moeservices", "chat", "Degraded", "False", reason="Stable")
         await asyncio.to_thread(first.process.terminate)
     before = await world.find("moeservices", "chat")
     options = {"kubeconfig": proxy.kubeconfig, "MOERATOR_COORDINATOR_URL": coordinator.url}
