@@ -1,0 +1,114 @@
+"""Looking at a local run from its run folder."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from moe_operator.cli import app
+from moe_operator.cli_look import evaluate_path
+from moe_operator.cli_run import ConditionTeller, outcome_of
+from moe_operator.cluster.local_runs import PID_FILE
+from moe_operator.cluster.local_store import ObjectStore
+
+SERVICE: dict[str, Any] = {
+    "apiVersion": "moerator.dev/v1alpha1",
+    "kind": "MoEService",
+    "metadata": {"name": "tiny"},
+    "spec": {"model": {"path": "x"}, "parallelism": {"expert": 4}},
+}
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """What the shell of a run mirrors: one service with a status."""
+    (tmp_path / PID_FILE).write_text(str(os.getpid()))
+    store = ObjectStore(tmp_path / "objects", clock=lambda: 0.0)
+    thing, _ = store.put_resource(SERVICE)
+    ready = {"type": "Ready", "status": "True", "reason": "AllActive", "message": "4 of 4 ranks active"}
+    thing["status"] = {"ranks": {"active": 4}, "conditions": [ready], "memory": {"secret": 1}}
+    store.touch(thing)
+    store.write_mirror()
+    return tmp_path
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, arguments)
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (".spec.levels[*].name", "zone,rack"),
+        ('.status.conditions[?(@.type=="Ready")].status', "True"),
+        ('.status.conditions[?(@.type=="Nope")].status', ""),
+        (".status.ranks.active", "4"),
+        (".status.nothing.here", ""),
+    ],
+)
+def test_a_columns_path_is_evaluated_as_kubectl_does(path: str, value: str) -> None:
+    thing = {
+        "spec": {"levels": [{"name": "zone"}, {"name": "rack"}]},
+        "status": {"conditions": [{"type": "Ready", "status": "True"}], "ranks": {"active": 4}},
+    }
+    assert evaluate_path(thing, path) == value
+
+
+def test_get_prints_the_columns_of_the_crd(run_folder: Path) -> None:
+    code, said = run("get", "moesvc", "--run", str(run_folder))
+    assert code == 0
+    heading, row = said.splitlines()
+    assert heading.split()[:4] == ["MOESERVICE", "RANKS", "ACTIVE", "READY"]
+    assert row.split()[:4] == ["tiny", "4", "4", "True"]
+
+
+def test_status_prints_conditions_and_numbers_but_not_the_brains_notes(run_folder: Path) -> None:
+    code, said = run("status", "moesvc", "tiny", "--run", str(run_folder))
+    assert (code, "AllActive" in said, "active: 4" in said, "secret" in said) == (0, True, True, False)
+
+
+def test_a_missing_object_and_a_wrong_kind_are_refused_in_words(run_folder: Path) -> None:
+    missing = run("status", "moesvc", "nobody", "--run", str(run_folder))
+    wrong = run("get", "gateways", "--run", str(run_folder))
+    assert (missing[0], "MoEService/nobody does not exist" in missing[1]) == (3, True)
+    assert wrong[0] == 2
+    assert "moeservices (moesvc)" in " ".join(wrong[1].split())
+
+
+def test_an_edit_of_the_spec_raises_the_generation_and_nothing_else_does(tmp_path: Path) -> None:
+    store = ObjectStore(tmp_path, clock=lambda: 0.0)
+    store.put_resource(SERVICE)
+    _, changed_same = store.put_resource(SERVICE)
+    edited, changed = store.put_resource({**SERVICE, "spec": {**SERVICE["spec"], "parallelism": {"expert": 3}}})
+    assert (changed_same, changed, edited["metadata"]["generation"]) == (False, True, 2)
+
+
+def test_only_turns_of_a_condition_are_told() -> None:
+    teller = ConditionTeller(started_at=0.0)
+    thing = {
+        "kind": "MoEJob",
+        "metadata": {"name": "tiny"},
+        "status": {"conditions": [{"type": "Ready", "status": "False", "reason": "Starting", "message": "1 of 4"}]},
+    }
+    first = len(teller.turns(thing))
+    thing["status"]["conditions"][0]["message"] = "2 of 4"  # type: ignore[index]
+    again = len(teller.turns(thing))
+    thing["status"]["conditions"][0]["reason"] = "Forming"  # type: ignore[index]
+    assert (first, again, len(teller.turns(thing))) == (1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "outcome"),
+    [
+        ({}, None),
+        ({"Complete": "True"}, True),
+        ({"Failed": "True", "Complete": "False"}, False),
+        ({"Ready": "False"}, None),
+    ],
+)
+def test_a_resource_is_over_when_it_says_so(conditions: dict[str, str], outcome: bool | None) -> None:
+    listed = [{"type": kind, "status": status, "reason": "R", "message": ""} for kind, status in conditions.items()]
+    assert outcome_of({"status": {"conditions": listed}}) is outcome
