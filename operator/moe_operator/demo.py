@@ -163,7 +163,7 @@ class Demo:
         try:
             self._view.headline = "steady requests, half of them streaming"
             await asyncio.sleep(CALM_S)
-            self._figures.calm_tokens_per_s = load.tokens_per_s()
+            self._figures.calm_tokens_per_s = load.tokens_per_s(window_s=CALM_S)
             self._screen.stage(2)
             self._view.headline = f"rank {target['rank']} is killed with SIGKILL under load"
             key = shell.apply(drill)
@@ -176,11 +176,11 @@ class Demo:
                 )
             self._view.headline = "healed; requests go on"
             await asyncio.sleep(CALM_S)
+            self._figures.healed_tokens_per_s = load.tokens_per_s(window_s=CALM_S)
         finally:
             load.stop()
             showing.cancel()
         await sending
-        self._figures.healed_tokens_per_s = load.tokens_per_s()
         face = shell.cluster.state_of(service)
         self._figures.note_service(self._thing(shell, service), face.state if face else None)
         self._figures.note_load(load.tally)
@@ -190,7 +190,7 @@ class Demo:
             face, tally, facts = shell.cluster.state_of(service), load.tally, self._view.facts
             state = face.state if face else None
             facts["requests"] = f"{tally.sent} sent, {tally.ok} ok, {tally.failed} failed, {tally.in_flight} in flight"
-            self._view.sample("tokens/s", load.tokens_per_s(window_s=1.0))
+            self._view.sample("tokens/s", load.tokens_per_s(window_s=3.0))
             if state is not None:
                 self._view.ranks = state.ranks
                 if state.coverage is not None:

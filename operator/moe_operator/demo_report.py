@@ -201,7 +201,7 @@ def _rows(figures: Figures) -> list[list[tuple[str, str]]]:
             ),
             ("latency, median / longest", f"{serving['latency_s_median']} s / {serving['latency_s_max']} s"),
             ("longest silence of a stream", f"{tally.longest_silence_s:.2f} s"),
-            ("picks degraded", ", ".join(f"{k} {v}" for k, v in sorted(figures.degraded_tokens.items())) or "none"),
+            ("tokens degraded (routed picks)", _counts(figures.degraded_tokens)),
         ]
     )
     if loss := figures.loss:
@@ -231,6 +231,10 @@ def _rows(figures: Figures) -> list[list[tuple[str, str]]]:
         ]
     )
     return rows
+
+
+def _counts(by_reason: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} by {reason}" for reason, count in sorted(by_reason.items()) if count) or "none"
 
 
 def _number(value: float | None, *, digits: int = 3) -> str:

@@ -25,6 +25,7 @@ PROMPTS = (
     "from collections import ",
 )
 REQUEST_TIMEOUT_S = 60.0
+LONGEST_WINDOW_S = 60.0
 
 
 @dataclass(slots=True)
@@ -89,11 +90,11 @@ class LoadGenerator:
         self._stopping = True
 
     def tokens_per_s(self, *, window_s: float = 5.0) -> float:
-        """Completion tokens that reached clients over the last `window_s`."""
+        """Completion tokens of answers that were completed over the last `window_s`, a minute at most."""
         now = time.monotonic()
-        while self._recent and self._recent[0][0] < now - window_s:
+        while self._recent and self._recent[0][0] < now - LONGEST_WINDOW_S:
             self._recent.popleft()
-        return sum(tokens for _, tokens in self._recent) / window_s
+        return sum(tokens for at, tokens in self._recent if at >= now - window_s) / window_s
 
     async def _client(self, session: aiohttp.ClientSession) -> None:
         while not self._stopping:
