@@ -12,6 +12,7 @@ import typer
 import yaml
 
 from moe_core.spec.kinds import KINDS, Column, ResourceKind
+from moe_core.spec.load import Document
 from moe_operator.cli_files import EXIT_MISSING, read_files
 from moe_operator.cli_run import condition, outcome_of
 from moe_operator.cluster.local_runs import is_living, living_runs
@@ -31,9 +32,8 @@ def apply_files(names: Sequence[str], *, run: Path | None) -> int:
     texts = [(name, read_files([name])) for name in names]
     folder = _need_run(run)
     for _, documents in texts:
-        text = yaml.safe_dump_all([dict(document.raw) for document in documents], sort_keys=False)
         try:
-            for applied in ask(folder, "POST", "/v1/apply", text):
+            for applied in ask(folder, "POST", "/v1/apply", _as_text(documents)):
                 typer.echo(f"{applied} applied")
         except FaceRefused as refused:
             typer.echo(str(refused), err=True)
@@ -102,7 +102,7 @@ def run_drill(names: Sequence[str], *, run: Path | None) -> int:
     if folder is None:
         return _kubectl("apply", *(part for name in names for part in ("-f", name)))
     try:
-        ask(folder, "POST", "/v1/apply", yaml.safe_dump_all([dict(document.raw) for document in documents]))
+        ask(folder, "POST", "/v1/apply", _as_text(documents))
     except FaceRefused as refused:
         typer.echo(str(refused), err=True)
         return EXIT_MISSING
@@ -143,6 +143,11 @@ def evaluate_path(thing: Any, path: str) -> str:
         else:
             found = [value[step] for value in found if isinstance(value, dict) and step in value]
     return ",".join(str(value) for value in found if value is not None)
+
+
+def _as_text(documents: Sequence[Document]) -> str:
+    """Documents as JSON, which is YAML that no reader takes otherwise than it was meant."""
+    return "\n---\n".join(json.dumps(document.raw) for document in documents)
 
 
 def _steps_of(path: str) -> list[str]:

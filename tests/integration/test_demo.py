@@ -66,7 +66,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     job["spec"]["training"] |= {"maxSteps": 3, "warmupSteps": 1}
     job["spec"]["output"]["path"] = service["spec"]["model"]["path"] = str(folder / "tiny")
     for name, document in (("job", job), ("service", service), ("drill", drill)):
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(document))
+        (folder / f"{name}.yaml").write_text(json.dumps(document))
     train = [*MOERATOR, "run", "-f", "job.yaml"]
     trained = subprocess.run(train, cwd=folder, capture_output=True, text=True, timeout=400, check=False)
     assert trained.returncode == 0, trained.stdout + trained.stderr

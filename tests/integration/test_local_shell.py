@@ -38,6 +38,7 @@ PODS = 8  # coordinator, two gateways, four ranks, the Ray node they share
 @pytest.fixture
 def shell(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """A shell in a process of its own with every pod of a service running; and its run folder."""
+    (tmp_path / "model.safetensors").touch()
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe", "num_experts": 16, "num_hidden_layers": 2}')
     example = HERE.parents[1] / "examples" / "service-tiny.yaml"
     arguments = [str(HERE / "local_stand_in.py"), str(example), str(tmp_path)]
@@ -105,6 +106,7 @@ def test_what_a_killed_shell_left_is_removed_by_the_next_one(shell: tuple[subpro
 
 
 def test_a_kill_while_pods_start_leaves_no_process(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe", "num_experts": 16, "num_hidden_layers": 2}')
     example = HERE.parents[1] / "examples" / "service-tiny.yaml"
     arguments = [str(HERE / "local_stand_in.py"), str(example), str(tmp_path)]

@@ -33,7 +33,7 @@ from moe_core.facts import (
 )
 from moe_operator.cluster.local_crew import Crew
 from moe_operator.cluster.local_machine import Ports, node_fact
-from moe_operator.cluster.local_model import read_model
+from moe_operator.cluster.local_model import has_checkpoint, read_model
 from moe_operator.cluster.local_pods import LocalPod
 from moe_operator.cluster.local_runs import make_run_folder
 from moe_operator.cluster.local_store import Manifest, ObjectStore, key_of, owner_uid_of
@@ -73,6 +73,7 @@ class LocalCluster:
         self._dirty_event = asyncio.Event()
         self._changed = asyncio.Event()
         self._num_events = 0
+        self._has_checkpoint: dict[str, bool] = {}
         self._mirroring = asyncio.create_task(self._mirror(), name="mirror")
 
     async def __aenter__(self) -> "LocalCluster":
@@ -265,7 +266,17 @@ class LocalCluster:
     async def _mirror(self) -> None:
         while True:
             self._store.write_mirror()
+            self._look_for_checkpoints()
             await asyncio.sleep(MIRROR_EVERY_S)
+
+    def _look_for_checkpoints(self) -> None:
+        """A service that was refused for want of its checkpoint is looked at again when one appears."""
+        for thing in self._store.list("MoEService"):
+            path = thing["spec"].get("model", {}).get("path", "")
+            there = has_checkpoint(Path(path))
+            if there != self._has_checkpoint.get(thing["metadata"]["uid"], there):
+                self._mark(thing)
+            self._has_checkpoint[thing["metadata"]["uid"]] = there
 
     def _owner(self, wish: Wish) -> Manifest:
         thing = self._store.get(wish.kind, wish.namespace, wish.name)

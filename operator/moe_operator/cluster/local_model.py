@@ -13,7 +13,7 @@ EXPERT_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "
 def read_model(folder: Path) -> ModelFact | None:
     """The checkpoint's shape, None when there is no checkpoint (yet); `problem` says why it cannot be served."""
     file = folder / "config.json"
-    if not file.is_file():
+    if not has_checkpoint(folder):
         return None
     try:
         config = json.loads(file.read_text())
@@ -27,6 +27,12 @@ def read_model(folder: Path) -> ModelFact | None:
     if not counts:
         return ModelFact(0, 0, family, problem=f"{file}: none of {', '.join(EXPERT_COUNT_FIELDS)}: not an MoE model")
     return ModelFact(counts[0], num_moe_layers(text), family)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether config and weights are there; a trainer puts one after the other."""
+    weights = (path for path in folder.glob("*.safetensors") if path.name != "generalist.safetensors")
+    return (folder / "config.json").is_file() and any(weights)
 
 
 def num_moe_layers(config: Mapping[str, Any]) -> int:

@@ -1,0 +1,55 @@
+"""What is read of a checkpoint's config.json, with the names transformers' families use."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moe_core.facts import ModelFact
+from moe_operator.cluster.local_model import read_model
+
+
+@pytest.mark.parametrize(
+    ("config", "experts", "layers"),
+    [
+        ({"model_type": "mixtral", "num_local_experts": 8, "num_hidden_layers": 4}, 8, 4),
+        ({"model_type": "olmoe", "num_experts": 16, "num_hidden_layers": 2}, 16, 2),
+        (
+            {
+                "model_type": "qwen3_moe",
+                "num_experts": 16,
+                "num_hidden_layers": 6,
+                "decoder_sparse_step": 2,
+                "mlp_only_layers": [1],
+            },
+            16,
+            2,
+        ),
+        (
+            {"model_type": "deepseek_v3", "n_routed_experts": 64, "num_hidden_layers": 5, "first_k_dense_replace": 3},
+            64,
+            2,
+        ),
+    ],
+)
+def test_experts_and_layers_are_found_under_each_familys_names(
+    tmp_path: Path, config: dict[str, object], experts: int, layers: int
+) -> None:
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_model(tmp_path) == ModelFact(experts, layers, str(config["model_type"]))
+
+
+def test_a_folder_without_weights_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "generalist.safetensors").touch()
+    assert read_model(tmp_path) is None
+
+
+@pytest.mark.parametrize(("text", "word"), [("{", "config.json"), ("[]", "no JSON object"), ("{}", "not an MoE model")])
+def test_a_config_that_cannot_be_served_says_why(tmp_path: Path, text: str, word: str) -> None:
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "config.json").write_text(text)
+    found = read_model(tmp_path)
+    assert found is not None
+    assert word in found.problem
