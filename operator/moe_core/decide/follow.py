@@ -96,7 +96,8 @@ def release_leavers(
         if pod is None:
             continue
         state = states.get(pod.uid)
-        never_in = pod.gated or not formed
+        # Without a coordinator's word a running pod may be a member, whatever an unwritten status has forgotten.
+        never_in = pod.gated or (not formed and (facts.runtime is not None or pod.phase == "Pending"))
         out = state is not None and state.phase in _OUT
         settled = following.in_force(facts.runtime) and (state is None or state.phase not in _MEMBER)
         if never_in or (told and (out or settled)):
