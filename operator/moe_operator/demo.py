@@ -33,6 +33,8 @@ from moe_operator.progress import Screen, make_screen
 STAGES = ("train", "serve", "kill a rank", "measure")
 CALM_S = 6.0
 """Seconds of load before the fault and after the cure, so that the two can be told apart."""
+CLIENTS = 8
+"""Requests in flight: two for each rank, so that the one that dies surely holds some."""
 READY_WITHIN_S, DRILL_WITHIN_S = 300.0, 180.0
 WORTH_TELLING = frozenset(
     [("Accepted", "False"), ("Placed", "True"), ("Complete", "True"), ("Failed", "True"), ("Injected", "True")]
@@ -157,7 +159,7 @@ class Demo:
             raise DemoFailed(f"rank {target['rank']} must hold experts with and without a copy elsewhere: {loss}")
         url = f"http://127.0.0.1:{shell.cluster.port_of(service, 'gateway')}/v1"
         self._screen.news(f"the OpenAI API answers at {url}")
-        load = LoadGenerator(url, model=self._served_name())
+        load = LoadGenerator(url, model=self._served_name(), clients=CLIENTS)
         sending = asyncio.create_task(load.run(), name="load")
         showing = asyncio.create_task(self._show_load(shell, service, load), name="show load")
         try:
