@@ -150,7 +150,8 @@ class Shell:
         return ended + self.trace.problems() + self._lag.problems()
 
     def _unready(self) -> list[str]:
-        return self._problems() or ([] if self._complete else ["not everything has been listed yet"])
+        is_ready = self._complete and self.trace.is_started()
+        return self._problems() or ([] if is_ready else ["not everything is listed and watched yet"])
 
     def _exposition(self) -> bytes:
         for kind in KINDS:

@@ -16,13 +16,9 @@ from typing import Any
 from moe_core.contract.names import (
     ANNOTATION_SPEC_DIGEST,
     API_VERSION,
-    COORDINATOR_PORT,
     FIELD_MANAGER,
     GROUP,
-    ROLE_COORDINATOR,
     SCHEDULING_GATE,
-    VERSION,
-    child_name,
     owner_labels,
 )
 from moe_core.facts import (
@@ -34,43 +30,21 @@ from moe_core.facts import (
     EnsureToken,
     Event,
     Facts,
-    ObjectFact,
     TargetFact,
     Wish,
 )
 from moe_operator.cluster.kubernetes import APPLY_PATCH, JSON_PATCH, MERGE_PATCH, STRATEGIC_PATCH, KubeApi, NotFound
 from moe_operator.cluster.kubernetes_cache import Cache, target_of
+from moe_operator.cluster.kubernetes_paths import api_version_of, is_owned, path_of, plural_of
+from moe_operator.cluster.kubernetes_runtimes import TOKEN_KEY, Runtimes
 from moe_operator.cluster.protocol import Conflict, Foreign, Key, RuntimeFace
-from moe_operator.observe import HOSTNAME_LABEL, Object, describe_owner, owner_of, owner_reference
-from moe_operator.runtime_client import RuntimeClient
+from moe_operator.observe import HOSTNAME_LABEL, Object, describe_owner, owner_reference
 from moe_operator.settings import OperatorSettings
 
 logger = logging.getLogger(__name__)
 
-TOKEN_KEY = "token"
 EVENT_NOTE_LIMIT = 1024
 FOREIGN_LOOK_S = 3.0
-_PREFIX_OF_GROUP = {"": "/api/v1", GROUP: f"/apis/{GROUP}/{VERSION}"}
-_RESOURCES: dict[str, tuple[str, str]] = {
-    "Pod": ("", "pods"),
-    "ConfigMap": ("", "configmaps"),
-    "Service": ("", "services"),
-    "Secret": ("", "secrets"),
-    "MoEJob": (GROUP, "moejobs"),
-    "MoEService": (GROUP, "moeservices"),
-    "MoEDrill": (GROUP, "moedrills"),
-    "ExpertMap": (GROUP, "expertmaps"),
-}
-
-
-def path_of(kind: str, namespace: str, name: str = "") -> str:
-    """The API's path of an object, or of its collection when no name is given.
-
-    >>> path_of("MoEJob", "team-a", "tiny")
-    '/apis/moerator.dev/v1alpha1/namespaces/team-a/moejobs/tiny'
-    """
-    group, plural = _RESOURCES[kind]
-    return f"{_PREFIX_OF_GROUP[group]}/namespaces/{namespace}/{plural}" + (f"/{name}" if name else "")
 
 
 class KubernetesCluster:
@@ -82,16 +56,16 @@ class KubernetesCluster:
         self._clock = clock
         self._dirty: asyncio.Queue[Key] = asyncio.Queue()
         self.cache = Cache(self._dirty.put_nowait)
-        self._runtimes: dict[str, RuntimeClient] = {}
+        self._runtimes = Runtimes(api, self.cache, url=settings.coordinator_url, mark=self._mark_with_drills)
         self._keys: dict[str, Key] = {}
-        self._tokens: dict[str, str] = {}
-        self._tokens_checked: set[str] = set()
         self._foreign: dict[str, set[tuple[str, str]]] = {}
 
     async def close(self) -> None:
-        for runtime in self._runtimes.values():
-            await runtime.close()
-        self._runtimes.clear()
+        await self._runtimes.close()
+
+    def distrust(self) -> None:
+        """Read anew, when it is next asked for, what no watch tells about."""
+        self._runtimes.distrust()
 
     async def dirty(self) -> AsyncIterator[Key]:
         while True:
@@ -105,88 +79,44 @@ class KubernetesCluster:
         if wish is None:
             return None
         self._keys[wish.uid] = key
-        runtime = await self._follow_runtime(wish)
+        # What must be asked for first, then everything from the caches in one breath: a pod that the runtime knows must
+        # not be missing among the pods, or it would count as gone.
+        runtime = await self._runtimes.follow(wish)
+        secret = await self._runtimes.secret(wish)
+        foreign = await self._foreign_objects(wish)
+        target = await self._target(wish)
         facts = Facts(
             nodes=self.cache.nodes(wish.uid),
             pods=self.cache.pods(wish.uid),
-            objects=(*self.cache.objects(wish.uid), *await self._secret(wish)),
-            foreign=tuple(sorted({*self.cache.foreign_pods(wish), *await self._foreign_objects(wish)})),
+            objects=(*self.cache.objects(wish.uid), *secret),
+            foreign=tuple(sorted({*self.cache.foreign_pods(wish), *foreign})),
             topologies=self.cache.topologies(),
             runtime=runtime.state if runtime else None,
             put_generation=runtime.put_generation if runtime else None,
             drills=self.cache.drills_at(key),
-            target=await self._target(wish),
+            target=target,
             default_image=self._settings.runtime_image,
         )
-        return wish, facts
+        latest = self.cache.wish(key)
+        return (latest if latest is not None and latest.uid == wish.uid else wish), facts
 
     def runtime(self, wish: Wish) -> RuntimeFace:
         """Of the target for a drill. Raises Unavailable at its first use when no coordinator exists yet."""
         target = target_of(wish)
         owner = self.cache.wish(target) if target else wish
-        return self._client_of(owner or wish)
-
-    def _client_of(self, wish: Wish) -> RuntimeClient:
-        if wish.uid not in self._runtimes:
-            key = Key(wish.kind, wish.namespace, wish.name)
-            url = self._settings.coordinator_url.format(
-                service=child_name(wish.kind, wish.name, ROLE_COORDINATOR),
-                namespace=wish.namespace,
-                port=COORDINATOR_PORT,
-            )
-            self._runtimes[wish.uid] = RuntimeClient(
-                url, token=lambda: self._tokens.get(wish.uid), on_change=lambda: self._mark_with_drills(key)
-            )
-        return self._runtimes[wish.uid]
+        return self._runtimes.of(owner or wish)
 
     def _mark_with_drills(self, key: Key) -> None:
         self._dirty.put_nowait(key)
         for drill in self.cache.drills_at(key):
             self._dirty.put_nowait(Key(drill.kind, drill.namespace, drill.name))
 
-    async def _follow_runtime(self, wish: Wish) -> RuntimeClient | None:
-        """Poll the coordinator of this wish as long as it has a pod that runs."""
-        if wish.kind == "MoEDrill":
-            return None
-        pods = self.cache.pods(wish.uid)
-        if not any(pod.role == ROLE_COORDINATOR and pod.phase == "Running" for pod in pods):
-            if (idle := self._runtimes.pop(wish.uid, None)) is not None:
-                await idle.close()
-            return None
-        await self._secret(wish)
-        client = self._client_of(wish)
-        client.start()
-        if wish.status.get("epoch"):  # a group has formed before this process looked
-            await client.first_answer()
-        return client
-
-    async def _secret(self, wish: Wish) -> tuple[ObjectFact, ...]:
-        """The token's Secret, read by name and seldom: watching Secrets would need a right to all of them."""
-        if wish.kind == "MoEDrill":
-            return ()
-        name = child_name(wish.kind, wish.name, "token")
-        if wish.uid not in self._tokens_checked:
-            secret = await self._api.find(path_of("Secret", wish.namespace, name))
-            if secret is None or not _is_owned(secret, wish):
-                self._tokens.pop(wish.uid, None)
-                return ()
-            self._learn_token(wish, secret)
-        return (ObjectFact("Secret", name, ""),)
-
-    def _learn_token(self, wish: Wish, secret: Object) -> None:
-        self._tokens[wish.uid] = base64.b64decode(secret["data"][TOKEN_KEY]).decode()
-        self._tokens_checked.add(wish.uid)
-
-    def distrust(self) -> None:
-        """Read anew, when it is next asked for, what no watch tells about."""
-        self._tokens_checked.clear()
-
     async def _target(self, drill: Wish) -> TargetFact | None:
         target = target_of(drill)
         wish = self.cache.wish(target) if target else None
         if wish is None:
             return None
-        runtime = await self._follow_runtime(wish)
+        runtime = await self._runtimes.follow(wish)
         return TargetFact(wish, self.cache.pods(wish.uid), runtime.state if runtime else None)
 
     async def _foreign_objects(self, wish: Wish) -> list[str]:
@@ -194,7 +124,7 @@ class KubernetesCluster:
         still: set[tuple[str, str]] = set()
         for kind, name in self._foreign.get(wish.uid, ()):
             obj = await self._api.find(path_of(kind, wish.namespace, name))
-            if obj is not None and not _is_owned(obj, wish):
+            if obj is not None and not is_owned(obj, wish):
                 still.add((kind, name))
         if still:
             self._foreign[wish.uid] = still
@@ -208,11 +138,8 @@ class KubernetesCluster:
         wish = self.cache.wish(key)
         for uid in [uid for uid, of in self._keys.items() if of == key and (wish is None or wish.uid != uid)]:
             del self._keys[uid]
-            self._tokens.pop(uid, None)
-            self._tokens_checked.discard(uid)
             self._foreign.pop(uid, None)
-            if (runtime := self._runtimes.pop(uid, None)) is not None:
-                await runtime.close()
+            await self._runtimes.forget(uid)
 
     # changes
 
@@ -246,7 +173,7 @@ class KubernetesCluster:
             body = self._child(wish, manifest, kind="Secret", name=action.name, digest="")
             secret = await self._api.create(path_of("Secret", wish.namespace), body, fieldManager=FIELD_MANAGER)
         self._check_owner(wish, "Secret", secret)
-        self._learn_token(wish, secret)
+        self._runtimes.learn_token(wish, secret)
 
     async def create_pod(self, wish: Wish, action: CreatePod) -> None:
         self._check_still_wished(wish)
@@ -390,9 +317,7 @@ class KubernetesCluster:
             "annotations": annotations,
             "ownerReferences": [owner_reference(wish)],
         }
-        group, _ = _RESOURCES[kind]
-        version = f"{group}/{VERSION}" if group else "v1"
-        return {**manifest, "apiVersion": version, "kind": kind, "metadata": metadata}
+        return {**manifest, "apiVersion": api_version_of(kind), "kind": kind, "metadata": metadata}
 
     def _check_still_wished(self, wish: Wish) -> None:
         """Create nothing for an owner that was deleted since the decision: it would only be collected again."""
@@ -401,7 +326,7 @@ class KubernetesCluster:
             raise Conflict(f"{wish.kind} {wish.name} of uid {wish.uid} was deleted meanwhile")
 
     def _check_owner(self, wish: Wish, kind: str, obj: Object) -> None:
-        if not _is_owned(obj, wish):
+        if not is_owned(obj, wish):
             name = obj["metadata"]["name"]
             self._foreign.setdefault(wish.uid, set()).add((kind, name))
             raise Foreign(f"{kind} {name} exists and is not a child of {wish.kind} {wish.name}: {describe_owner(obj)}")
@@ -435,10 +360,4 @@ class KubernetesCluster:
 
     def _learn(self, kind: str, obj: Object) -> None:
         """Take the answer to a change of ours, so that the next cycle sees it before the watch brings it."""
-        _, plural = _RESOURCES[kind]
-        self.cache.put(plural, {"kind": kind, **obj})
-
-
-def _is_owned(obj: Object, wish: Wish) -> bool:
-    owner = owner_of(obj)
-    return owner is not None and owner.uid == wish.uid
+        self.cache.put(plural_of(kind), {"kind": kind, **obj})
