@@ -94,13 +94,14 @@ def write_tensors(folder: Path, name: str, tensors: Mapping[str, torch.Tensor]) 
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """The whole content or nothing, also when the machine stops in the middle."""
+    """The whole content or nothing for whoever reads while we live.
+
+    Not forced to disk: that can take longer than a collective may, and what a stopped machine cuts short the digests
+    find.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    partial.write_bytes(data)
     partial.replace(path)
 
 
