@@ -31,6 +31,8 @@ Role = Literal["coordinator", "rank", "gateway", "node"]
 _ROLES = (ROLE_COORDINATOR, ROLE_RANK, ROLE_GATEWAY, ROLE_NODE)
 ENV_HEALTH_PORT = "MOERATOR_HEALTH_PORT"
 """A port of its own on which a gateway answers too, where several share the service's port (local shell)."""
+ENV_RUN = "MOERATOR_RUN"
+"""Run folder of the local shell: what its pods share lies there, and goes with it."""
 _MAX_RANK = 1 << 20
 
 
@@ -50,6 +52,8 @@ class PodEnv:
     token_path: Path
     config: RuntimeConfig
     health_port: int | None = None
+    run_folder: Path = Path("/tmp")
+    """What pods of one machine share lies here."""
 
     @property
     def ray_namespace(self) -> str:
@@ -113,6 +117,7 @@ def read_pod_env(environ: Mapping[str, str]) -> PodEnv:
         token_path=Path(token_path),
         config=config,
         health_port=int(health_port) if health_port else None,
+        run_folder=Path(environ.get(ENV_RUN) or "/tmp"),
     )
 
 

@@ -67,7 +67,7 @@ def ray_temp_dir(env: PodEnv) -> Path:
     """
     if env.role == ROLE_NODE or uses_shared_node(env):
         # Not below TMPDIR: that may differ from pod to pod.
-        return Path("/tmp") / f"moe-{_short(f'shared:{env.config.uid}:{env.config.ray_port}')}"
+        return env.run_folder / f"moe-{_short(f'shared:{env.config.uid}:{env.config.ray_port}')}"
     return Path(tempfile.gettempdir()) / f"moe-{_short(str(env.state_dir))}"
 
 
