@@ -12,7 +12,9 @@ import pytest
 
 from cluster.controlplane.api import Api, Object
 from cluster.controlplane.build import CLUSTER_PROGRAMS, ensure
+from cluster.controlplane.faults import Proxy, faulty
 from cluster.controlplane.start import ADMIN, ControlPlane, Settings, control_plane
+from cluster.operators import Coordinator, World, coordinators
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _numbers = itertools.count()
@@ -55,3 +57,22 @@ def crds(cluster: ControlPlane) -> list[Object]:
     cluster.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", folder)
     items: list[Object] = json.loads(cluster.kubectl("get", "-f", folder, "-o", "json"))["items"]
     return items
+
+
+@pytest.fixture
+def proxy(cluster: ControlPlane) -> Iterator[Proxy]:
+    """A face of the API server that can be told to fail."""
+    with faulty(cluster) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def coordinator(cluster: ControlPlane) -> Iterator[Coordinator]:
+    """Answers where the runtime's coordinators would: kubelets are simulated here."""
+    with coordinators(cluster) as answering:
+        yield answering
+
+
+@pytest.fixture
+def world(api: Api, namespace: str) -> World:
+    return World(api, namespace)

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from cluster.controlplane.faults import Proxy, faulty
+from cluster.controlplane.faults import Proxy
 from cluster.controlplane.start import ControlPlane
 
 pytestmark = pytest.mark.cluster
-
-
-@pytest.fixture
-def proxy(cluster: ControlPlane) -> Iterator[Proxy]:
-    with faulty(cluster) as running:
-        yield running
 
 
 def create(cluster: ControlPlane, proxy: Proxy, namespace: str, name: str) -> tuple[int, str]:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.controlplane.api import Api
 from cluster.controlplane.nodes import kubelets
 from cluster.controlplane.start import ControlPlane
 from cluster.operators import (
@@ -19,7 +18,6 @@ from cluster.operators import (
     Room,
     World,
     by_rank,
-    coordinators,
     is_gated,
     is_going,
     is_running,
@@ -42,21 +40,10 @@ def room(cluster: ControlPlane, namespace: str) -> Iterator[Room]:
         yield nodes
 
 
-@pytest.fixture(scope="module")
-def coordinator(cluster: ControlPlane) -> Iterator[Coordinator]:
-    with coordinators(cluster) as answering:
-        yield answering
-
-
 @pytest.fixture
 def running(cluster: ControlPlane, crds: object, namespace: str, coordinator: Coordinator) -> Iterator[Operator]:
     with operator(cluster, namespace, MOERATOR_COORDINATOR_URL=coordinator.url) as process:
         yield process
-
-
-@pytest.fixture
-def world(api: Api, namespace: str) -> World:
-    return World(api, namespace)
 
 
 async def test_a_gang_that_does_not_fit_stays_whole_says_why_and_runs_once_a_node_appears(

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import pytest
 
 from cluster.controlplane.api import Api
-from cluster.controlplane.faults import Proxy, faulty
+from cluster.controlplane.faults import Proxy
 from cluster.controlplane.nodes import kubelets
 from cluster.controlplane.start import ControlPlane
 from cluster.operators import (
@@ -24,7 +24,6 @@ from cluster.operators import (
     World,
     by_rank,
     condition,
-    coordinators,
     is_running,
     job,
     operator,
@@ -44,23 +43,6 @@ def room(cluster: ControlPlane, namespace: str) -> Iterator[Room]:
         nodes = Room(controls, namespace.rsplit("-", 1)[1])
         nodes.add("a", gpus=32)
         yield nodes
-
-
-@pytest.fixture
-def proxy(cluster: ControlPlane) -> Iterator[Proxy]:
-    with faulty(cluster) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def coordinator(cluster: ControlPlane) -> Iterator[Coordinator]:
-    with coordinators(cluster) as answering:
-        yield answering
-
-
-@pytest.fixture
-def world(api: Api, namespace: str) -> World:
-    return World(api, namespace)
 
 
 QUICK_LEASE = {"MOERATOR_LEASE_DURATION_S": "3", "MOERATOR_REQUEST_TIMEOUT_S": "1"}

@@ -22,10 +22,10 @@ from moe_core.contract.exchange import RuntimeState, RuntimeWish
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.runtime_config import ModelSource, RuntimeConfig, ServingConfig, TrainingConfig
 from moe_runtime import processes
+from tiny_checkpoint import NUM_EXPERTS, NUM_LAYERS
 
 T = TypeVar("T")
 TOKEN = "a-token-for-tests-only-0123456789"
-NUM_EXPERTS, NUM_LAYERS = 12, 2
 
 
 def free_port() -> int:
@@ -43,33 +43,6 @@ def until(what: str, look: Callable[[], T | None], *, within_s: float) -> T:
             return found
         assert time.monotonic() < deadline, f"not within {within_s:.0f} s: {what}"
         time.sleep(0.05)
-
-
-def tiny_checkpoint(folder: Path) -> Path:
-    """A random Qwen3-MoE of bytes: logits wide enough apart that rounding does not change the greedy choice."""
-    import torch
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    torch.manual_seed(7)
-    config = Qwen3MoeConfig(
-        vocab_size=256,
-        hidden_size=32,
-        intermediate_size=64,
-        moe_intermediate_size=16,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_experts=NUM_EXPERTS,
-        num_experts_per_tok=2,
-        max_position_embeddings=2048,
-        initializer_range=0.4,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
-    Qwen3MoeForCausalLM(config).save_pretrained(folder)
-    (folder / "moerator.json").write_text(json.dumps({"tokenizer": "bytes"}))
-    return folder
 
 
 def spread_map(num_ranks: int, *, copies: int = 2, generation: int = 1) -> ExpertMap:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from integration.serving_pods import Pods, spread_map, tiny_checkpoint, until
+from integration.serving_pods import Pods, spread_map, until
 from moe_core.contract.exchange import RuntimeState, RuntimeWish
 from moe_core.contract.runtime_config import ModelSource
+from tiny_checkpoint import write_checkpoint
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(280)]
 NUM_RANKS = 3
@@ -78,7 +79,7 @@ class Stream(threading.Thread):
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder: Path = tmp_path_factory.mktemp("serving")
-    source = ModelSource(path=str(tiny_checkpoint(folder / "checkpoint")))
+    source = ModelSource(path=str(write_checkpoint(folder / "checkpoint")))
     with Pods(folder / "run", num_ranks=NUM_RANKS, source=source) as pods:
         service = Service(pods)
         pods.start_all(gateways=2)

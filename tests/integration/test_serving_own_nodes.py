@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from integration.serving_pods import Pods, spread_map, tiny_checkpoint, until
+from integration.serving_pods import Pods, spread_map, until
 from moe_core.contract.exchange import RuntimeState, RuntimeWish
 from moe_core.contract.runtime_config import ModelSource
+from tiny_checkpoint import write_checkpoint
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(280)]
 WISH = RuntimeWish(generation=1, ranks=(0,), expert_map=spread_map(1, copies=1))
@@ -16,7 +17,7 @@ def test_a_request_waits_until_the_only_rank_is_replaced_and_a_drill_may_injure_
     def is_whole(state: RuntimeState) -> bool:
         return state.wish_generation == 1
 
-    source = ModelSource(path=str(tiny_checkpoint(tmp_path / "checkpoint")))
+    source = ModelSource(path=str(write_checkpoint(tmp_path / "checkpoint")))
     with Pods(tmp_path / "run", num_ranks=1, source=source, shared_ray=False) as pods:
         pods.start_all()
         pods.put_wish(WISH)

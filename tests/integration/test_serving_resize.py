@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from integration.serving_pods import Pods, spread_map, tiny_checkpoint, until
+from integration.serving_pods import Pods, spread_map, until
 from moe_core.contract.exchange import RuntimeState, RuntimeWish
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.runtime_config import ModelSource
+from tiny_checkpoint import write_checkpoint
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(280)]
 PROMPT, NUM_TOKENS = "grow and shrink", 120
@@ -36,7 +37,7 @@ def in_force(generation: int, state: RuntimeState) -> bool:
 @pytest.fixture(scope="module")
 def pods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pods]:
     folder: Path = tmp_path_factory.mktemp("resize")
-    source = ModelSource(path=str(tiny_checkpoint(folder / "checkpoint")))
+    source = ModelSource(path=str(write_checkpoint(folder / "checkpoint")))
     with Pods(folder / "run", num_ranks=2, source=source) as pods:
         pods.start_all(gateways=1)
         pods.put_wish(WISHES[1])

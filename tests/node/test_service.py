@@ -16,7 +16,7 @@ from cluster.controlplane.build import ensure
 from node.machine.images import OPERATOR, ROOT, RUNTIME
 from node.machine.isolation import run
 from node.machine.node import Node
-from tiny_checkpoint import write_checkpoint
+from tiny_checkpoint import NUM_EXPERTS, NUM_LAYERS, write_checkpoint
 
 pytestmark = [pytest.mark.node, pytest.mark.timeout(900)]
 
@@ -33,9 +33,9 @@ def service(model: Path) -> dict[str, Any]:
         "kind": "MoEService",
         "metadata": {"name": "tiny"},
         "spec": {
-            "model": {"path": "/models/tiny", "numExperts": 8, "numMoeLayers": 2},
+            "model": {"path": "/models/tiny", "numExperts": NUM_EXPERTS, "numMoeLayers": NUM_LAYERS},
             "parallelism": {"expert": RANKS},
-            "experts": {"redundantPerRank": 3, "minCopies": 2},
+            "experts": {"redundantPerRank": NUM_EXPERTS // RANKS, "minCopies": 2},
             "template": {
                 "spec": {
                     "image": RUNTIME,

@@ -59,6 +59,7 @@ class Api:
     ) -> None:
         if self._session is not None:
             await self._session.close()
+            await asyncio.sleep(0.01)  # aborted connections give their sockets back at the next turns of the loop
 
     async def request(
         self,
