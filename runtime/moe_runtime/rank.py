@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from pydantic import TypeAdapter
-from pydantic.dataclasses import dataclass
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from moe_core.contract.names import rank_actor_name
 from moe_core.contract.runtime_config import RuntimeConfig
 from moe_runtime.engine.scheduler import GenerationRequest
+from moe_runtime.rank_boot import RankBoot
 from moe_runtime.rank_desk import Desk, Poll
 
 if TYPE_CHECKING:
@@ -30,24 +30,6 @@ if TYPE_CHECKING:
 
 _CREATE_S = 120.0
 _EXIT_STEP_LOOP = 71
-
-
-@dataclass(frozen=True)
-class RankBoot:
-    """What the guard hands to the process of its rank."""
-
-    config_path: str
-    token_path: str
-    rank: int
-    pod_uid: str
-    pod_ip: str
-    guard_socket: str
-    guard_address: str
-    coordinator_url: str
-    log_path: str
-    ray_address: str
-    ray_namespace: str
-    ray_temp_dir: str
 
 
 class RankActor:

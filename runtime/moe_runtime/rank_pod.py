@@ -11,13 +11,14 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
 from moe_runtime import processes
 from moe_runtime.guard import Guard
 from moe_runtime.pod_env import PodEnv
+from moe_runtime.rank_boot import RankBoot
 from moe_runtime.ray_env import head_listens, ray_environment, ray_temp_dir
 
 _CREATE = "from moe_runtime.rank import create; create()"
@@ -28,24 +29,6 @@ at once on two cores that others used too; a cold disk takes longer."""
 
 class RankEnded(RuntimeError):
     """The rank is gone, so its pod is."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Boot:
-    """The same fields as `rank.RankBoot`, which this process must not import."""
-
-    config_path: str
-    token_path: str
-    rank: int
-    pod_uid: str
-    pod_ip: str
-    guard_socket: str
-    guard_address: str
-    coordinator_url: str
-    log_path: str
-    ray_address: str
-    ray_namespace: str
-    ray_temp_dir: str
 
 
 async def guard_rank(env: PodEnv) -> None:
@@ -83,7 +66,7 @@ def _socket_path(env: PodEnv) -> Path:
 
 
 async def _create(env: PodEnv, guard: Guard, log: Path) -> None:
-    boot = _Boot(
+    boot = RankBoot(
         config_path=str(env.config_path),
         token_path=str(env.token_path),
         rank=env.rank if env.rank is not None else -1,
