@@ -180,7 +180,7 @@ def say(event: str, /, run: str = "", **values: Any) -> None:
 def program() -> None:
     import torch  # noqa: F401  # what forked processes need is imported here, and no thread is started
 
-    import moe_runtime.guard
+    import moe_runtime.host.guard
     import moe_runtime.membership.group
     import moe_runtime.membership.keeper  # noqa: F401
 
@@ -218,7 +218,7 @@ def fork(main: Callable[[dict[str, Any], Path], None], order: dict[str, Any]) ->
 
 
 def guard_main(order: dict[str, Any], folder: Path) -> None:
-    from moe_runtime.guard import Guard
+    from moe_runtime.host.guard import Guard
 
     port = int(order["guard_address"].rpartition(":")[2])
     guard = Guard(
@@ -239,7 +239,7 @@ def guard_main(order: dict[str, Any], folder: Path) -> None:
 def rank_main(order: dict[str, Any], folder: Path) -> None:
     from moe_core.contract.runtime_config import Deadlines
     from moe_runtime.errors import Fenced
-    from moe_runtime.heartbeat import Heartbeat
+    from moe_runtime.host.heartbeat import Heartbeat
     from moe_runtime.membership.keeper import MembershipKeeper
 
     uid = order["pod_uid"]

@@ -22,10 +22,10 @@ from pathlib import Path
 
 from moe_core.contract.names import ROLE_COORDINATOR, ROLE_GATEWAY, ROLE_RANK
 from moe_core.outcome import InvalidSpec
-from moe_runtime import processes
-from moe_runtime.pod_env import PodEnv, read_pod_env
-from moe_runtime.rank_pod import RankEnded
-from moe_runtime.ray_env import (
+from moe_runtime.gateway.tokenizer import TokenizerMissing
+from moe_runtime.host import processes
+from moe_runtime.host.pod_env import PodEnv, read_pod_env
+from moe_runtime.host.ray_env import (
     OBJECT_STORE_BYTES,
     head_environment,
     head_listens,
@@ -33,8 +33,8 @@ from moe_runtime.ray_env import (
     ray_temp_dir,
     uses_shared_node,
 )
-from moe_runtime.ray_node import READY_LINE
-from moe_runtime.tokenizer import TokenizerMissing
+from moe_runtime.host.ray_node import READY_LINE
+from moe_runtime.rank.pod import RankEnded
 
 _NODE_START_S = 180.0
 """Seen: 7 s for a head, 6 s for a node (2 busy cores, 22 Nov); a cold disk takes ten times that."""
@@ -110,7 +110,7 @@ def _role(env: PodEnv) -> Callable[[PodEnv], Awaitable[None]]:
 
 
 async def _coordinator(env: PodEnv) -> None:
-    from moe_runtime.coordinator import serve_coordinator
+    from moe_runtime.coordinator.face import serve_coordinator
 
     head = start_ray_node(env, head=True)
     serving = asyncio.create_task(serve_coordinator(env))
@@ -120,14 +120,14 @@ async def _coordinator(env: PodEnv) -> None:
 async def _gateway(env: PodEnv) -> None:
     node = await _own_node(env)
     os.environ.update(ray_environment(env, os.environ))
-    from moe_runtime.gateway import serve_gateway
+    from moe_runtime.gateway.process import serve_gateway
 
     serving = asyncio.create_task(serve_gateway(env))
     await _first_end(serving, *([_watch_child(node, "the Ray node")] if node else []))
 
 
 async def _rank(env: PodEnv) -> None:
-    from moe_runtime.rank_pod import guard_rank
+    from moe_runtime.rank.pod import guard_rank
 
     node = await _own_node(env)
     guarding = asyncio.create_task(guard_rank(env))
@@ -189,7 +189,7 @@ def start_ray_node(env: PodEnv, *, head: bool) -> "subprocess.Popen[bytes]":
     }
     _node_log(env).write_bytes(b"")
     return processes.start(
-        [sys.executable, "-m", "moe_runtime.ray_node", json.dumps(options)], env=environment, log=_node_log(env)
+        [sys.executable, "-m", "moe_runtime.host.ray_node", json.dumps(options)], env=environment, log=_node_log(env)
     )
 
 

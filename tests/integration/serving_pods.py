@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from moe_core.contract.exchange import RuntimeState, RuntimeWish
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.runtime_config import ModelSource, RuntimeConfig, ServingConfig, TrainingConfig
-from moe_runtime import processes
+from moe_runtime.host import processes
 from tiny_checkpoint import NUM_EXPERTS, NUM_LAYERS
 
 T = TypeVar("T")

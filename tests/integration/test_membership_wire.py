@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_runtime.guard import Guard
+from moe_runtime.host.guard import Guard
 from moe_runtime.membership.wire import BrokenCall, Json, LineServer, RefusedCall, SilentCall, ask, ask_many
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(30)]
@@ -19,7 +19,7 @@ TOKEN = "wire-token"
 RANK = """
 import sys, time
 from pathlib import Path
-from moe_runtime.heartbeat import Heartbeat
+from moe_runtime.host.heartbeat import Heartbeat
 Heartbeat(Path(sys.argv[1]), pod_uid="p0")
 print("beating", flush=True)
 time.sleep(60)
@@ -163,6 +163,6 @@ def test_a_guard_answers_only_for_its_own_pod(guard: Guard) -> None:
 
 def test_the_guard_imports_neither_torch_nor_ray() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    code = "import sys, moe_runtime.guard, moe_runtime.heartbeat; print({'torch', 'ray'} & set(sys.modules))"
+    code = "import sys, moe_runtime.host.guard, moe_runtime.host.heartbeat; print({'torch', 'ray'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

@@ -13,10 +13,10 @@ from moe_core.contract.exchange import FaultRequest, RuntimeWish
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.membership import Member, Membership
 from moe_core.contract.runtime_config import ModelSource, RuntimeConfig, ServingConfig
-from moe_runtime import coordinator
-from moe_runtime.coordinator import CoordinatorFace
-from moe_runtime.coordinator_book import Book
-from moe_runtime.pod_env import PodEnv
+from moe_runtime.coordinator import face
+from moe_runtime.coordinator.book import Book
+from moe_runtime.coordinator.face import CoordinatorFace
+from moe_runtime.host.pod_env import PodEnv
 from moe_runtime.registration import Directive, GatewayReport, MembersView, RankReport
 
 TOKEN = "the-token-of-this-test"
@@ -135,9 +135,7 @@ async def test_a_fault_goes_to_the_guard_of_its_pod(
     client: TestClient[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     injected: list[tuple[str, str]] = []
-    monkeypatch.setattr(
-        coordinator, "inject_fault", lambda address, fault, *, token: injected.append((address, fault.fault))
-    )
+    monkeypatch.setattr(face, "inject_fault", lambda address, fault, *, token: injected.append((address, fault.fault)))
     fault = FaultRequest(pod_uid="p0", fault="hang").canonical()
     assert (await client.post("/v1/faults", data=fault)).status == 404
     await client.post("/v1/register", data=REPORT.canonical())

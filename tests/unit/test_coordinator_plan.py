@@ -5,8 +5,8 @@ import pytest
 from moe_core.contract.exchange import Coverage, Recovery, RuntimeWish
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.membership import Member, Membership
-from moe_runtime.coordinator_book import FORM_AFTER_S, HEARD_WITHIN_S, Book, StaleWish
-from moe_runtime.coordinator_plan import committed_membership, next_directive, runtime_state
+from moe_runtime.coordinator.book import FORM_AFTER_S, HEARD_WITHIN_S, Book, StaleWish
+from moe_runtime.coordinator.plan import committed_membership, next_directive, runtime_state
 from moe_runtime.registration import GatewayReport, RankReport
 
 

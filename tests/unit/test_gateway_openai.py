@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from moe_runtime.openai_api import ApiError, parse_completion
-from moe_runtime.stop_strings import StopStrings
-from moe_runtime.tokenizer import ByteTokenizer
+from moe_runtime.gateway.openai_api import ApiError, parse_completion
+from moe_runtime.gateway.stop_strings import StopStrings
+from moe_runtime.gateway.tokenizer import ByteTokenizer
 
 
 def parse(**body: Any) -> Any:

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from moe_runtime import gateway_replay
 from moe_runtime.engine.scheduler import GenerationRequest
-from moe_runtime.gateway_ranks import RankDirectory
-from moe_runtime.gateway_replay import (
+from moe_runtime.gateway import replay
+from moe_runtime.gateway.ranks import RankDirectory
+from moe_runtime.gateway.replay import (
     AllBusy,
     NoRankLeft,
     RankForgot,
@@ -18,7 +18,7 @@ from moe_runtime.gateway_replay import (
     Trace,
     generate,
 )
-from moe_runtime.rank_desk import Poll
+from moe_runtime.rank.desk import Poll
 
 PROMPT = (100, 101)
 Script = Callable[[int], Poll | None]
@@ -27,7 +27,7 @@ Script = Callable[[int], Poll | None]
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gateway_replay, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(replay, "BACKOFF_S", 0.0)
 
 
 class FakeRanks:
@@ -150,7 +150,7 @@ async def test_a_refusal_is_not_tried_elsewhere() -> None:
 
 
 async def test_without_any_rank_it_gives_up_after_its_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gateway_replay, "NO_PROGRESS_S", 0.05)
+    monkeypatch.setattr(replay, "NO_PROGRESS_S", 0.05)
     with pytest.raises(NoRankLeft):
         await collect(FakeRanks({}), uids=())
 

@@ -9,8 +9,8 @@ import pytest
 
 from moe_core.contract.runtime_config import ModelSource, RuntimeConfig, ServingConfig
 from moe_core.outcome import InvalidSpec
-from moe_runtime.pod_env import ray_token, read_pod_env
-from moe_runtime.ray_env import ray_environment, ray_temp_dir
+from moe_runtime.host.pod_env import ray_token, read_pod_env
+from moe_runtime.host.ray_env import ray_environment, ray_temp_dir
 
 CONFIG = RuntimeConfig(
     owner_kind="MoEService",
@@ -121,7 +121,7 @@ def test_the_entry_point_says_what_is_wrong_and_exits_2() -> None:
 
 def test_guard_and_coordinator_import_neither_torch_nor_ray() -> None:
     code = (
-        "import sys, moe_runtime.pod, moe_runtime.rank_pod, moe_runtime.coordinator, moe_runtime.gateway_http; "
+        "import sys, moe_runtime.pod, moe_runtime.rank.pod, moe_runtime.coordinator.face, moe_runtime.gateway.face; "
         "print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

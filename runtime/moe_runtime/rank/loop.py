@@ -16,11 +16,11 @@ from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.membership import Membership
 from moe_core.contract.runtime_config import RuntimeConfig
 from moe_runtime.errors import Fenced, GroupFault, MinorityStop
+from moe_runtime.host.processes import resident_bytes
 from moe_runtime.membership.group import EpochGroup
 from moe_runtime.membership.keeper import MembershipKeeper
-from moe_runtime.processes import resident_bytes
-from moe_runtime.rank_staging import Staging
-from moe_runtime.rank_work import ModelUnusable, Work, coverage
+from moe_runtime.rank.staging import Staging
+from moe_runtime.rank.work import ModelUnusable, Work, coverage
 from moe_runtime.registration import Directive, RankReport
 
 _IDLE_S = 0.02

@@ -1,4 +1,4 @@
-"""One Ray node, started as a child of the pod: `python -m moe_runtime.ray_node '{"head": true, ...}'`.
+"""One Ray node, started as a child of the pod: `python -m moe_runtime.host.ray_node '{"head": true, ...}'`.
 
 Not the `ray start` command: that one always brings the Ray Client server (a fixed port, one more process) and the API
 server of the dashboard, 250 MiB that nothing here asks for. Prints one line when the node is up; ends when any process

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from moe_runtime.engine.scheduler import GenerationRequest
-from moe_runtime.gateway_ranks import KnownRank, RankDirectory
-from moe_runtime.rank_desk import Poll
+from moe_runtime.gateway.ranks import KnownRank, RankDirectory
+from moe_runtime.rank.desk import Poll
 
 POLL_S = 1.0
 ANSWER_S = 3.0

@@ -6,7 +6,7 @@ Not a store: everything but the wish comes back with the next round of reports, 
 from collections.abc import Callable
 
 from moe_core.contract.exchange import RuntimeState, RuntimeWish
-from moe_runtime.coordinator_plan import committed_membership, members_view, next_directive, runtime_state
+from moe_runtime.coordinator.plan import committed_membership, members_view, next_directive, runtime_state
 from moe_runtime.registration import Directive, GatewayReport, MembersView, RankReport
 
 HEARD_WITHIN_S = 5.0

@@ -6,10 +6,10 @@ import torch
 
 from moe_core.contract.runtime_config import RuntimeConfig
 from moe_runtime.membership.keeper import MembershipKeeper
-from moe_runtime.rank_desk import Desk
-from moe_runtime.rank_link import CoordinatorLink
-from moe_runtime.rank_loop import StepLoop
-from moe_runtime.rank_work import Work
+from moe_runtime.rank.desk import Desk
+from moe_runtime.rank.link import CoordinatorLink
+from moe_runtime.rank.loop import StepLoop
+from moe_runtime.rank.work import Work
 
 
 def assemble(
@@ -49,9 +49,9 @@ def assemble(
 
 def _work(config: RuntimeConfig, *, rank: int, desk: Desk) -> Work:
     if config.mode == "train":
-        from moe_runtime.rank_train import TrainWork
+        from moe_runtime.rank.train import TrainWork
 
         return TrainWork(config, rank=rank)
-    from moe_runtime.rank_serve import ServeWork
+    from moe_runtime.rank.serve import ServeWork
 
     return ServeWork(config, rank=rank, desk=desk)

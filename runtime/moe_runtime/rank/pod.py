@@ -15,13 +15,13 @@ from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
-from moe_runtime import processes
-from moe_runtime.guard import Guard
-from moe_runtime.pod_env import PodEnv
-from moe_runtime.rank_boot import RankBoot
-from moe_runtime.ray_env import head_listens, ray_environment, ray_temp_dir
+from moe_runtime.host import processes
+from moe_runtime.host.guard import Guard
+from moe_runtime.host.pod_env import PodEnv
+from moe_runtime.host.ray_env import head_listens, ray_environment, ray_temp_dir
+from moe_runtime.rank.boot import RankBoot
 
-_CREATE = "from moe_runtime.rank import create; create()"
+_CREATE = "from moe_runtime.rank.actor import create; create()"
 _BEGIN_S = 300.0
 """From the actor's creation to its first heartbeat, which comes after the imports: 7 s of one core; seen 30 s for four
 at once on two cores that others used too; a cold disk takes longer."""

@@ -14,12 +14,12 @@ from pydantic import ValidationError
 
 from moe_core.contract.exchange import FaultRequest, RuntimeWish
 from moe_core.outcome import InvalidInput
-from moe_runtime.coordinator_book import Book, StaleWish
-from moe_runtime.guard_client import GuardUnreachable, inject_fault
+from moe_runtime.coordinator.book import Book, StaleWish
+from moe_runtime.host.guard_client import GuardUnreachable, inject_fault
+from moe_runtime.host.pod_env import PodEnv
+from moe_runtime.host.ray_env import is_loopback
 from moe_runtime.http_auth import require_bearer
 from moe_runtime.metrics import CONTENT_TYPE, CoordinatorMetrics
-from moe_runtime.pod_env import PodEnv
-from moe_runtime.ray_env import is_loopback
 from moe_runtime.registration import GatewayReport, RankReport
 
 _MAX_WAIT_S = 30.0

@@ -1,4 +1,4 @@
-"""The OpenAI face of a gateway: routes, streaming, stop strings, usage. Tokens come from `gateway_replay.generate`."""
+"""The OpenAI face of a gateway: routes, streaming, stop strings, usage. Tokens come from `replay.generate`."""
 
 import asyncio
 import contextlib
@@ -11,9 +11,10 @@ from typing import Any
 from aiohttp import web
 
 from moe_core.contract.runtime_config import RuntimeConfig, ServingConfig
-from moe_runtime import openai_api as api
-from moe_runtime.gateway_ranks import RankDirectory
-from moe_runtime.gateway_replay import (
+from moe_runtime.gateway import openai_api as api
+from moe_runtime.gateway.openai_api import ApiError, CompletionRequest
+from moe_runtime.gateway.ranks import RankDirectory
+from moe_runtime.gateway.replay import (
     AllBusy,
     NoRankLeft,
     RankClient,
@@ -22,10 +23,9 @@ from moe_runtime.gateway_replay import (
     Trace,
     generate,
 )
+from moe_runtime.gateway.stop_strings import StopStrings
+from moe_runtime.gateway.tokenizer import Tokenizer
 from moe_runtime.metrics import CONTENT_TYPE, GatewayMetrics
-from moe_runtime.openai_api import ApiError, CompletionRequest
-from moe_runtime.stop_strings import StopStrings
-from moe_runtime.tokenizer import Tokenizer
 
 _MAX_BODY_BYTES = 16 << 20
 

@@ -16,7 +16,7 @@ from moe_core.outcome import InvalidInput
 from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.experts.families import UnsupportedModel
 from moe_runtime.membership.group import EpochGroup
-from moe_runtime.rank_work import ModelUnusable, WorkReport
+from moe_runtime.rank.work import ModelUnusable, WorkReport
 from moe_runtime.train.data import DataError
 from moe_runtime.train.loop import Diverged, OutOfStep, Trainer
 from moe_runtime.train.snapshot import SnapshotDamaged

@@ -21,14 +21,14 @@ from moe_core.contract.membership import Membership
 from moe_core.contract.names import rank_actor_name
 from moe_core.outcome import InvalidInput
 from moe_runtime.engine.scheduler import GenerationRequest
-from moe_runtime.gateway_http import GatewayFace
-from moe_runtime.gateway_ranks import RankDirectory
-from moe_runtime.gateway_replay import RankForgot, RankUnreachable
-from moe_runtime.pod_env import PodEnv
-from moe_runtime.rank_desk import Poll, UnknownRequest
-from moe_runtime.ray_env import head_listens, is_loopback, ray_temp_dir
+from moe_runtime.gateway.face import GatewayFace
+from moe_runtime.gateway.ranks import RankDirectory
+from moe_runtime.gateway.replay import RankForgot, RankUnreachable
+from moe_runtime.gateway.tokenizer import load_tokenizer
+from moe_runtime.host.pod_env import PodEnv
+from moe_runtime.host.ray_env import head_listens, is_loopback, ray_temp_dir
+from moe_runtime.rank.desk import Poll, UnknownRequest
 from moe_runtime.registration import GatewayReport, MembersView
-from moe_runtime.tokenizer import load_tokenizer
 
 _REPORT_EVERY_S = 0.5
 _ASK_RANKS_EVERY_S = 1.0

@@ -22,11 +22,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from moe_core.contract.names import rank_actor_name
 from moe_core.contract.runtime_config import RuntimeConfig
 from moe_runtime.engine.scheduler import GenerationRequest
-from moe_runtime.rank_boot import RankBoot
-from moe_runtime.rank_desk import Desk, Poll
+from moe_runtime.rank.boot import RankBoot
+from moe_runtime.rank.desk import Desk, Poll
 
 if TYPE_CHECKING:
-    from moe_runtime.rank_loop import StepLoop
+    from moe_runtime.rank.loop import StepLoop
 
 _CREATE_S = 120.0
 _EXIT_STEP_LOOP = 71
@@ -54,8 +54,8 @@ class RankActor:
         try:
             config = RuntimeConfig.parse(Path(boot.config_path).read_bytes())
             token = Path(boot.token_path).read_text(encoding="utf-8").strip()
-            from moe_runtime.heartbeat import Heartbeat
-            from moe_runtime.rank_assembly import assemble
+            from moe_runtime.host.heartbeat import Heartbeat
+            from moe_runtime.rank.assembly import assemble
 
             # Only now: loading torch's libraries from a cold disk holds the interpreter for longer than a guard bears
             # silence. Without a guard this raises, and the process ends.

@@ -14,8 +14,8 @@ from moe_runtime.engine.sampling import sample
 from moe_runtime.engine.scheduler import Chunk, Overloaded, Scheduler, TooLong
 from moe_runtime.experts.families import UnsupportedModel
 from moe_runtime.membership.group import EpochGroup
-from moe_runtime.rank_desk import Desk
-from moe_runtime.rank_work import ModelUnusable, WorkReport
+from moe_runtime.rank.desk import Desk
+from moe_runtime.rank.work import ModelUnusable, WorkReport
 
 _LOAD_EVERY_STEPS = 20
 
