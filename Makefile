@@ -80,6 +80,10 @@ cluster-up: control-plane  ## start that control plane and print its kubeconfig;
 node: $(VENV)/.dev  ## pods that really run: a real kubelet and containerd (needs root)
 	$(PYTEST) tests/node --junitxml=.moerator/reports/node.xml
 
+.PHONY: bench
+bench: $(VENV)/.dev  ## measure against raw limits, as ratios in one run (figures, no verdicts)
+	PYTHONPATH=tests $(BIN)/python tests/bench/recovery.py
+
 .PHONY: crds
 crds: $(VENV)/.dev  ## write crds/ and the chart's copy from the models
 	$(BIN)/moerator crds --write crds --write helm/moerator/crds
