@@ -1,0 +1,95 @@
+"""Packing copies onto ranks from scratch: what holds for any load, any ranks, any domains."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_core.experts.checks import FloatArray, IntArray
+from moe_core.experts.counts import count_copies
+from moe_core.experts.fleet import Fleet
+from moe_core.experts.pack import deal, even, pack, part
+
+
+@st.composite
+def fleets(draw: st.DrawFn, *, num_experts: int) -> Fleet:
+    """Any ranks that can hold every expert: some without slots, of unlike speed, in unlike domains."""
+    slots = draw(st.lists(st.integers(0, 7), min_size=1, max_size=9))
+    while sum(min(s, num_experts) for s in slots) < num_experts:
+        slots.append(draw(st.integers(1, 7)))
+    speeds = draw(
+        st.one_of(st.just([]), st.lists(st.sampled_from([0.5, 1.0, 2.0]), min_size=len(slots), max_size=len(slots)))
+    )
+    domains = draw(st.one_of(st.just([]), st.lists(st.sampled_from("abcd"), min_size=len(slots), max_size=len(slots))))
+    return Fleet(tuple(slots), tuple(speeds), tuple(domains))
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[FloatArray, Fleet]:
+    num_layers, num_experts = draw(st.integers(1, 3)), draw(st.integers(1, 10))
+    load = draw(
+        st.lists(
+            st.lists(st.integers(0, 1000), min_size=num_experts, max_size=num_experts),
+            min_size=num_layers,
+            max_size=num_layers,
+        )
+    )
+    return np.asarray(load, dtype=np.float64), draw(fleets(num_experts=num_experts))
+
+
+def copies_of(load: FloatArray, fleet: Fleet) -> IntArray:
+    room = sum(min(s, load.shape[1]) for s in fleet.slots_of_rank)
+    return count_copies(load, room, most=fleet.ranks_with_slots)
+
+
+@given(problems())
+def test_every_copy_is_placed_and_no_rank_holds_two_of_one_expert(problem: tuple[FloatArray, Fleet]) -> None:
+    load, fleet = problem
+    shelf = pack(load, copies_of(load, fleet), fleet)
+    assert not shelf.repeats_LRS().any()
+    for layer, row in enumerate(shelf.rows()):
+        held = [logical for logical in row if logical >= 0]
+        assert len(row) == fleet.num_slots
+        assert np.bincount(held, minlength=load.shape[1]).tolist() == shelf.copies_LE[layer].tolist()
+        assert shelf.copies_LE[layer].min() >= 1
+
+
+@given(problems())
+def test_the_running_loads_are_those_of_the_slots(problem: tuple[FloatArray, Fleet]) -> None:
+    load, fleet = problem
+    shelf = pack(load, copies_of(load, fleet), fleet)
+    np.testing.assert_allclose(shelf.load_LR, shelf.weight_LRS().sum(2) / fleet.speed_R, atol=1e-9)
+    np.testing.assert_allclose((shelf.load_LR * fleet.speed_R).sum(1), load.sum(1))
+
+
+@given(problems())
+def test_evening_out_never_makes_the_worst_rank_worse(problem: tuple[FloatArray, Fleet]) -> None:
+    load, fleet = problem
+    shelf = deal(load, copies_of(load, fleet), fleet)
+    part(shelf)
+    before, crowded = shelf.load_LR.max(1), shelf.crowded_LRS().sum()
+    even(shelf, rounds=4)
+    assert (shelf.load_LR.max(1) <= before + 1e-9).all()
+    assert shelf.crowded_LRS().sum() <= crowded
+    assert not shelf.repeats_LRS().any()
+
+
+@given(problems(), st.sampled_from([1e-3, 2.0, 1e6]))
+def test_the_unit_of_the_load_does_not_matter(problem: tuple[FloatArray, Fleet], factor: float) -> None:
+    load, fleet = problem
+    scaled = load * factor
+    copies = copies_of(load, fleet)
+    assert (copies_of(scaled, fleet) == copies).all()
+
+
+@given(st.integers(2, 5), st.integers(1, 3), st.integers(1, 6), st.data())
+def test_equal_ranks_in_equal_domains_part_all_copies(
+    num_domains: int, ranks_per_domain: int, slots: int, data: st.DataObject
+) -> None:
+    num_ranks = num_domains * ranks_per_domain
+    num_experts = data.draw(st.integers(max(slots, num_ranks * slots // num_domains), num_ranks * slots))
+    load = np.asarray(
+        [data.draw(st.lists(st.integers(0, 99), min_size=num_experts, max_size=num_experts))], dtype=float
+    )
+    fleet = Fleet.even(num_ranks * slots, num_ranks, num_domains=num_domains)
+    copies = count_copies(load, fleet.num_slots, most=num_domains)
+    assert not pack(load, copies, fleet).crowded_LRS().any()
