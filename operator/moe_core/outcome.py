@@ -93,10 +93,20 @@ class InvalidSpec(MoeratorError):
 
 
 @dataclass(frozen=True, slots=True)
+class Relaxation:
+    """One change after which the gang was seen to fit. `amount` is how much of it: nodes, ranks, places or spares."""
+
+    kind: str
+    amount: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class NoFit:
     """The gang does not fit whole; nothing was placed.
 
-    `excluded` counts, per cause in words, the nodes or devices that could not be used.
+    `excluded` counts, per cause in words, the nodes or devices that could not be used. `relaxations` were each tried
+    alone, the cheapest first; `lever` is what the message tells.
     """
 
     wanted: int
@@ -105,9 +115,13 @@ class NoFit:
     best_domain: str
     excluded: Mapping[str, int] = field(default_factory=dict)
     lever: str = ""
+    relaxations: tuple[Relaxation, ...] = ()
+    terms: str = ""
+    """What was asked beside the level: subgroups, ranks per node, spares."""
 
     def __str__(self) -> str:
         where = f"in one {self.level}" if self.level else "in the cluster"
+        where += f" {self.terms}" if self.terms else ""
         best = f"best is {self.best_domain} with {self.best}" if self.best_domain else f"best is {self.best}"
         excluded = ", ".join(f"{cause} {count}" for cause, count in sorted(self.excluded.items()))
         text = f"needs room for {self.wanted} {'rank' if self.wanted == 1 else 'ranks'} {where}; {best}"

@@ -12,9 +12,9 @@ from moe_core.spec.job import MoEJobSpec
 from moe_core.spec.kinds import MAX_NAME
 from moe_core.spec.load import parse_spec
 from moe_core.spec.service import MoEServiceSpec
-from moe_core.topology.fit import Pack
 from moe_core.topology.quantity import request_of
 from moe_core.topology.room import Needs, Tolerated
+from moe_core.topology.shape import Pack
 from moe_core.topology.tree import depth_of
 
 MAX_PROBLEMS_TOLD = 5

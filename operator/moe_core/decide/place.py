@@ -13,9 +13,10 @@ from moe_core.facts import BindPod, DeletePod, Facts, PodFact
 from moe_core.manifests.plan import Plan
 from moe_core.manifests.pods import HELPER_REQUEST
 from moe_core.outcome import NoFit
-from moe_core.topology.fit import Fit, fit
+from moe_core.topology.fit import Fit, fit, tree_of
 from moe_core.topology.quantity import request_of
-from moe_core.topology.room import Needs, room_on
+from moe_core.topology.room import rooms
+from moe_core.topology.tree import Tree, build_tree
 
 Use = dict[str, dict[str, int]]
 """Base units that our own pods take, by node."""
@@ -33,10 +34,12 @@ class _Board:
     """What does not change while one cycle places."""
 
     plan: Plan
-    facts: Facts
     gated: Mapping[int, PodFact]
     ranks: Mapping[int, Seat]
     helpers: Sequence[Seat]
+    tree: Tree
+    all_nodes: Tree
+    """Without levels: a coordinator or gateway may go where no rank may."""
 
 
 def bind(plan: Plan, facts: Facts, *, ranks: Mapping[int, Seat], helpers: Sequence[Seat], formed: int) -> Bound:
@@ -45,7 +48,8 @@ def bind(plan: Plan, facts: Facts, *, ranks: Mapping[int, Seat], helpers: Sequen
     gated = {r: seat.live for r, seat in ranks.items() if r < plan.num_ranks and seat.live and seat.live.gated}
     if not gated:
         return bound
-    board = _Board(plan, facts, gated, ranks, helpers)
+    tree, all_nodes = tree_of(facts.nodes, plan.pack), build_tree(facts.nodes)
+    board = _Board(plan, gated, ranks, helpers, tree, all_nodes)
     placed = {r: seat.live.node for r, seat in ranks.items() if seat.live and seat.is_placed and seat.live.node}
     ran = formed if placed else 0
     lost = [r for r in sorted(gated) if r < ran]
@@ -79,7 +83,7 @@ def _find(board: _Board, group: Sequence[int], placed: Mapping[int, str]) -> Fit
     for count_leaving in (True, False):
         own = _own_use(board, placed, count_leaving=count_leaving)
         plan = board.plan
-        found = fit(board.facts.nodes, group, needs=plan.needs, pack=plan.pack, kept=placed, own=own)
+        found = fit(board.tree, group, needs=plan.needs, pack=plan.pack, kept=placed, own=own)
         if isinstance(found, Fit):
             found = _with_helpers(board, found, own)
         if isinstance(found, Fit):
@@ -93,11 +97,13 @@ def _with_helpers(board: _Board, found: Fit, own: Use) -> Fit | NoFit:
     """The fit, unless it would take the last room for a coordinator or gateway that has no node yet."""
     wanted = 1 + board.plan.num_gateways
     homeless = wanted - sum(1 for seat in board.helpers if seat.live is not None and seat.live.node is not None)
+    if homeless <= 0:
+        return found
     for node in found.node_of_rank.values():
         _add(own, node, board.plan.needs.request)
     needs = replace(board.plan.needs, request=request_of(HELPER_REQUEST, {}))
-    room = sum(_room(board.facts, needs, own, homeless))
-    if homeless <= 0 or room >= homeless:
+    room = int(rooms(board.all_nodes, needs, own=own, most=homeless).ranks.sum())
+    if room >= homeless:
         return found
     asks = ", ".join(f"{resource} {quantity}" for resource, quantity in sorted(HELPER_REQUEST.items()))
     return NoFit(
@@ -108,10 +114,6 @@ def _with_helpers(board: _Board, found: Fit, own: Use) -> Fit | NoFit:
         excluded={},
         lever=f"beside them {homeless} pods of coordinator and gateways need {asks} each, and {room} have room",
     )
-
-
-def _room(facts: Facts, needs: Needs, own: Use, most: int) -> list[int]:
-    return [room_on(node, needs, own=own.get(node.name, {}), most=most).ranks for node in facts.nodes]
 
 
 def _own_use(board: _Board, placed: Mapping[int, str], *, count_leaving: bool) -> Use:

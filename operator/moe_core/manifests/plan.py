@@ -11,8 +11,8 @@ from moe_core.contract.runtime_config import RuntimeConfig
 from moe_core.experts.assign import Policy, assign, even_slots
 from moe_core.experts.measure import copies_of_logical
 from moe_core.spec.common import PodTemplate
-from moe_core.topology.fit import Pack
 from moe_core.topology.room import Needs
+from moe_core.topology.shape import Pack
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,20 @@
-"""How many ranks each node has room for, and why the others have none: the counted exclusions of a NoFit."""
+"""How many ranks each node has room for, and why the others have none: the counted exclusions of a NoFit.
 
-from collections.abc import Mapping, Sequence
+One array operation for all nodes where there is a number, one look per distinct set of taints where there is a rule.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from moe_core.facts import NodeFact, Taint
+import numpy as np
+
+from moe_core.facts import Taint
+from moe_core.topology.tree import NO_LIMIT, BoolArray, IntArray, Span, Tree
 
 PREFER_NO_SCHEDULE = "PreferNoSchedule"
+NOT_READY, CORDONED, IN_USE = "not ready", "cordoned", "in use"
+Use = Mapping[str, Mapping[str, int]]
+"""Base units by node, then by resource."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,49 +43,103 @@ class Needs:
     tolerations: Sequence[Tolerated] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Room:
-    """`ranks` more ranks fit; `excluded` counts per cause the ranks that would fit otherwise."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Rooms:
+    """Per node of the tree. A node is excluded whole by its first cause; what stands on an open node is `in use`."""
 
-    ranks: int
-    excluded: Mapping[str, int] = field(default_factory=dict)
+    ranks: IntArray
+    in_use: IntArray
+    cause_of_node: IntArray
+    """Index into `causes`, OPEN for none."""
+    causes: tuple[str, ...]
+    lost: IntArray
+    """Ranks that a closed node would hold if it were open and empty; 1 if it is too small for any."""
 
-
-def room_on(node: NodeFact, needs: Needs, *, own: Mapping[str, int], most: int) -> Room:
-    """Room on one node for up to `most` ranks. `own` is what this owner's own pods use there already, in base units."""
-    empty = _times(node.allocatable, {}, needs.request, most=most)
-    if empty == 0:
-        short = [r for r in needs.request if node.allocatable.get(r, 0) < needs.request[r]]
-        return Room(0, {f"too little {short[0]}" if short else "too few pods allowed": 1})
-    for cause in _closed(node, needs):
-        return Room(0, {cause: empty})
-    used = {r: node.used.get(r, 0) + own.get(r, 0) for r in sorted({*node.used, *own})}
-    free = _times(node.allocatable, used, needs.request, most=most)
-    others = _times(node.allocatable, node.used, needs.request, most=most)
-    return Room(free, {"in use": empty - others} if others < empty else {})
-
-
-def _closed(node: NodeFact, needs: Needs) -> list[str]:
-    """Why the node takes no rank at all; the first cause is the one that is told."""
-    causes = []
-    if not node.ready:
-        causes.append("not ready")
-    for key, value in sorted(needs.node_selector.items()):
-        if node.labels.get(key) != value:
-            causes.append(f"nodeSelector {key}={value}")
-    if node.unschedulable:
-        causes.append("cordoned")
-    for taint in sorted(node.taints, key=lambda t: (t.key, t.value, t.effect)):
-        if taint.effect != PREFER_NO_SCHEDULE and not any(t.covers(taint) for t in needs.tolerations):
-            causes.append(f"taint {taint.key}={taint.value}" if taint.value else f"taint {taint.key}")
-    return causes
+    def excluded(self, span: Span) -> dict[str, int]:
+        part = slice(*span)
+        counts = np.bincount(self.cause_of_node[part] - OPEN, weights=self.lost[part], minlength=len(self.causes) + 1)
+        found: dict[str, int] = {}
+        for cause, count in zip((IN_USE, *self.causes), (int(self.in_use[part].sum()), *counts[1:]), strict=True):
+            if count:
+                found[cause] = found.get(cause, 0) + int(count)
+        return found
 
 
-def _times(allocatable: Mapping[str, int], used: Mapping[str, int], request: Mapping[str, int], *, most: int) -> int:
+OPEN = -1
+
+
+def rooms(tree: Tree, needs: Needs, *, own: Use, most: int, ignoring: Collection[str] = ()) -> Rooms:
+    """Room for up to `most` ranks on every node.
+
+    own: what this owner's own pods use there already. ignoring: causes that do not count, to try what a change brings.
+    """
+    empty = _times(tree, needs.request, {}, most=most)
+    others = empty if IN_USE in ignoring else _times(tree, needs.request, tree.used, most=most)
+    used = {} if IN_USE in ignoring else tree.used
+    free = _times(tree, needs.request, _plus(tree, used, own), most=most)
+    closed = [*_too_small(tree, needs.request, empty), *_closed(tree, needs)]
+    cause_of_node = np.full(len(tree.nodes), OPEN)
+    causes: list[str] = []
+    for cause, mask in closed:
+        if cause not in ignoring:
+            cause_of_node[mask & (cause_of_node == OPEN)] = len(causes)
+            causes.append(cause)
+    is_open = cause_of_node == OPEN
+    return Rooms(
+        ranks=np.where(is_open, free, 0),
+        in_use=np.where(is_open, empty - others, 0),
+        cause_of_node=cause_of_node,
+        causes=tuple(causes),
+        lost=np.where(is_open, 0, np.maximum(empty, 1)),
+    )
+
+
+def _times(tree: Tree, request: Mapping[str, int], used: Mapping[str, IntArray], *, most: int) -> IntArray:
     """How often `request` (and one pod) fits into what is left, at most `most`; an unlisted resource is not offered."""
-    times = most
-    for resource, amount in request.items():
-        times = min(times, max(0, allocatable.get(resource, 0) - used.get(resource, 0)) // amount)
-    if "pods" in allocatable:
-        times = min(times, max(0, allocatable["pods"] - used.get("pods", 0)))
+    times = np.full(len(tree.nodes), most)
+    for resource, amount in {**request, "pods": 1}.items():
+        offered = tree.allocatable.get(resource, NO_LIMIT if resource == "pods" else 0)
+        left = np.maximum(offered - used[resource], 0) if resource in used else np.maximum(offered, 0)
+        times = np.minimum(times, left // amount)
     return times
+
+
+def _plus(tree: Tree, used: Mapping[str, IntArray], own: Use) -> dict[str, IntArray]:
+    total = dict(used)
+    fresh: set[str] = set()
+    for name, by_resource in own.items():
+        index = tree.index_of.get(name)
+        if index is None:
+            continue
+        for resource, amount in by_resource.items():
+            if resource not in fresh:
+                fresh.add(resource)
+                total[resource] = total[resource].copy() if resource in total else np.zeros(len(tree.nodes), np.int64)
+            total[resource][index] += amount
+    return total
+
+
+def _too_small(tree: Tree, request: Mapping[str, int], empty: IntArray) -> list[tuple[str, BoolArray]]:
+    """Nodes that hold no rank even when empty, by the first resource that is short."""
+    small = empty == 0
+    short = [(f"too little {r}", small & (tree.allocatable.get(r, 0) < amount)) for r, amount in request.items()]
+    return [*short, ("too few pods allowed", small)]
+
+
+def _closed(tree: Tree, needs: Needs) -> list[tuple[str, BoolArray]]:
+    """Why nodes take no rank at all, in the order in which causes are told."""
+    nodes = tree.nodes
+    found = [(NOT_READY, np.array([not node.ready for node in nodes], bool))]
+    for key, value in sorted(needs.node_selector.items()):
+        found.append((f"nodeSelector {key}={value}", np.array([n.labels.get(key) != value for n in nodes], bool)))
+    found.append((CORDONED, np.array([node.unschedulable for node in nodes], bool)))
+    tainted: dict[Taint, list[int]] = {}
+    for index, node in enumerate(nodes):
+        for taint in node.taints:
+            tainted.setdefault(taint, []).append(index)
+    for taint in sorted(tainted, key=lambda t: (t.key, t.value, t.effect)):
+        if taint.effect != PREFER_NO_SCHEDULE and not any(t.covers(taint) for t in needs.tolerations):
+            mask = np.zeros(len(nodes), bool)
+            mask[tainted[taint]] = True
+            found.append((f"taint {taint.key}={taint.value}" if taint.value else f"taint {taint.key}", mask))
+    return found

@@ -1,0 +1,75 @@
+"""The scratch copy of one decision: places left per node, and added up for every domain that counts."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moe_core.topology.shape import Shape
+from moe_core.topology.tree import IntArray, Span, Tree
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Board:
+    tree: Tree
+    shape: Shape
+    free: IntArray
+    """Places left per node, for ranks and spares."""
+    kept: IntArray
+    """Ranks of this gang per node that stay."""
+    room: IntArray
+    """Ranks that may go to each node: `free` in blocks of ranks_per_node."""
+    unit: int
+    """Ranks come to a node in multiples of this."""
+    caps: tuple[IntArray, ...]
+    """[depth][domain], down to the narrowest stage: ranks it takes, once spares and whole subgroups are set aside."""
+
+    def kept_in(self, depth: int) -> IntArray:
+        return self.tree.sums(self.kept, depth)
+
+    def fixed_span(self, depth: int) -> Span | None:
+        """The domain that holds the kept ranks (most of them, if a label moved); None if nothing is kept."""
+        if not self.kept.any():
+            return None
+        return self.tree.span(depth, int(np.argmax(self.kept_in(depth))))
+
+    def after(self, taken: IntArray) -> "Board":
+        return board_of(self.tree, self.shape, free=self.free - taken, kept=self.kept + taken)
+
+
+def board_of(tree: Tree, shape: Shape, *, free: IntArray, kept: IntArray) -> Board:
+    """Adds up from the nodes to the cluster.
+
+    With ranks_per_node a new gang fills every node it uses with exactly that many. What joins kept ranks may leave a
+    node short of it, because the other way would be to move ranks that live.
+    """
+    block, unit = shape.ranks_per_node, 1
+    if block and kept.any():
+        room = np.minimum(free, np.maximum(0, block - kept))
+    elif block:
+        room, unit = np.where(free >= block, block, 0), block
+    else:
+        room = free
+    beside_spares = tree.sums(free, shape.narrowest) - shape.spares
+    cap = np.minimum(tree.sums(room, shape.narrowest), np.maximum(0, beside_spares) // unit * unit)
+    caps = []
+    for depth in range(shape.narrowest, -1, -1):
+        if depth < shape.narrowest:
+            cap = tree.sums_above(cap, depth + 1)
+        if depth == shape.group_depth:
+            cap = _in_whole_subgroups(cap, shape, tree.sums(kept, depth))
+        caps.append(cap)
+    return Board(tree, shape, free, kept, room, unit, tuple(reversed(caps)))
+
+
+def _in_whole_subgroups(cap: IntArray, shape: Shape, kept: IntArray) -> IntArray:
+    if shape.apart:
+        cap = np.where(kept > 0, 0, np.minimum(cap, shape.group_size))
+    return cap // shape.group_size * shape.group_size
+
+
+def for_one_subgroup(board: Board) -> Board:
+    """The same places for ranks that go back to the rest of their subgroup: single ranks, in its domain."""
+    shape = board.shape
+    stages = tuple(depth for depth in shape.stages if depth > shape.group_depth) or (shape.group_depth,)
+    alone = replace(shape, required=shape.group_depth, stages=stages, group_depth=0, group_size=1, apart=False)
+    return board_of(board.tree, alone, free=board.free, kept=board.kept)
