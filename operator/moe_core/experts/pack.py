@@ -105,7 +105,7 @@ def _part(shelf: Shelf, find: Callable[[Shelf], BoolArray]) -> None:
 
 
 def _partners(shelf: Shelf, layer: IntArray, rank: IntArray, place: IntArray, *, to_other_domain: bool) -> IntArray:
-    """For one slot of each layer the one to exchange with, as rank * S + place, -1 for none; the pair ends most even."""
+    """For a slot of each layer the one to exchange with, as rank * S + place, -1 for none: the pair ends most even."""
     logical_NRS = shelf.logical_LRS[layer]
     rows = np.arange(len(layer))
     mine_N = logical_NRS[rows, rank, place]
@@ -136,22 +136,14 @@ def _partners(shelf: Shelf, layer: IntArray, rank: IntArray, place: IntArray, *,
 def _lay_out_anew(shelf: Shelf, layer: int) -> None:
     """Very uneven ranks: chains of moves are needed, which `lay_out` finds; even() then works on its result."""
     load_E = shelf.per_copy_LX[layer, :-2] * shelf.copies_LE[layer]
-    rows = lay_out(shelf.fleet.slots_of_rank, shelf.num_experts, load_E).rows()
-    for rank, row in enumerate(rows):
-        shelf.logical_LRS[layer, rank, : len(row)] = row
-        shelf.logical_LRS[layer, rank, len(row) : shelf.fleet.slots_of_rank[rank]] = shelf.num_experts
-    copies_E = np.bincount(
-        np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]), minlength=shelf.num_experts
-    )
-    shelf.copies_LE[layer] = copies_E
-    again = Shelf.of(load_E[None], copies_E[None], shelf.fleet, shelf.logical_LRS[layer : layer + 1])
-    shelf.per_copy_LX[layer], shelf.load_LR[layer], shelf.cap_LE[layer] = (
-        again.per_copy_LX[0],
-        again.load_LR[0],
-        again.cap_LE[0],
-    )
-    if shelf.in_domain_LXG is not None and again.in_domain_LXG is not None:
-        shelf.in_domain_LXG[layer] = again.in_domain_LXG[0]
+    by_load = np.argsort(-load_E, kind="stable")  # the names of the experts must not matter
+    slots_RS = shelf.logical_LRS[layer]
+    slots_RS[slots_RS <= shelf.num_experts] = shelf.num_experts
+    for rank, row in enumerate(lay_out(shelf.fleet.slots_of_rank, shelf.num_experts, load_E[by_load]).rows()):
+        slots_RS[rank, : len(row)] = by_load[row]
+    shelf.copies_LE[layer] = np.bincount(slots_RS.reshape(-1), minlength=shelf.num_experts)[: shelf.num_experts]
+    only = np.asarray([layer])
+    shelf.take(only, Shelf.of(load_E[None], shelf.copies_LE[only], shelf.fleet, shelf.logical_LRS[only]))
 
 
 def even(shelf: Shelf, *, rounds: int) -> None:

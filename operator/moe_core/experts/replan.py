@@ -25,6 +25,8 @@ from moe_core.experts.pack import pack
 from moe_core.experts.shelf import Shelf, rows_of
 from moe_core.outcome import InvalidInput
 
+Rows = tuple[tuple[int, ...], ...]
+"""logical_of_slot of an ExpertMap: [L][slots]."""
 _STEPS = 48
 """Improving steps per layer before starting anew is the better way."""
 
@@ -62,7 +64,7 @@ class Replan:
     moves counts experts that a rank has to be sent; gain_s is over the horizon, cost_s once.
     """
 
-    logical_of_slot: tuple[tuple[int, ...], ...]
+    logical_of_slot: Rows
     moves: int
     worst_before: tuple[float, ...]
     worst_after: tuple[float, ...]

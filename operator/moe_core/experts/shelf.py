@@ -81,7 +81,7 @@ class Shelf:
         domain = self.fleet.domain_R[target]
         cap = self.cap_LE[layer, np.minimum(logical, self.num_experts - 1)]
         has_room = self.in_domain_LXG[layer, logical, domain] < cap
-        return has_room | (logical >= self.num_experts) | (domain == self.fleet.domain_R[source])
+        return np.asarray(has_room | (logical >= self.num_experts) | (domain == self.fleet.domain_R[source]))
 
     def swap(self, layer: IntArray, slot_a: tuple[IntArray, IntArray], slot_b: tuple[IntArray, IntArray]) -> None:
         """Exchange what is in slots (rank, place) a and b; each layer's slots may occur once only."""
@@ -104,7 +104,10 @@ class Shelf:
         self.logical_LRS[layer, *slot] = logical
         self.copies_LE[layer, logical] += 1
         np.add.at(self.copies_LE, (layer[given < self.num_experts], given[given < self.num_experts]), -1)
-        anew = Shelf.of(load_LE[layer], self.copies_LE[layer], self.fleet, self.logical_LRS[layer])
+        self.take(layer, Shelf.of(load_LE[layer], self.copies_LE[layer], self.fleet, self.logical_LRS[layer]))
+
+    def take(self, layer: IntArray, anew: "Shelf") -> None:
+        """What follows from the slots of these layers, from a shelf that was made anew for them."""
         self.per_copy_LX[layer], self.load_LR[layer], self.cap_LE[layer] = anew.per_copy_LX, anew.load_LR, anew.cap_LE
         if self.in_domain_LXG is not None and anew.in_domain_LXG is not None:
             self.in_domain_LXG[layer] = anew.in_domain_LXG

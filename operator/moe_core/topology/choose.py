@@ -92,12 +92,17 @@ class _Option:
             others = others[:0]
         return np.sort(np.append(self._homes, others))
 
-    def by_traffic(self) -> tuple[tuple[int, ...], int]:
+    def by_traffic(self) -> tuple[list[int], list[int], int]:
+        """Sorts by domains of the levels above, broad to narrow, then by pairs of ranks across them, then by room."""
         found = self.choice()
         share_of = _share_out(self._board, found, self._wanted, self._stage)
         levels = range(self._depth + 1, self._stage)
-        parents = (self._board.tree.parents(self._stage, found, level) for level in levels)
-        return tuple(pairs_apart(np.bincount(of, weights=share_of)) for of in parents), self.cap
+        by_level = [np.bincount(self._board.tree.parents(self._stage, found, d), weights=share_of) for d in levels]
+        return (
+            [int(np.count_nonzero(ranks)) for ranks in by_level],
+            [pairs_apart(ranks) for ranks in by_level],
+            self.cap,
+        )
 
 
 def _share_out(board: Board, domains: IntArray, wanted: int, stage: int) -> IntArray:

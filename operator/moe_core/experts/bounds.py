@@ -1,0 +1,53 @@
+"""How even a layer can be at best: lower bounds on the load of the heaviest rank, so that a plan can say how far it is.
+
+For given copies, split evenly (`bound_of_copies`), whatever the packing:
+
+    mean      all load over all ranks' speed
+    alone     the heaviest copy together with the lightest ones that fill its rank, on the fastest rank
+    together  any n ranks have n + 1 of the n + 1 heaviest copies among them, so two share a rank; and so on for 2n + 1
+
+For a budget of slots (`bound_of_slots`) whatever the number of copies: the mean, and the largest copy that remains when
+copies are counted best (counts.py). With unlike speeds a copy is taken to be on the fastest rank, which is weaker.
+"""
+
+import numpy as np
+
+from moe_core.experts.checks import FloatArray, IntArray
+from moe_core.experts.counts import count_copies
+from moe_core.experts.fleet import Fleet
+
+
+def bound_of_copies(load_LE: FloatArray, copies_LE: IntArray, fleet: Fleet) -> FloatArray:
+    """[L] no packing of exactly these copies on these ranks has a heaviest rank below this (load over speed)."""
+    speeds = fleet.speed_R[fleet.slots_R > 0]
+    fastest, num_ranks = float(speeds.max()), len(speeds)
+    found = np.asarray(load_LE.sum(1) / speeds.sum())
+    for layer, (load_E, copies_E) in enumerate(zip(load_LE, copies_LE, strict=True)):
+        per_copy_C = np.sort(np.repeat(load_E / np.maximum(copies_E, 1), copies_E))[::-1]
+        found[layer] = max(
+            found[layer], _alone(per_copy_C, fleet) / fastest, _together(per_copy_C, num_ranks) / fastest
+        )
+    return found
+
+
+def bound_of_slots(load_LE: FloatArray, fleet: Fleet) -> FloatArray:
+    """[L] no assignment to these ranks, however it counts copies, has a heaviest rank below this."""
+    speeds = fleet.speed_R[fleet.slots_R > 0]
+    room = int(np.minimum(fleet.slots_R, load_LE.shape[1]).sum())
+    copies_LE = count_copies(load_LE, room, most=fleet.ranks_with_slots)
+    largest_L = (load_LE / copies_LE).max(1, initial=0.0)
+    return np.asarray(np.maximum(load_LE.sum(1) / speeds.sum(), largest_L / speeds.max()))
+
+
+def _alone(per_copy_C: FloatArray, fleet: Fleet) -> float:
+    """Slots that must be filled: when all copies are placed, a rank lacks at most the slots that are empty anywhere."""
+    narrowest = int(fleet.slots_R[fleet.slots_R > 0].min())
+    empty = fleet.num_slots - len(per_copy_C)
+    companions = max(0, narrowest - 1 - empty)
+    return float(per_copy_C[0] + per_copy_C[len(per_copy_C) - companions :].sum()) if len(per_copy_C) else 0.0
+
+
+def _together(per_copy_C: FloatArray, num_ranks: int) -> float:
+    """Of the k * R + 1 heaviest copies some rank holds k + 1: at least the k + 1 lightest of them."""
+    shares = range(1, -(-len(per_copy_C) // num_ranks))
+    return max((float(per_copy_C[k * num_ranks - k : k * num_ranks + 1].sum()) for k in shares), default=0.0)
