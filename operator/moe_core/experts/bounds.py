@@ -4,7 +4,9 @@ For given copies, split evenly (`bound_of_copies`), whatever the packing:
 
     mean      all load over all ranks' speed
     alone     the heaviest copy together with the lightest ones that fill its rank, on the fastest rank
-    together  any n ranks have n + 1 of the n + 1 heaviest copies among them, so two share a rank; and so on for 2n + 1
+    together  of the k * R + 1 heaviest copies k + 1 share a rank
+    apart     of the i heaviest copies two share a rank, or they are on i ranks and share these with the lightest
+    paired    with two slots on each rank nothing beats the heaviest with the lightest, and so on
 
 For a budget of slots (`bound_of_slots`) whatever the number of copies: the mean, and the largest copy that remains when
 copies are counted best (counts.py). With unlike speeds a copy is taken to be on the fastest rank, which is weaker.
@@ -39,11 +41,14 @@ def bound_of_slots(load_LE: FloatArray, fleet: Fleet) -> FloatArray:
     return np.asarray(np.maximum(load_LE.sum(1) / speeds.sum(), largest_L / speeds.max()))
 
 
-def _alone(per_copy_C: FloatArray, fleet: Fleet) -> float:
-    """Slots that must be filled: when all copies are placed, a rank lacks at most the slots that are empty anywhere."""
+def _companions(fleet: Fleet, num_copies: int, num_ranks: int) -> int:
+    """At least so many other copies share `num_ranks` ranks with one copy each: slots are filled but for the empty."""
     narrowest = int(fleet.slots_R[fleet.slots_R > 0].min())
-    empty = fleet.num_slots - len(per_copy_C)
-    companions = max(0, narrowest - 1 - empty)
+    return max(0, num_ranks * (narrowest - 1) - (fleet.num_slots - num_copies))
+
+
+def _alone(per_copy_C: FloatArray, fleet: Fleet) -> float:
+    companions = _companions(fleet, len(per_copy_C), 1)
     return float(per_copy_C[0] + per_copy_C[len(per_copy_C) - companions :].sum()) if len(per_copy_C) else 0.0
 
 
@@ -51,3 +56,18 @@ def _together(per_copy_C: FloatArray, num_ranks: int) -> float:
     """Of the k * R + 1 heaviest copies some rank holds k + 1: at least the k + 1 lightest of them."""
     shares = range(1, -(-len(per_copy_C) // num_ranks))
     return max((float(per_copy_C[k * num_ranks - k : k * num_ranks + 1].sum()) for k in shares), default=0.0)
+
+
+def _apart(per_copy_C: FloatArray, fleet: Fleet) -> float:
+    """For each i: the heaviest of i groups of companions weighs at least their mean, and at least the heaviest one."""
+    num_copies = len(per_copy_C)
+    lightest_sum = np.concatenate([[0.0], per_copy_C[::-1].cumsum()])
+    found = 0.0
+    for i in range(2, min(fleet.ranks_with_slots, num_copies) + 1):
+        companions = min(_companions(fleet, num_copies, i), num_copies - i)
+        if companions == 0:
+            continue
+        group = max(float(lightest_sum[companions]) / i, float(per_copy_C[num_copies - companions]))
+        two_of_them = float(per_copy_C[i - 2] + per_copy_C[i - 1])
+        found = max(found, min(two_of_them, float(per_copy_C[i - 1]) + group))
+    return found

@@ -98,11 +98,8 @@ class _Option:
         share_of = _share_out(self._board, found, self._wanted, self._stage)
         levels = range(self._depth + 1, self._stage)
         by_level = [np.bincount(self._board.tree.parents(self._stage, found, d), weights=share_of) for d in levels]
-        return (
-            [int(np.count_nonzero(ranks)) for ranks in by_level],
-            [pairs_apart(ranks) for ranks in by_level],
-            self.cap,
-        )
+        num_domains = [int(np.count_nonzero(ranks)) for ranks in by_level]
+        return num_domains, [pairs_apart(ranks) for ranks in by_level], self.cap
 
 
 def _share_out(board: Board, domains: IntArray, wanted: int, stage: int) -> IntArray:
