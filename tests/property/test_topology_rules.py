@@ -2,12 +2,15 @@
 
 import random
 from dataclasses import dataclass
+from itertools import combinations
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_core.facts import NodeFact, Taint
 from moe_core.outcome import NoFit
+from moe_core.topology.fewest import fewest_parents, largest_first
 from moe_core.topology.fit import Fit, fit
 from moe_core.topology.room import Needs, Tolerated, rooms
 from moe_core.topology.score import score
@@ -85,6 +88,28 @@ def test_a_new_gang_is_placed_as_well_as_any_way_can(
         assert len(found.spare_nodes) == spares * len(case.domains_used(way, case.dealt_over))
         taken = [found.spare_nodes.count(n.name) + count for n, count in zip(nodes, way, strict=True)]
         assert all(count <= room for count, room in zip(taken, case.free, strict=True))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 6)), min_size=1, max_size=9), st.data())
+def test_racks_are_taken_from_as_few_blocks_as_any_choice_needs(
+    racks: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    parents, caps = np.array(sorted(racks)).T
+    domains = largest_first(np.arange(len(racks)), caps)
+    missing = data.draw(st.integers(1, int(caps.sum())))
+    num = int(np.searchsorted(np.cumsum(caps[domains]), missing)) + 1
+    at_home = data.draw(st.sets(st.integers(0, 4), max_size=2))
+    chosen = fewest_parents(domains, caps, parents[domains], at_home, num=num, missing=missing)
+
+    def holds(blocks: set[int]) -> bool:
+        inside = [cap for parent, cap in racks if parent in blocks]
+        return sum(sorted(inside, reverse=True)[:num]) >= missing
+
+    new = set(parents[chosen].tolist()) - at_home
+    assert holds(new | at_home)
+    others = set(parents.tolist()) - at_home
+    assert not any(holds({*few, *at_home}) for few in combinations(others, len(new) - 1)) if new else True
 
 
 @st.composite

@@ -80,7 +80,8 @@ def _fewer_spares(ask: Ask, free: IntArray) -> Iterator[Relaxation]:
     wanted = ask.shape.spares
     for spares in range(wanted - 1, -1, -1):
         if fits(replace(ask, shape=replace(ask.shape, spares=spares)), free):
-            yield Relaxation("spares", wanted - spares, f"keep {spares} spares per domain instead of {wanted}")
+            what = "1 spare" if spares == 1 else f"{spares} spares"
+            yield Relaxation("spares", wanted - spares, f"keep {what} per domain instead of {wanted}")
             return
 
 
