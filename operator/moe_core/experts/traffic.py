@@ -1,0 +1,117 @@
+"""The communication budget of expert parallelism: who sends how many bytes to whom in one step, before it runs.
+
+Two ways to exchange, as the data plane has them (moe_runtime.dispatch.all_to_all):
+
+    by pick    each pick of a token that is answered elsewhere travels there and back; the number of rows for each slot
+               is told before
+    by token   every token with its K addresses and weights goes to every other rank, and a sum comes back from each
+
+Expected, not sampled: a pick goes to expert e with the share of the load that e has in its layer, and from each source
+rank to the copy that choice.py names.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from moe_core.contract.expert_map import ExpertMap
+from moe_core.experts.checks import FloatArray, as_load_LE
+from moe_core.experts.choice import NO_SLOT, choose_slots
+from moe_core.outcome import InvalidInput
+
+COUNT_BYTES = 8
+ADDRESS_BYTES = WEIGHT_BYTES = 4
+SAME_RANK = "rank"
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """One step as every rank takes part in it: T tokens of D numbers, K picks each, in every MoE layer."""
+
+    tokens_per_rank: int
+    hidden_size: int
+    top_k: int
+    bytes_per_number: int
+
+    def __post_init__(self) -> None:
+        for name in ("tokens_per_rank", "hidden_size", "top_k", "bytes_per_number"):
+            if getattr(self, name) < 1:
+                raise InvalidInput(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes of one step over all layers. dispatch_RR[s, d] goes from rank s to rank d, combine_RR[d, s] back.
+
+    What stays on a rank is on the diagonal: it is copied, not sent.
+    """
+
+    dispatch_RR: FloatArray
+    combine_RR: FloatArray
+
+    @property
+    def sent_bytes(self) -> float:
+        total_RR = self.dispatch_RR + self.combine_RR
+        return float(total_RR.sum() - np.trace(total_RR))
+
+    def by_scope(self, path_of_rank: Sequence[Sequence[str]], levels: Sequence[str]) -> Mapping[str, float]:
+        """Bytes by the narrowest level whose domain holds both ends, narrow to broad, `across` for none.
+
+        path_of_rank: each rank's domain at each level, broad to narrow (block, rack, host). Raises InvalidInput for a
+        path of another length.
+        """
+        for rank, path in enumerate(path_of_rank):
+            if len(path) != len(levels):
+                raise InvalidInput(f"path_of_rank[{rank}] must name a domain of {list(levels)}, got {list(path)}")
+        total_RR = self.dispatch_RR + self.combine_RR
+        num_ranks = len(total_RR)
+        depth_RR = np.zeros((num_ranks, num_ranks), dtype=np.int64)
+        for depth in range(1, len(levels) + 1):
+            domains = [tuple(path[:depth]) for path in path_of_rank]
+            ids = {domain: index for index, domain in enumerate(sorted(set(domains)))}
+            domain_R = np.asarray([ids[domain] for domain in domains])
+            depth_RR[domain_R[:, None] == domain_R[None, :]] = depth
+        np.fill_diagonal(depth_RR, len(levels) + 1)
+        names = ("across", *levels, SAME_RANK)
+        return {names[depth]: float(total_RR[depth_RR == depth].sum()) for depth in range(len(names) - 1, -1, -1)}
+
+
+def picks_between(expert_map: ExpertMap, load: ArrayLike, shape: StepShape) -> FloatArray:
+    """[L, R, R] expected picks of one step from source rank to answering rank; picks of lost experts go nowhere.
+
+    A layer without load counts as even. Raises InvalidInput for a bad load.
+    """
+    load_LE = as_load_LE(load, num_layers=expert_map.num_layers, num_logical_experts=expert_map.num_logical_experts)
+    total_L1 = load_LE.sum(1, keepdims=True)
+    share_LE = np.where(total_L1 > 0, load_LE / np.maximum(total_L1, 1e-300), 1 / expert_map.num_logical_experts)
+    picks_LE = share_LE * shape.tokens_per_rank * shape.top_k
+    ranks = [rank for rank, count in enumerate(expert_map.slots_of_rank) if count]
+    rank_of_slot = np.asarray(expert_map.rank_of_slot, dtype=np.int64)
+    found = np.zeros((expert_map.num_layers, expert_map.num_ranks, expert_map.num_ranks))
+    layer_idx = np.arange(expert_map.num_layers)[:, None]
+    for source in ranks:
+        chosen_LE = choose_slots(expert_map, ranks, source_rank=source)
+        is_live = chosen_LE != NO_SLOT
+        np.add.at(found[:, source], (layer_idx, rank_of_slot[chosen_LE]), np.where(is_live, picks_LE, 0.0))
+    return found
+
+
+def traffic_by_pick(expert_map: ExpertMap, load: ArrayLike, shape: StepShape) -> Traffic:
+    """Rows there and back, and before them one count for each slot of the widest rank."""
+    rows_RR = picks_between(expert_map, load, shape).sum(0) * shape.hidden_size * shape.bytes_per_number
+    takes_part_R = np.asarray(expert_map.slots_of_rank) > 0
+    pairs_RR = takes_part_R[:, None] & takes_part_R[None, :]
+    counts = expert_map.num_layers * max(1, *expert_map.slots_of_rank) * COUNT_BYTES
+    return Traffic(dispatch_RR=rows_RR + pairs_RR * counts, combine_RR=rows_RR.T.copy())
+
+
+def traffic_by_token(expert_map: ExpertMap, shape: StepShape) -> Traffic:
+    """The same to every rank, whatever the load."""
+    takes_part_R = np.asarray(expert_map.slots_of_rank) > 0
+    pairs_RR = (takes_part_R[:, None] & takes_part_R[None, :]).astype(np.float64)
+    row = shape.hidden_size * shape.bytes_per_number
+    there = row + shape.top_k * (ADDRESS_BYTES + WEIGHT_BYTES)
+    tokens = expert_map.num_layers * shape.tokens_per_rank
+    return Traffic(dispatch_RR=pairs_RR * tokens * there, combine_RR=pairs_RR * tokens * row)
