@@ -20,17 +20,16 @@ class Board:
     """Ranks that may go to each node: `free` in blocks of ranks_per_node."""
     unit: int
     """Ranks come to a node in multiples of this."""
+    kept_in: tuple[IntArray, ...]
+    """[depth][domain], down to the narrowest stage; so is `caps`."""
     caps: tuple[IntArray, ...]
-    """[depth][domain], down to the narrowest stage: ranks it takes, once spares and whole subgroups are set aside."""
-
-    def kept_in(self, depth: int) -> IntArray:
-        return self.tree.sums(self.kept, depth)
+    """Ranks that a domain takes, once spares and whole subgroups are set aside."""
 
     def fixed_span(self, depth: int) -> Span | None:
         """The domain that holds the kept ranks (most of them, if a label moved); None if nothing is kept."""
         if not self.kept.any():
             return None
-        return self.tree.span(depth, int(np.argmax(self.kept_in(depth))))
+        return self.tree.span(depth, int(np.argmax(self.kept_in[depth])))
 
     def after(self, taken: IntArray) -> "Board":
         return board_of(self.tree, self.shape, free=self.free - taken, kept=self.kept + taken)
@@ -51,14 +50,15 @@ def board_of(tree: Tree, shape: Shape, *, free: IntArray, kept: IntArray) -> Boa
         room = free
     beside_spares = tree.sums(free, shape.narrowest) - shape.spares
     cap = np.minimum(tree.sums(room, shape.narrowest), np.maximum(0, beside_spares) // unit * unit)
-    caps = []
+    kept_in, caps = [tree.sums(kept, shape.narrowest)], []
     for depth in range(shape.narrowest, -1, -1):
         if depth < shape.narrowest:
+            kept_in.append(tree.sums_above(kept_in[-1], depth + 1))
             cap = tree.sums_above(cap, depth + 1)
         if depth == shape.group_depth:
-            cap = _in_whole_subgroups(cap, shape, tree.sums(kept, depth))
+            cap = _in_whole_subgroups(cap, shape, kept_in[-1])
         caps.append(cap)
-    return Board(tree, shape, free, kept, room, unit, tuple(reversed(caps)))
+    return Board(tree, shape, free, kept, room, unit, tuple(reversed(kept_in)), tuple(reversed(caps)))
 
 
 def _in_whole_subgroups(cap: IntArray, shape: Shape, kept: IntArray) -> IntArray:

@@ -42,7 +42,7 @@ def _narrowest(board: Board, span: Span, floor: int, wanted: int, stage: int) ->
         first, after = board.tree.domains_in(depth, span)
         caps = board.caps[depth][first:after]
         roomy = first + np.flatnonzero(caps >= wanted)
-        holders = first + np.flatnonzero(board.kept_in(depth)[first:after])
+        holders = first + np.flatnonzero(board.kept_in[depth][first:after])
         if len(holders):
             roomy = roomy[roomy == holders[0]] if len(holders) == 1 else roomy[:0]
         if not len(roomy):
@@ -65,7 +65,7 @@ class _Option:
     def __init__(self, board: Board, depth: int, domain: int, wanted: int, stage: int) -> None:
         self._board, self._depth, self._wanted, self._stage = board, depth, wanted, stage
         inside = np.arange(*board.tree.domains_in(stage, board.tree.span(depth, domain)))
-        kept = board.kept_in(stage)[inside] > 0
+        kept = board.kept_in[stage][inside] > 0
         caps = board.caps[stage]
         self.cap = int(board.caps[depth][domain])
         self._homes = inside[kept]
@@ -105,7 +105,7 @@ class _Option:
 def _share_out(board: Board, domains: IntArray, wanted: int, stage: int) -> IntArray:
     """Evenly; what comes back to kept ranks fills their domains before it opens others."""
     unit = board.shape.group_size if stage <= board.shape.group_depth else board.unit
-    room, kept = board.caps[stage][domains] // unit, board.kept_in(stage)[domains]
+    room, kept = board.caps[stage][domains] // unit, board.kept_in[stage][domains]
     home_room = np.where(kept > 0, room, 0)
     at_home = min(wanted // unit, int(home_room.sum()))
     share_of = _pour(home_room, kept // unit, at_home)

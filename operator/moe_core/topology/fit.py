@@ -12,7 +12,7 @@ Rules, in this order:
    the kept ranks next to it by number are.
 
 With ranks_per_node, nodes are filled whole instead of evenly. spares_per_domain keeps places free in every domain (of
-the preferred level, else the subgroups', else the required) that takes a rank, and names them.
+the narrowest level that was named) that takes a rank, and names their nodes.
 
     shape    what is asked, in levels            choose   which domains       relax   what would help
     tree     the domains                         fewest   in which broader    score   what it costs an all-to-all

@@ -1,6 +1,6 @@
 """How many ranks each node has room for, and why the others have none: the counted exclusions of a NoFit.
 
-One array operation for all nodes where there is a number, one look per distinct set of taints where there is a rule.
+All nodes at once: numbers are arrays of the tree, and rules (selector, tolerations) are read once per label or taint.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -128,18 +128,13 @@ def _too_small(tree: Tree, request: Mapping[str, int], empty: IntArray) -> list[
 
 def _closed(tree: Tree, needs: Needs) -> list[tuple[str, BoolArray]]:
     """Why nodes take no rank at all, in the order in which causes are told."""
-    nodes = tree.nodes
-    found = [(NOT_READY, np.array([not node.ready for node in nodes], bool))]
+    found = [(NOT_READY, tree.not_ready)]
     for key, value in sorted(needs.node_selector.items()):
-        found.append((f"nodeSelector {key}={value}", np.array([n.labels.get(key) != value for n in nodes], bool)))
-    found.append((CORDONED, np.array([node.unschedulable for node in nodes], bool)))
-    tainted: dict[Taint, list[int]] = {}
-    for index, node in enumerate(nodes):
-        for taint in node.taints:
-            tainted.setdefault(taint, []).append(index)
-    for taint in sorted(tainted, key=lambda t: (t.key, t.value, t.effect)):
+        found.append((f"nodeSelector {key}={value}", np.array([n.labels.get(key) != value for n in tree.nodes], bool)))
+    found.append((CORDONED, tree.cordoned))
+    for taint, nodes in tree.tainted.items():
         if taint.effect != PREFER_NO_SCHEDULE and not any(t.covers(taint) for t in needs.tolerations):
-            mask = np.zeros(len(nodes), bool)
-            mask[tainted[taint]] = True
+            mask = np.zeros(len(tree.nodes), bool)
+            mask[nodes] = True
             found.append((f"taint {taint.key}={taint.value}" if taint.value else f"taint {taint.key}", mask))
     return found

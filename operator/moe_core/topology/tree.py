@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moe_core.facts import NodeFact
+from moe_core.facts import NodeFact, Taint
 from moe_core.outcome import InvalidInput
 
 Path = tuple[str, ...]
@@ -42,6 +42,10 @@ class Tree:
     allocatable: Mapping[str, IntArray]
     """[resource][node], base units; so is `used`. Nodes that do not limit pods offer NO_LIMIT of them."""
     used: Mapping[str, IntArray]
+    not_ready: BoolArray
+    cordoned: BoolArray
+    tainted: Mapping[Taint, IntArray]
+    """Nodes by taint."""
     unlabelled: tuple[tuple[NodeFact, str], ...] = ()
     """Nodes outside the tree with the first label they lack."""
 
@@ -93,47 +97,63 @@ def build_tree(nodes: Sequence[NodeFact], levels: Levels = (), *, needed: int | 
     needed = len(levels) if needed is None else needed
     labels = [label for _, label in levels]
     must = labels[:needed]
-    placed: list[tuple[Path, str, NodeFact]] = []
+    by_path: dict[Path, list[NodeFact]] = {}
     unlabelled: list[tuple[NodeFact, str]] = []
     for node in nodes:
-        lacking = next((label for label in must if label not in node.labels), None)
+        known = node.labels
+        lacking = next((label for label in must if label not in known), None)
         if lacking is None:
-            placed.append((tuple([node.labels.get(label, "") for label in labels]), node.name, node))
+            by_path.setdefault(tuple([known.get(label, "") for label in labels]), []).append(node)
         else:
             unlabelled.append((node, lacking))
-    placed.sort(key=lambda entry: entry[:2])
-    inside = tuple(node for _, _, node in placed)
+    paths = sorted(by_path)
+    inside = tuple(node for path in paths for node in sorted(by_path[path], key=lambda n: n.name))
     return Tree(
         levels=tuple(levels),
         needed=needed,
         nodes=inside,
         index_of={node.name: index for index, node in enumerate(inside)},
-        starts=_starts([path for path, _, _ in placed], len(levels)),
+        starts=_starts(paths, [len(by_path[path]) for path in paths], len(levels)),
         allocatable=_columns([node.allocatable for node in inside], absent={"pods": NO_LIMIT}),
-        used=_columns([node.used for node in inside]),
+        used=_columns([node.used for node in inside], absent={}),
+        not_ready=np.array([not node.ready for node in inside], bool),
+        cordoned=np.array([node.unschedulable for node in inside], bool),
+        tainted=_by_taint(inside),
         unlabelled=tuple(sorted(unlabelled, key=lambda entry: entry[0].name)),
     )
 
 
-def _starts(paths: Sequence[Path], num_levels: int) -> tuple[IntArray, ...]:
+def _starts(paths: Sequence[Path], sizes: Sequence[int], num_levels: int) -> tuple[IntArray, ...]:
+    """From the distinct paths, sorted, and how many nodes each has."""
     starts: list[list[int]] = [[] for _ in range(num_levels + 1)]
     previous: Path | None = None
-    for index, path in enumerate(paths):
-        if path == previous:
-            continue
+    first = 0
+    for path, size in zip(paths, sizes, strict=True):
         shared = -1 if previous is None else next(d for d in range(num_levels) if path[d] != previous[d])
         for depth in range(shared + 1, num_levels + 1):
-            starts[depth].append(index)
+            starts[depth].append(first)
         previous = path
-    return tuple(_frozen(found) for found in starts)
+        first += size
+    return tuple(_frozen(np.array(found, np.int64)) for found in starts)
 
 
-def _columns(rows: Sequence[Mapping[str, int]], absent: Mapping[str, int] | None = None) -> dict[str, IntArray]:
-    resources = sorted({resource for row in rows for resource in row})
-    return {r: _frozen([row.get(r, (absent or {}).get(r, 0)) for row in rows]) for r in resources}
+def _columns(rows: Sequence[Mapping[str, int]], absent: Mapping[str, int]) -> dict[str, IntArray]:
+    """By resource. Row after row, since with many nodes it is looking at a row that costs."""
+    resources = sorted(set().union(*rows))
+    values = [row.get(r, absent.get(r, 0)) for row in rows for r in resources]
+    columns = np.array(values, np.int64).reshape(len(rows), len(resources)).T
+    return {r: _frozen(np.ascontiguousarray(column)) for r, column in zip(resources, columns, strict=True)}
 
 
-def _frozen(values: Sequence[int]) -> IntArray:
-    array = np.array(values, dtype=np.int64)
+def _by_taint(nodes: Sequence[NodeFact]) -> dict[Taint, IntArray]:
+    found: dict[Taint, list[int]] = {}
+    for index, node in enumerate(nodes):
+        for taint in node.taints:
+            found.setdefault(taint, []).append(index)
+    in_order = sorted(found, key=lambda taint: (taint.key, taint.value, taint.effect))
+    return {taint: _frozen(np.array(found[taint], np.int64)) for taint in in_order}
+
+
+def _frozen(array: IntArray) -> IntArray:
     array.setflags(write=False)
     return array
