@@ -5,7 +5,8 @@
 Loads as in the field's comparisons: 58 layers of 256 experts, 524,288 routed picks a layer, drawn with numpy's
 default_rng(0), popularity Zipf or lognormal and permuted in each layer. Copies share their expert's load evenly.
 balance is mean over max of the ranks' load, meant over layers; bound is the best that any packing of the plan's own
-copies could have. Without --eplb the peer is moerator's `deepseek` policy, which is exact on EPLB's published example.
+copies could have; cross is the part of the picks that leave their node, of four nodes. Without --eplb the peer is
+moerator's `deepseek` policy, which is exact on EPLB's published example.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_core.contract.expert_map import ExpertMap
 from moe_core.experts.align import arrivals, copies_in, slots_on_ranks
 from moe_core.experts.bounds import bound_of_copies
 from moe_core.experts.checks import FloatArray, IntArray
@@ -29,11 +31,13 @@ from moe_core.experts.eplb import rebalance_experts
 from moe_core.experts.fleet import Fleet
 from moe_core.experts.pack import pack
 from moe_core.experts.replan import Prices, replan
-from moe_core.experts.shelf import Shelf
+from moe_core.experts.shelf import Shelf, rows_of
+from moe_core.experts.traffic import StepShape, picks_between
 
 LAYERS, EXPERTS, SLOTS, PICKS = 58, 256, 288, 524_288
 KINDS = ("zipf 0.5", "zipf 1.0", "lognormal 0.5", "lognormal 1.0")
 NUM_NODES, NUM_GROUPS = 4, 8
+CROSS_LAYERS = 8
 Peer = Callable[[FloatArray, int, int, int], IntArray]
 """(load, groups, nodes, ranks) -> logical expert of each slot [L, SLOTS]."""
 
@@ -96,7 +100,23 @@ def judged(logical_LRS: IntArray, load: FloatArray, fleet: Fleet) -> dict[str, A
         "balance": float((mean / shelf.load_LR.max(1)).mean()),
         "repeats": int(shelf.repeats_LRS().sum()),
         "bound": float((mean / bound).mean()),
+        "cross": cross_of(logical_LRS, load, fleet),
     }
+
+
+def cross_of(logical_LRS: IntArray, load: FloatArray, fleet: Fleet) -> float:
+    """Part of the picks that leave their node, with the nearest copy that keeps the copies' parts even."""
+    nodes = tuple(f"n{rank * NUM_NODES // fleet.num_ranks}" for rank in range(fleet.num_ranks))
+    some = slice(0, CROSS_LAYERS)
+    layout = ExpertMap(
+        generation=0,
+        num_logical_experts=EXPERTS,
+        slots_of_rank=fleet.slots_of_rank,
+        logical_of_slot=rows_of(logical_LRS[some], fleet, EXPERTS),
+    )
+    picks_RR = picks_between(layout, load[some], StepShape(1, 1, 1, 1), domain_of_rank=nodes).sum(0)
+    is_cross_RR = np.asarray(nodes)[:, None] != np.asarray(nodes)[None, :]
+    return float(picks_RR[is_cross_RR].sum() / picks_RR.sum())
 
 
 def from_scratch(num_ranks: int, peer: Peer, runs: int) -> list[dict[str, Any]]:
@@ -104,7 +124,7 @@ def from_scratch(num_ranks: int, peer: Peer, runs: int) -> list[dict[str, Any]]:
     for kind in KINDS:
         rng = np.random.default_rng(0)
         load = draw(popularity(kind, rng, LAYERS), rng)
-        for domains in (0, num_ranks // 8):
+        for domains in (0, NUM_NODES):
             fleet = Fleet.even(SLOTS, num_ranks, num_domains=domains)
             shelf, ms = timed(partial(ours, load, fleet), runs)
             name = f"moerator, {domains} domains" if domains else "moerator"

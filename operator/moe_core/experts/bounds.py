@@ -26,9 +26,10 @@ def bound_of_copies(load_LE: FloatArray, copies_LE: IntArray, fleet: Fleet) -> F
     found = np.asarray(load_LE.sum(1) / speeds.sum())
     for layer, (load_E, copies_E) in enumerate(zip(load_LE, copies_LE, strict=True)):
         per_copy_C = np.sort(np.repeat(load_E / np.maximum(copies_E, 1), copies_E))[::-1]
-        found[layer] = max(
-            found[layer], _alone(per_copy_C, fleet) / fastest, _together(per_copy_C, num_ranks) / fastest
-        )
+        heaviest = max(_alone(per_copy_C, fleet), _together(per_copy_C, num_ranks), _apart(per_copy_C, fleet))
+        if len(per_copy_C) == 2 * num_ranks == fleet.num_slots and int(fleet.slots_R.max()) == 2:
+            heaviest = max(heaviest, float((per_copy_C + per_copy_C[::-1]).max()))
+        found[layer] = max(found[layer], heaviest / fastest)
     return found
 
 

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.experts.checks import FloatArray, as_load_LE
-from moe_core.experts.choice import NO_SLOT, choose_slots
+from moe_core.experts.choice import NO_SLOT, choose_slots_of_all
 from moe_core.outcome import InvalidInput
 
 COUNT_BYTES = 8
@@ -78,7 +78,9 @@ class Traffic:
         return {names[depth]: float(total_RR[depth_RR == depth].sum()) for depth in range(len(names) - 1, -1, -1)}
 
 
-def picks_between(expert_map: ExpertMap, load: ArrayLike, shape: StepShape) -> FloatArray:
+def picks_between(
+    expert_map: ExpertMap, load: ArrayLike, shape: StepShape, *, domain_of_rank: Sequence[str] | None = None
+) -> FloatArray:
     """[L, R, R] expected picks of one step from source rank to answering rank; picks of lost experts go nowhere.
 
     A layer without load counts as even. Raises InvalidInput for a bad load.
@@ -91,16 +93,19 @@ def picks_between(expert_map: ExpertMap, load: ArrayLike, shape: StepShape) -> F
     rank_of_slot = np.asarray(expert_map.rank_of_slot, dtype=np.int64)
     found = np.zeros((expert_map.num_layers, expert_map.num_ranks, expert_map.num_ranks))
     layer_idx = np.arange(expert_map.num_layers)[:, None]
-    for source in ranks:
-        chosen_LE = choose_slots(expert_map, ranks, source_rank=source)
+    chosen_RLE = choose_slots_of_all(expert_map, ranks, domain_of_rank=domain_of_rank)
+    for source, chosen_LE in zip(ranks, chosen_RLE, strict=True):
         is_live = chosen_LE != NO_SLOT
         np.add.at(found[:, source], (layer_idx, rank_of_slot[chosen_LE]), np.where(is_live, picks_LE, 0.0))
     return found
 
 
-def traffic_by_pick(expert_map: ExpertMap, load: ArrayLike, shape: StepShape) -> Traffic:
+def traffic_by_pick(
+    expert_map: ExpertMap, load: ArrayLike, shape: StepShape, *, domain_of_rank: Sequence[str] | None = None
+) -> Traffic:
     """Rows there and back, and before them one count for each slot of the widest rank."""
-    rows_RR = picks_between(expert_map, load, shape).sum(0) * shape.hidden_size * shape.bytes_per_number
+    picks_LRR = picks_between(expert_map, load, shape, domain_of_rank=domain_of_rank)
+    rows_RR = picks_LRR.sum(0) * shape.hidden_size * shape.bytes_per_number
     takes_part_R = np.asarray(expert_map.slots_of_rank) > 0
     pairs_RR = takes_part_R[:, None] & takes_part_R[None, :]
     counts = expert_map.num_layers * max(1, *expert_map.slots_of_rank) * COUNT_BYTES
