@@ -31,7 +31,8 @@ import numpy as np
 from moe_core.facts import NodeFact, Taint
 from moe_core.outcome import NoFit
 from moe_core.topology.fit import Fit, fit
-from moe_core.topology.room import Needs
+from moe_core.topology.room import Needs, rooms
+from moe_core.topology.score import Score, score
 from moe_core.topology.shape import Pack, Subgroups
 from moe_core.topology.tree import Tree, build_tree
 
@@ -145,6 +146,27 @@ def no_fit_asks(tree: Tree, runs: int) -> list[Callable[[], object]]:
     return [ask] * runs
 
 
+def first_come(tree: Tree, num_ranks: int, order: Sequence[int]) -> dict[int, str]:
+    """Rank after rank to the first node of `order` that has room: what pods placed one at a time come to."""
+    free = rooms(tree, NEEDS, own={}, most=num_ranks).ranks
+    places = np.repeat(order, free[list(order)])[:num_ranks]
+    return {rank: tree.nodes[index].name for rank, index in enumerate(places.tolist())}
+
+
+def scores(tree: Tree, num_ranks: int) -> dict[str, Score]:
+    """Of the fit, beside nodes by name and by least use, which know no topology."""
+    found = fit(tree, range(num_ranks), needs=NEEDS, pack=PACKS[0])
+    assert isinstance(found, Fit), found
+    by_use = np.lexsort((np.arange(len(tree.nodes)), tree.used["nvidia.com/gpu"])).tolist()
+    shuffled = random.Random(SEED).sample(range(len(tree.nodes)), len(tree.nodes))
+    ways = {
+        "fit": found.node_of_rank,
+        "least used first": first_come(tree, num_ranks, by_use),
+        "any order": first_come(tree, num_ranks, shuffled),
+    }
+    return {name: score(tree, way) for name, way in ways.items()}
+
+
 def tree_mib(nodes: Sequence[NodeFact]) -> float:
     tracemalloc.start()
     tree = build_tree(nodes, LEVELS)
@@ -169,6 +191,7 @@ def main() -> None:
     by_nodes: dict[int, dict[str, dict[str, float]]] = {}
     memory: dict[int, float] = {}
     by_ranks: dict[int, dict[str, float]] = {}
+    ways: dict[int, dict[str, Score]] = {}
     for num_nodes in options.nodes:
         nodes = draw_cluster(num_nodes)
         gc.collect()
@@ -183,6 +206,7 @@ def main() -> None:
             "no fit": timed(no_fit_asks(tree, max(5, few // 10))),
         }
         memory[num_nodes] = tree_mib(nodes)
+        ways[num_nodes] = scores(tree, 1000)
         if num_nodes == max(options.nodes):
             for num_ranks in options.ranks:
                 by_ranks[num_ranks] = timed(fit_asks(tree, num_ranks, few, PACKS[:3]))
@@ -199,6 +223,10 @@ def main() -> None:
     print(f"\nfit on {max(options.nodes)} nodes by ranks, ms, p50 / p99")
     for num_ranks, row_ms in by_ranks.items():
         print(f"{num_ranks:>8}{both(row_ms):>20}   cpu {both(row_ms, 'cpu_')}")
+    print(f"\nwhere the bytes of an all-to-all of 1,000 ranks go, {min(options.nodes)} to {max(options.nodes)} nodes")
+    for num_nodes, by_way in ways.items():
+        for name, of_way in by_way.items():
+            print(f"{num_nodes:>8}  {name:18}{of_way}")
     machine = {
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
@@ -206,9 +234,12 @@ def main() -> None:
         "numpy": np.__version__,
         "seed": SEED,
     }
+    shares = {of: {name: dict(s.share) for name, s in by_way.items()} for of, by_way in ways.items()}
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(
-        json.dumps({"ms": by_nodes, "tree_mib": memory, "ms_by_ranks": by_ranks, "machine": machine}, indent=2)
+        json.dumps(
+            {"ms": by_nodes, "tree_mib": memory, "ms_by_ranks": by_ranks, "share": shares, "machine": machine}, indent=2
+        )
     )
     print(f"seed {SEED}, load {machine['load']:.1f}, {machine['cores']} cores; {options.json}")
 

@@ -8,6 +8,8 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Self
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from moe_core.contract.base import WireModel, digest_of
@@ -58,6 +60,13 @@ class ExpertMap(WireModel):
     @cached_property
     def rank_of_slot(self) -> tuple[int, ...]:
         return tuple(rank for rank, count in enumerate(self.slots_of_rank) for _ in range(count))
+
+    @cached_property
+    def table_LS(self) -> NDArray[np.int64]:
+        """logical_of_slot as one read-only array [L, S], made once: what has to answer within a step works on it."""
+        table = np.asarray(self.logical_of_slot, dtype=np.int64).reshape(self.num_layers, sum(self.slots_of_rank))
+        table.flags.writeable = False
+        return table
 
     def slots_of_logical(self, layer_idx: int) -> tuple[tuple[int, ...], ...]:
         """[E] tuples of global slot ids, ascending."""

@@ -40,12 +40,12 @@ def live_slots(expert_map: ExpertMap, live_ranks: Collection[int] | None) -> Int
 
 def copies_of_logical(expert_map: ExpertMap, live_ranks: Collection[int] | None = None) -> IntArray:
     """[L, E] number of live copies; all ranks live by default."""
-    copies = np.zeros((expert_map.num_layers, expert_map.num_logical_experts), dtype=np.int64)
-    slots = live_slots(expert_map, live_ranks)
-    for layer_idx, row in enumerate(expert_map.logical_of_slot):
-        logical = np.asarray(row, dtype=np.int64)[slots]
-        np.add.at(copies[layer_idx], logical[logical != EMPTY_SLOT], 1)
-    return copies
+    num_columns = expert_map.num_logical_experts + 1  # the last one for empty slots
+    live_LS = expert_map.table_LS[:, live_slots(expert_map, live_ranks)]
+    first_of_layer = np.arange(expert_map.num_layers)[:, None] * num_columns
+    flat = np.where(live_LS == EMPTY_SLOT, num_columns - 1, live_LS) + first_of_layer
+    counts = np.bincount(flat.ravel(), minlength=expert_map.num_layers * num_columns)
+    return counts.reshape(expert_map.num_layers, num_columns)[:, :-1]
 
 
 def coverage(expert_map: ExpertMap, live_ranks: Collection[int] | None = None) -> Coverage:
@@ -58,17 +58,15 @@ def load_of_ranks(expert_map: ExpertMap, load: ArrayLike, live_ranks: Collection
     """[L, live ranks] load that falls on each live rank that owns slots, ranks ascending."""
     load_LE = as_load_LE(load, num_layers=expert_map.num_layers, num_logical_experts=expert_map.num_logical_experts)
     copies = copies_of_logical(expert_map, live_ranks)
-    per_copy_LE = load_LE / np.maximum(copies, 1)
+    per_copy_LX = np.concatenate([load_LE / np.maximum(copies, 1), np.zeros((len(load_LE), 1))], axis=1)
+    weight_LS = np.take_along_axis(per_copy_LX, expert_map.table_LS, axis=1)  # an empty slot, -1, takes the last column
     ranks = range(expert_map.num_ranks) if live_ranks is None else sorted(set(live_ranks))
-    ranks_with_slots = [rank for rank in ranks if expert_map.slots_of_rank[rank]]
-    of_rank = np.zeros((expert_map.num_layers, len(ranks_with_slots)))
-    for layer_idx, row in enumerate(expert_map.logical_of_slot):
-        logical_of_slot = np.asarray(row, dtype=np.int64)
-        for column, rank in enumerate(ranks_with_slots):
-            slots = expert_map.slot_range(rank)
-            logical = logical_of_slot[slots.start : slots.stop]
-            of_rank[layer_idx, column] = per_copy_LE[layer_idx, logical[logical != EMPTY_SLOT]].sum()
-    return of_rank
+    columns = [
+        weight_LS[:, expert_map.slot_range(rank).start : expert_map.slot_range(rank).stop].sum(1)
+        for rank in ranks
+        if expert_map.slots_of_rank[rank]
+    ]
+    return np.stack(columns, axis=1) if columns else np.zeros((expert_map.num_layers, 0))
 
 
 def balance(expert_map: ExpertMap, load: ArrayLike, live_ranks: Collection[int] | None = None) -> Balance:
