@@ -1,6 +1,6 @@
 """A tiny pure cluster for tests of the brain: applies actions, moves pods and runtime along. No clock, no I/O."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from moe_core.facts import (
     ObjectFact,
     PodFact,
     PutWish,
+    RefusedAction,
     Wish,
 )
 
@@ -97,6 +98,8 @@ class Sim:
     injected: list[str] = field(default_factory=list)
     draining: list[str] = field(default_factory=list)
     map_in_force: ExpertMap | None = None
+    refuses: Callable[[Action], bool] = lambda action: False
+    """What the API server does not accept, with 403."""
 
     @property
     def coordinator_up(self) -> bool:
@@ -159,8 +162,14 @@ class Sim:
         """One reconcile. With `crash_after` the operator dies after so many actions, before it writes status."""
         self.step_count += 1
         decision = self.decision()
+        refused = []
         for action in decision.actions if crash_after is None else decision.actions[:crash_after]:
-            self.apply(action)
+            if self.refuses(action):
+                refused.append(RefusedAction(action, 403, "exceeded quota: few"))
+            elif not refused:
+                self.apply(action)
+        if refused:
+            decision = decide(self.wish, replace(self.facts(), refused=tuple(refused)), self.now)
         if crash_after is None or crash_after > len(decision.actions):
             self._write_status(decision)
         return decision

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from moe_core.contract.exchange import FaultRequest, RuntimeState, RuntimeWish
 from moe_core.outcome import Reason
 
+FOREIGN = 409
 Kind = Literal["MoEJob", "MoEService", "MoEDrill"]
 
 
@@ -109,6 +110,8 @@ class Facts:
     """None while no coordinator answers."""
     put_generation: int | None = None
     """Generation of the wish that the coordinator last took, None when unknown."""
+    refused: tuple["RefusedAction", ...] = ()
+    """Actions decided on these very facts that were not accepted; empty before any of them was tried."""
     drills: tuple[Wish, ...] = ()
     target: "TargetFact | None" = None
     """For a MoEDrill: what it aims at."""
@@ -198,6 +201,23 @@ class InjectFault:
 Action = (
     ApplyObject | EnsureToken | CreatePod | BindPod | DeletePod | DeleteObject | DeleteOwner | PutWish | InjectFault
 )
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedAction:
+    """An action that the API server or the coordinator does not accept; a retry alone will not help.
+
+    `code` is the HTTP status: 403 forbidden or over quota, 422 invalid, FOREIGN where the object is somebody else's.
+    `message` is the server's own.
+    """
+
+    action: Action
+    code: int
+    message: str
+
+    @property
+    def is_foreign(self) -> bool:
+        return self.code == FOREIGN
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,12 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 from moe_core.decide import decide
 from moe_core.facts import (
+    FOREIGN,
     Action,
     ApplyObject,
     BindPod,
@@ -21,13 +23,12 @@ from moe_core.facts import (
     DeleteOwner,
     DeletePod,
     EnsureToken,
-    Event,
     Facts,
     InjectFault,
     PutWish,
+    RefusedAction,
     Wish,
 )
-from moe_core.outcome import Reason
 from moe_operator.cluster.protocol import Cluster, Conflict, Foreign, Key, Refused, Unavailable
 from moe_operator.keys import DirtyKeys
 from moe_operator.metrics import Metrics
@@ -40,13 +41,24 @@ FIRST_RETRY_S = 0.2
 LAST_RETRY_S, LAST_RETRY_OF_UNAVAILABLE_S, LAST_RETRY_OF_CONFLICT_S = 30.0, 5.0, 1.0
 LOOK_AGAIN_S = 1.0
 
-MANY = frozenset({CreatePod, BindPod, DeletePod})
+ON_PODS = frozenset({CreatePod, BindPod, DeletePod})
 
 Brain = Callable[[Wish, Facts, float], Decision]
+Refusal = tuple[Action, Refused | Foreign]
 
 
 class NotAllowed(Exception):
     """This process may not apply now: the lease is not held."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """One look at a key, and what was decided on it."""
+
+    wish: Wish
+    facts: Facts
+    now: float
+    decision: Decision
 
 
 class Reconciler:
@@ -77,7 +89,6 @@ class Reconciler:
         self._brain = brain
         self._failures: dict[Key, int] = {}
         self._not_before: dict[Key, float] = {}
-        self._refusals: dict[Key, str] = {}
         self._placing = asyncio.Lock()
         self._keys: DirtyKeys | None = None
 
@@ -138,7 +149,6 @@ class Reconciler:
     def _forgive(self, key: Key) -> None:
         self._failures.pop(key, None)
         self._not_before.pop(key, None)
-        self._refusals.pop(key, None)
 
     async def _cycle(self, key: Key) -> float | None:
         seen = await self._decide(key)
@@ -147,60 +157,70 @@ class Reconciler:
             if self._keys is not None:
                 self._keys.forget(key)
             return None
-        if not any(isinstance(action, BindPod) for action in seen[1].actions):
-            return await self._carry_out(key, *seen)
+        if not any(isinstance(action, BindPod) for action in seen.decision.actions):
+            return await self._carry_out(key, seen)
         # Two gangs that are placed at once would each count on the same free room and both end half placed: one at a
         # time, and on facts that show what the one before has taken.
         async with self._placing:
             seen = await self._decide(key)
-            return await self._carry_out(key, *seen) if seen is not None else None
+            return await self._carry_out(key, seen) if seen is not None else None
 
-    async def _decide(self, key: Key) -> tuple[Wish, Decision, float] | None:
+    async def _decide(self, key: Key) -> _Seen | None:
         observed = await self._cluster.observe(key)
         if observed is None:
             return None
         wish, facts = observed
         now = self._clock()
-        return wish, await asyncio.to_thread(self._brain, wish, facts, now), now
+        return _Seen(wish, facts, now, await asyncio.to_thread(self._brain, wish, facts, now))
 
-    async def _carry_out(self, key: Key, wish: Wish, decision: Decision, now: float) -> float | None:
-        for kind, actions in itertools.groupby(decision.actions, type):
-            await self._carry_out_batch(key, wish, list(actions), at_once=self._at_once if kind in MANY else 1)
+    async def _carry_out(self, key: Key, seen: _Seen) -> float | None:
+        """What is refused becomes a fact of its own, and what is reported is decided with it."""
+        refusals: list[Refusal] = []
+        for kind, group in itertools.groupby(seen.decision.actions, type):
+            if kind in ON_PODS and any(type(action) in ON_PODS for action, _ in refusals):
+                continue  # a successor is created only after its predecessor was asked to go
+            actions, at_once = list(group), self._at_once if kind in ON_PODS else 1
+            refusals += await self._carry_out_batch(key, seen.wish, actions, at_once=at_once)
         self._check_lease()
-        await self._report(wish, decision, now)
-        return decision.wake_in
+        if not refusals:
+            if DeleteOwner not in map(type, seen.decision.actions):
+                await self._report(seen.wish, seen.decision, seen.now)
+            return seen.decision.wake_in
+        facts = replace(seen.facts, refused=tuple(_fact(action, error) for action, error in refusals))
+        decision = await asyncio.to_thread(self._brain, seen.wish, facts, seen.now)
+        await self._report(seen.wish, decision, seen.now)
+        raise refusals[0][1]
 
-    async def _carry_out_batch(self, key: Key, wish: Wish, actions: Sequence[Action], *, at_once: int) -> None:
-        """Actions of one kind, some of them side by side; all that were begun are finished before a failure counts."""
+    async def _carry_out_batch(self, key: Key, wish: Wish, actions: Sequence[Action], *, at_once: int) -> list[Refusal]:
+        """Actions of one kind, some of them side by side, up to the first that are refused.
+
+        All that were begun are finished before a failure counts.
+        """
+        refusals: list[Refusal] = []
         for start in range(0, len(actions), at_once):
-            begun = [self._carry_out_one(key, wish, action) for action in actions[start : start + at_once]]
-            for outcome in await asyncio.gather(*begun, return_exceptions=True):
-                if isinstance(outcome, BaseException):
+            begun = actions[start : start + at_once]
+            tried = [self._carry_out_one(key, wish, action) for action in begun]
+            outcomes = await asyncio.gather(*tried, return_exceptions=True)
+            for action, outcome in zip(begun, outcomes, strict=True):
+                if isinstance(outcome, Refused | Foreign):
+                    refusals.append((action, outcome))
+                elif isinstance(outcome, BaseException):
                     raise outcome
+            if refusals:
+                break
+        return refusals
 
     async def _carry_out_one(self, key: Key, wish: Wish, action: Action) -> None:
         self._check_lease()
         logger.info("%s: %s", key, describe(action))
-        try:
-            await self._apply(wish, action)
-        except Refused as refusal:
-            await self._tell(key, wish, refusal)
-            raise
+        await self._apply(wish, action)
         self._failures.pop(key, None)  # it got further: not the same failure again
 
     def _check_lease(self) -> None:
         if not self._may_apply():
             raise NotAllowed
 
-    async def _tell(self, key: Key, wish: Wish, refusal: Refused) -> None:
-        """The server's own sentence as an event, once until a cycle succeeds: only a person can help."""
-        if self._refusals.get(key) != str(refusal):
-            self._refusals[key] = str(refusal)
-            await self._cluster.emit(wish, Event("Warning", Reason.REFUSED, str(refusal)))
-
     async def _report(self, wish: Wish, decision: Decision, now: float) -> None:
-        if any(isinstance(action, DeleteOwner) for action in decision.actions):
-            return
         old = wish.status.get("conditions", ())
         conditions = merge_conditions(old, decision.conditions, generation=wish.generation, now=now)
         before = {name: value for name, value in wish.status.items() if name != "conditions"}
@@ -231,6 +251,12 @@ class Reconciler:
                 await self._cluster.runtime(wish).inject(action.request)
             case _:
                 assert_never(action)
+
+
+def _fact(action: Action, error: Refused | Foreign) -> RefusedAction:
+    if isinstance(error, Refused):
+        return RefusedAction(action, error.code, error.said)
+    return RefusedAction(action, FOREIGN, str(error))
 
 
 def describe(action: Action) -> str:

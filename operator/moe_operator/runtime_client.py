@@ -5,6 +5,7 @@ A long poll keeps `state` fresh and calls `on_change`; while the coordinator is 
 
 import asyncio
 import contextlib
+import json
 import logging
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ import aiohttp
 
 from moe_core.contract.exchange import FaultRequest, RuntimeState, RuntimeWish
 from moe_core.outcome import InvalidInput
-from moe_operator.cluster.protocol import Conflict, Unavailable
+from moe_operator.cluster.protocol import ClusterError, Conflict, Refused, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -87,10 +88,8 @@ class RuntimeClient:
             async with self._open().request(
                 method, self._url + path, data=body, headers=self._headers(), timeout=aiohttp.ClientTimeout(total=10)
             ) as answer:
-                if answer.status == 409:
-                    raise Conflict(f"coordinator {self._url}{path}: {await answer.text()}")
                 if answer.status >= 400:
-                    raise Unavailable(f"coordinator {self._url}{path}: {answer.status} {await answer.text()}")
+                    raise _error(f"coordinator {self._url}{path}", answer.status, await answer.text())
         except (aiohttp.ClientError, TimeoutError) as error:
             raise Unavailable(f"coordinator {self._url}{path}: {error!r}") from error
 
@@ -123,3 +122,16 @@ class RuntimeClient:
             if answer.status != 200:
                 raise Unavailable(f"{answer.status} {await answer.text()}")
             return RuntimeState.parse(await answer.read())
+
+
+def _error(where: str, status: int, text: str) -> ClusterError:
+    try:
+        said = str(json.loads(text)["error"])
+    except (ValueError, KeyError, TypeError):
+        said = text[:200]
+    message = f"{where}: {status} {said}"
+    if status == 409:
+        return Conflict(message)
+    if status in (408, 429) or status >= 500:
+        return Unavailable(message)
+    return Refused(message, code=status, said=said)

@@ -112,6 +112,7 @@ class Coordinator:
     faults: list[FaultRequest] = field(default_factory=list)
     on_fault: Callable[[str, str], None] = lambda namespace, pod: None
     """Called with the namespace and name of a pod that a drill injures."""
+    forbids_faults: bool = False
 
     def handler(self, api: Api) -> web.Application:
         app = web.Application()
@@ -122,6 +123,8 @@ class Coordinator:
 
     async def _fault(self, api: Api, request: web.Request) -> web.Response:
         _, ranks = await self._admit(api, request)
+        if self.forbids_faults:
+            return web.json_response({"error": "faults are not enabled for this object"}, status=403)
         fault = FaultRequest.parse(await request.read())
         self.faults.append(fault)
         for pod in ranks:
@@ -257,6 +260,15 @@ def service(name: str = "chat", *, ranks: int = 4, **spec: object) -> Object:
             "template": one_gpu(),
             **spec,
         },
+    }
+
+
+def drill(name: str, *, target: str, rank: int) -> Object:
+    return {
+        "apiVersion": "moerator.dev/v1alpha1",
+        "kind": "MoEDrill",
+        "metadata": {"name": name},
+        "spec": {"target": {"kind": "MoEService", "name": target, "rank": rank}, "fault": {"type": "KillRank"}},
     }
 
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.controlplane.api import Api, Object
+from cluster.controlplane.api import Api
 from cluster.controlplane.faults import Seen, faulty
 from cluster.controlplane.helm import Helm
 from cluster.controlplane.nodes import KubeletControls, Node, kubelets
 from cluster.controlplane.start import ControlPlane
-from cluster.operators import GPU, World, coordinators, job, operator, path_of, service
+from cluster.operators import GPU, World, coordinators, drill, job, operator, path_of, service
 from cluster.waiting import eventually
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("crds")]
@@ -118,13 +118,7 @@ async def live_a_whole_life(world: World, nodes: KubeletControls) -> None:
     await world.apply(service("chat", ranks=3))
     await world.until_running(3)
     await world.until_condition("moeservices", "chat", "Ready", "True", reason="AllActive")
-    drill: Object = {
-        "apiVersion": "moerator.dev/v1alpha1",
-        "kind": "MoEDrill",
-        "metadata": {"name": "lose-a-rank"},
-        "spec": {"target": {"kind": "MoEService", "name": "absent", "rank": 0}, "fault": {"type": "KillRank"}},
-    }
-    await world.apply(drill)
+    await world.apply(drill("lose-a-rank", target="absent", rank=0))
     await eventually(
         lambda: world.find("moedrills", "lose-a-rank"),
         lambda seen: bool(seen and seen.get("status", {}).get("conditions")),

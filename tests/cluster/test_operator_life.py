@@ -19,6 +19,7 @@ from cluster.operators import (
     Room,
     World,
     by_rank,
+    drill,
     is_running,
     job,
     operator,
@@ -134,13 +135,7 @@ async def test_a_drill_kills_a_rank_once_and_tells_how_it_went(
     with operator(cluster, world.namespace, MOERATOR_COORDINATOR_URL=coordinator.url):
         await world.apply(service(ranks=2, drills="Allowed"))
         await world.until_condition("moeservices", "chat", "Ready", "True")
-        drill = {
-            "apiVersion": "moerator.dev/v1alpha1",
-            "kind": "MoEDrill",
-            "metadata": {"name": "ouch"},
-            "spec": {"target": {"kind": "MoEService", "name": "chat", "rank": 1}, "fault": {"type": "KillRank"}},
-        }
-        await world.apply(drill)
+        await world.apply(drill("ouch", target="chat", rank=1))
         verdict = await world.until_condition("moedrills", "ouch", "Complete", "True", timeout_s=60)
     assert verdict["reason"] == "DrillPassed", verdict["message"]
     mine = [fault for fault in coordinator.faults if fault.fault == "kill"]

@@ -12,7 +12,7 @@ from aiohttp import web
 from moe_core.contract.exchange import RuntimeState, RuntimeWish
 from moe_core.contract.expert_map import ExpertMap
 from moe_operator import runtime_client
-from moe_operator.cluster.protocol import Conflict, Unavailable
+from moe_operator.cluster.protocol import Conflict, Refused, Unavailable
 from moe_operator.runtime_client import RuntimeClient
 
 pytestmark = pytest.mark.integration
@@ -57,7 +57,9 @@ class Coordinator:
         return web.Response(status=self.status, text=self.state.canonical())
 
     async def _wish(self, request: web.Request) -> web.Response:
-        return web.Response(status=self.status if self.status != 200 else 204)
+        if self.status == 200:
+            return web.Response(status=204)
+        return web.json_response({"error": "not so"}, status=self.status)
 
 
 @pytest.fixture
@@ -124,6 +126,10 @@ async def test_an_older_wish_is_a_conflict_and_a_refusal_is_told(
     coordinator.status = 500
     with pytest.raises(Unavailable, match="500"):
         await client.put_wish(WISH)
+    coordinator.status = 403
+    with pytest.raises(Refused, match="403 not so") as refused:
+        await client.put_wish(WISH)
+    assert (refused.value.code, refused.value.said) == (403, "not so")
 
 
 async def test_without_a_token_nothing_is_sent(coordinator: Coordinator) -> None:

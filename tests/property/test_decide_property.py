@@ -8,11 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_core.decide import decide
-from moe_core.facts import BindPod, Decision, DeletePod, Facts, PodFact
+from moe_core.facts import ApplyObject, BindPod, CreatePod, Decision, DeletePod, Facts, PodFact, PutWish
 from simcluster import Sim, edit, gpu_nodes, gpu_template, job_spec, make, service_spec
 
 KINDS = st.sampled_from(["MoEJob", "MoEService"])
-EVENTS = ("kill", "delete", "vanish", "node-gone", "node-back", "coordinator", "resize", "tick", "gateway")
+EVENTS = ("kill", "delete", "vanish", "node-gone", "node-back", "coordinator", "resize", "tick", "gateway", "refuse")
 
 
 def start(kind: str, ranks: int, nodes: int) -> Sim:
@@ -60,6 +60,9 @@ def happen(sim: Sim, event: str, chance: random.Random) -> None:
             sim.nodes = gpu_nodes(9)
         case "coordinator" | "gateway":
             sim.pods = [replace(p, phase="Failed") if p.role == event else p for p in sim.pods]
+        case "refuse":
+            kind = chance.choice([ApplyObject, BindPod, CreatePod, DeletePod, PutWish])
+            sim.refuses = lambda action: isinstance(action, kind)
         case "resize" if sim.wish.kind == "MoEService":
             edit(sim, parallelism={"expert": chance.randint(1, 6)})
         case _:
@@ -79,6 +82,7 @@ def test_whatever_happens_and_wherever_the_operator_dies_the_group_comes_back_wh
             sim.tick()
         happen(sim, event, chance)
     sim.nodes = gpu_nodes(9)
+    sim.refuses = lambda action: False
     for _ in range(25):  # back-off may take its time
         step(sim, chance.choice([None, None, 1, 3]))
         sim.tick(30)

@@ -3,9 +3,11 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
+
 from moe_core.contract.exchange import Recovery, RuntimeState, ServingProgress
 from moe_core.decide import decide
-from moe_core.facts import Decision, Facts, InjectFault, TargetFact, Wish
+from moe_core.facts import Decision, Facts, InjectFault, RefusedAction, TargetFact, Wish
 from simcluster import Sim, gpu_nodes, gpu_template, make, service_spec
 
 
@@ -25,12 +27,16 @@ class Drill:
             return None
         return state.model_copy(update={"recoveries": self.recoveries, "serving": self.serving})
 
-    def step(self, *, crash: bool = False) -> Decision:
+    def step(self, *, crash: bool = False, refusing: tuple[int, str] | None = None) -> Decision:
         wish = Wish("MoEDrill", "default", "d", "drill", 1, self.spec, self.status)
         target = TargetFact(self.target.wish, tuple(self.target.pods), self.runtime())
         decision = decide(wish, Facts(target=target), self.target.now)
-        for action in decision.actions:
-            self.target.apply(action)
+        if refusing is not None:
+            refused = tuple(RefusedAction(action, *refusing) for action in decision.actions)
+            decision = decide(wish, Facts(target=target, refused=refused), self.target.now)
+        else:
+            for action in decision.actions:
+                self.target.apply(action)
         if not crash:
             conditions = {c["type"]: c for c in self.status.get("conditions", ())}
             for c in decision.conditions:
@@ -155,6 +161,52 @@ def test_a_target_that_does_not_exist_is_said() -> None:
     decision = decide(wish, Facts(), 0.0)
     assert decision.conditions[0].reason == "TargetNotFound"
     assert decision.wake_in is not None
+
+
+@pytest.mark.parametrize(
+    ("code", "said"), [(403, "faults are not enabled"), (401, "wrong token"), (404, "no rank has registered")]
+)
+def test_a_drill_whose_fault_is_refused_ends_at_once_and_says_why(code: int, said: str) -> None:
+    found = drill()
+    found.step()
+    found.step(refusing=(code, said))
+    assert found.condition("Complete") == found.condition("Failed") == ("True", "Refused")
+    assert found.condition("Injected") == ("False", "Refused")
+    assert found.status["verdict"] == "Failed"
+    assert found.status["message"] == (
+        f"nothing was injured: the coordinator of MoEService tiny refused the fault: {code} {said}"
+    )
+    assert found.step().actions == ()
+
+
+def test_a_drill_whose_target_goes_before_the_fault_was_sent_ends_at_once() -> None:
+    found = drill()
+    found.step()
+    found.target.kill(2)
+    found.target.settle()
+    assert found.step().actions == ()
+    assert found.condition("Failed") == ("True", "TargetNotFound")
+
+
+def test_a_fault_that_no_coordinator_takes_is_given_up() -> None:
+    found = drill()
+    found.step()
+    found.target.now += 31
+    assert found.step().actions == ()
+    assert found.condition("Failed") == ("True", "CoordinatorAway")
+
+
+def test_a_refused_repetition_of_a_fault_that_took_ends_nothing() -> None:
+    found = drill()
+    found.step()
+    found.step(crash=True)
+    at = found.target.now
+    found.recoveries = (
+        Recovery(epoch=2, lost_ranks=(2,), detected_at=at, agreed_at=at, rebuilt_at=at, resumed_at=at + 0.5),
+    )
+    found.step(refusing=(404, "no rank has registered with that uid"))
+    assert found.condition("Injected") == ("True", "DrillInjected")
+    assert found.condition("Complete")[0] == "False"
 
 
 def test_a_hang_is_sent_as_a_hang() -> None:

@@ -21,9 +21,9 @@ from moe_core.facts import (
     Wish,
 )
 from moe_core.outcome import Reason
-from moe_operator.cluster.protocol import Conflict, Key, Refused, RuntimeFace, Unavailable
+from moe_operator.cluster.protocol import Conflict, Foreign, Key, Refused, RuntimeFace, Unavailable
 from moe_operator.metrics import Metrics
-from moe_operator.reconcile import LAST_RETRY_S, Reconciler
+from moe_operator.reconcile import LAST_RETRY_S, Reconciler, describe
 
 KEY = Key("MoEJob", "default", "tiny")
 WISH = Wish("MoEJob", "default", "tiny", "uid-1", generation=2, spec={})
@@ -204,12 +204,40 @@ async def retried(work: Reconciler) -> float:
     return wait
 
 
-async def test_a_refusal_is_told_once_in_the_servers_words() -> None:
-    cluster = FakeCluster(faults={"create": [Refused("exceeded quota"), Refused("exceeded quota")]})
-    work = reconciler(cluster, create("p"))
+async def test_what_is_refused_is_decided_on_again_and_reported() -> None:
+    told: list[tuple[str, int, str]] = []
+
+    def brain(wish: Wish, facts: Facts, now: float) -> Decision:
+        told.extend((describe(one.action), one.code, one.message) for one in facts.refused)
+        conditions = (Condition("Progressing", "False", Reason.REFUSED, "quota"),) if facts.refused else ()
+        return Decision(actions=(create("p"), EnsureToken("t"), BindPod("q", "uid", "a")), conditions=conditions)
+
+    refused = Refused("POST /pods: 403 exceeded quota", code=403, said="exceeded quota")
+    cluster = FakeCluster(faults={"create": [refused]})
+    work = Reconciler(cluster, metrics=Metrics(), clock=lambda: 0.0, may_apply=lambda: True, brain=brain)
+    assert await retried(work) > 0
+    assert told == [("CreatePod p", 403, "exceeded quota")]
+    assert cluster.done == ["observe", "observe", "token t", "status"], "no pod is touched behind a refused one"
+    assert cluster.wish is not None and cluster.wish.status["conditions"][0]["reason"] == "Refused"
+
+
+async def test_an_object_of_somebody_else_is_a_fact_too() -> None:
+    seen: list[bool] = []
+
+    def brain(wish: Wish, facts: Facts, now: float) -> Decision:
+        seen.extend(one.is_foreign for one in facts.refused)
+        return Decision(actions=(EnsureToken("t"),))
+
+    cluster = FakeCluster(faults={"token": [Foreign("Secret t exists and has no owner")]})
+    work = Reconciler(cluster, metrics=Metrics(), clock=lambda: 0.0, may_apply=lambda: True, brain=brain)
     await retried(work)
-    await retried(work)
-    assert cluster.done == ["observe", "event exceeded quota", "observe"]
+    assert seen == [True]
+
+
+async def test_an_owner_whose_deletion_is_refused_says_so() -> None:
+    cluster = FakeCluster(faults={"delete-owner": [Refused("a finalizer")]})
+    await retried(reconciler(cluster, DeleteOwner("uid-1"), conditions=(READY,)))
+    assert cluster.done == ["observe", "status"]
 
 
 async def test_an_object_that_breaks_the_brain_is_counted_and_tried_again() -> None:

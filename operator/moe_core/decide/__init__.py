@@ -12,6 +12,7 @@ from moe_core.decide.cycle import everything_goes
 from moe_core.decide.drill import decide_drill
 from moe_core.decide.job import after_the_end, decide_job
 from moe_core.decide.memory import Memory, condition_in, is_true
+from moe_core.decide.refusals import with_refusals
 from moe_core.decide.report import events_of
 from moe_core.decide.service import at_rest, decide_service
 from moe_core.facts import Action, Condition, Decision, Facts, Wish
@@ -22,12 +23,16 @@ MANAGER = "moerator.dev/operator"
 __all__ = ["MANAGER", "decide"]
 
 
-def decide(wish: Wish, facts: Facts, now: float) -> Decision:  # noqa: PLR0911 - one way out per kind of wish
+def decide(wish: Wish, facts: Facts, now: float) -> Decision:
     """What to do now. Never raises for anything a user wrote: a bad wish is refused by a condition."""
+    if wish.kind == "MoEDrill" and not wish.deleting:
+        return decide_drill(wish, facts, now)
+    return with_refusals(wish, facts, _decide(wish, facts, now))
+
+
+def _decide(wish: Wish, facts: Facts, now: float) -> Decision:
     if wish.deleting:  # in a cluster the garbage collector follows the owner references
         return Decision(actions=tuple(everything_goes(facts)) if facts.local else (), status=_kept(wish))
-    if wish.kind == "MoEDrill":
-        return decide_drill(wish, facts, now)
     manager = wish.spec.get("managedBy")
     if isinstance(manager, str) and manager != MANAGER:
         return _left_alone(wish, manager)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from moe_core.decide.refusals import foreign_names
 from moe_core.experts.assign import even_slots
 from moe_core.facts import Facts, Wish
 from moe_core.manifests.config import job_config, service_config
@@ -55,8 +56,9 @@ def accept(wish: Wish, facts: Facts) -> Accepted | Refusal:  # noqa: PLR0911 - e
         needs = _needs(spec.template)
     except InvalidInput as error:
         return Refusal(Reason.INVALID_SPEC, f"spec.template.spec.resources: {error}")
-    if facts.foreign:
-        names = ", ".join(sorted(facts.foreign))
+    foreign = foreign_names(facts)
+    if foreign:
+        names = ", ".join(foreign)
         return Refusal(Reason.FOREIGN_OBJECT, f"{names} exists and belongs to somebody else; delete it or rename this")
     plan = _plan(wish, spec, facts, shape, pack, needs)
     refused = _coverage(plan, spec)

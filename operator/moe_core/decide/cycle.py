@@ -146,10 +146,18 @@ def placed_condition(plan: Plan, cycle: Cycle) -> Condition:
     return Condition("Placed", "False", Reason.PLACING, told)
 
 
+def progressing(cycle: Cycle, ready: Condition) -> Condition:
+    if ready.reason in (Reason.ALL_ACTIVE, Reason.RUNTIME_FAILED, Reason.BUDGET_EXHAUSTED, Reason.COORDINATOR_AWAY):
+        return Condition("Progressing", "False", Reason.STABLE, "nothing to do")
+    if cycle.no_fit is not None:
+        return Condition("Progressing", "False", Reason.NO_FIT, "waiting for room")
+    return Condition("Progressing", "True", ready.reason, ready.message)
+
+
 def is_forming(wish: Wish, cycle: Cycle) -> bool:
     """The first epoch is there and its ranks report one after the other; nobody was lost since the start."""
     before = condition_in(wish.status, "Ready") or {}
-    early = before.get("reason") in (None, Reason.STARTING, Reason.FORMING, Reason.NO_FIT)
+    early = before.get("reason") in (None, Reason.STARTING, Reason.FORMING, Reason.NO_FIT, Reason.REFUSED)
     return early and not cycle.filled.lost and cycle.counts.allocated == cycle.counts.desired
 
 

@@ -22,6 +22,8 @@ from moe_core.spec.others import MoEDrillSpec
 
 LOOK_AGAIN_S = 0.5
 RESEND_AFTER_S = 5.0
+SEND_WITHIN_S = 30.0
+"""A coordinator that is replaced answers again well before that."""
 _FAULT: Mapping[str, Literal["kill", "hang"]] = {"KillRank": "kill", "HangRank": "hang"}
 
 
@@ -37,7 +39,7 @@ def decide_drill(wish: Wish, facts: Facts, now: float) -> Decision:
     injection = _injection(kept)
     if injection is None:
         return _arm(wish, spec, facts.target, kept, now)
-    return _watch(wish, spec, facts.target, injection, kept, now)
+    return _watch(wish, spec, facts, injection, kept, now)
 
 
 def _refused(wish: Wish, kept: Mapping[str, Any], reason: Reason, told: str, wake_in: float | None = None) -> Decision:
@@ -91,12 +93,13 @@ def _arm(wish: Wish, spec: MoEDrillSpec, target: TargetFact | None, kept: Mappin
 def _watch(  # noqa: PLR0917
     wish: Wish,
     spec: MoEDrillSpec,
-    target: TargetFact | None,
+    facts: Facts,
     injection: Injection,
     kept: Mapping[str, Any],
     now: float,
 ) -> Decision:
     """Send the fault (the time counts from here), then look until there is a verdict."""
+    target = facts.target
     name = f"{spec.target.kind} {spec.target.name}"
     sent = kept["memory"].get("sent") is True
     if not sent:
@@ -104,6 +107,10 @@ def _watch(  # noqa: PLR0917
     seen = _seen(kept)
     if target is not None:
         seen = look(injection, seen, target.runtime, num_ranks=_num_ranks(target), now=now)
+    if not sent and seen.detected_s is None:  # else an operator that died had sent it
+        hindered = _hindered(name, facts, injection, now)
+        if hindered is not None:
+            return _not_injected(wish, kept, *hindered)
     verdict = judge(injection, seen, Slo(spec.slo.max_requests_failed, spec.slo.restored_within_seconds), now=now)
     actions: list[Action] = []
     lost = now - injection.at > RESEND_AFTER_S and seen.detected_s is None and _is_untouched(target, injection)
@@ -117,6 +124,33 @@ def _watch(  # noqa: PLR0917
         events=events_of(wish.status, conditions),
         wake_in=LOOK_AGAIN_S if verdict is None else None,
     )
+
+
+def _hindered(name: str, facts: Facts, injection: Injection, now: float) -> tuple[Reason, str] | None:
+    """Why the fault cannot be sent, None while it can."""
+    target = facts.target
+    if target is None:
+        return Reason.TARGET_NOT_FOUND, f"{name} was deleted before the fault was sent"
+    for one in facts.refused:
+        return Reason.REFUSED, f"the coordinator of {name} refused the fault: {one.code} {one.message}"
+    if target.runtime is not None and all(pod.uid != injection.pod_uid or pod.deleting for pod in target.pods):
+        return Reason.TARGET_NOT_FOUND, f"the pod of rank {injection.rank} of {name} went before the fault was sent"
+    waited = now - injection.armed_at
+    if waited > SEND_WITHIN_S:
+        return Reason.COORDINATOR_AWAY, f"no coordinator of {name} took the fault in {waited:.0f} s"
+    return None
+
+
+def _not_injected(wish: Wish, kept: Mapping[str, Any], reason: Reason, why: str) -> Decision:
+    """The end of a drill that has hurt nobody, and so has shown nothing."""
+    told = f"nothing was injured: {why}"
+    conditions = (
+        Condition("Injected", "False", reason, told),
+        Condition("Complete", "True", reason, told),
+        Condition("Failed", "True", reason, told),
+    )
+    status = {**kept, "observedGeneration": wish.generation, "message": told, "verdict": "Failed"}
+    return Decision(conditions=conditions, status=status, events=events_of(wish.status, conditions))
 
 
 def _conditions(told: str, verdict: Verdict | None) -> tuple[Condition, ...]:

@@ -9,6 +9,7 @@ from moe_core.decide.cycle import (
     everything_goes,
     is_forming,
     placed_condition,
+    progressing,
     run_cycle,
     soonest,
     starting_note,
@@ -20,6 +21,9 @@ from moe_core.facts import Condition, Decision, DeleteOwner, Facts, Wish
 from moe_core.outcome import InvalidSpec, Reason
 from moe_core.spec.job import MoEJobSpec
 from moe_core.spec.load import parse_spec
+
+_TRAINING = Condition("Progressing", "True", Reason.RUNNING, "training")
+_OVER = Condition("Progressing", "False", Reason.STABLE, "nothing to do")
 
 
 def decide_job(wish: Wish, accepted: Accepted, facts: Facts, now: float) -> Decision:
@@ -44,6 +48,7 @@ def decide_job(wish: Wish, accepted: Accepted, facts: Facts, now: float) -> Deci
         ready,
         Condition("Complete", "False", Reason.RUNNING, _progress(facts) or "not done yet"),
         Condition("Failed", "False", Reason.RUNNING, "has not failed"),
+        _TRAINING if ready.status == "True" else progressing(cycle, ready),
     )
     waking = [*cycle.waking]
     if spec.active_deadline_seconds is not None and cycle.memory.started_at is not None:
@@ -115,6 +120,7 @@ def _end(  # noqa: PLR0917
         Condition("Ready", "False", outcome.reason, outcome.message),
         outcome,
         Condition(other, "False", outcome.reason, outcome.message),
+        _OVER,
     )
     memory = replace(memory, completed_at=now)
     counts = count(accepted.plan.num_ranks, ranks, facts.runtime)
@@ -148,4 +154,4 @@ def after_the_end(wish: Wish, facts: Facts, now: float) -> Decision:
         elif not facts.pods:
             actions.append(DeleteOwner(wish.uid))
     status = {**status, "restarts": wish.status.get("restarts", 0)}
-    return Decision(actions=tuple(actions), conditions=(), status=status, wake_in=wake_in)
+    return Decision(actions=tuple(actions), conditions=(_OVER,), status=status, wake_in=wake_in)

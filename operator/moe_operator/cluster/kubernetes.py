@@ -171,7 +171,7 @@ def _error(method: str, path: str, status: int, headers: Mapping[str, str], text
         return Conflict(message)
     if status in (401, 408, 429) or status >= 500:
         return Unavailable(message, retry_after=_seconds(headers.get("Retry-After")))
-    return Refused(message)
+    return Refused(message, code=status, said=said)
 
 
 def _seconds(retry_after: str | None) -> float | None:

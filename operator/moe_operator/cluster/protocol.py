@@ -38,7 +38,15 @@ class Foreign(ClusterError):
 
 
 class Refused(ClusterError):
-    """The server does not accept it (invalid, forbidden, over quota); a retry alone will not help."""
+    """The server does not accept it (invalid, forbidden, over quota); a retry alone will not help.
+
+    `code` is its HTTP status, `said` its own sentence.
+    """
+
+    def __init__(self, message: str, *, code: int = 0, said: str = "") -> None:
+        self.code = code
+        self.said = said or message
+        super().__init__(message)
 
 
 class Unavailable(ClusterError):
