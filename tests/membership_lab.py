@@ -256,6 +256,7 @@ def rank_main(order: dict[str, Any], folder: Path) -> None:
         guard_address=order["guard_address"],
         deadlines=Deadlines(step_ms=STEP_MS, probe_ms=400, agree_ms=2000),
     )
+    heartbeat.settle()
     say("up", uid=uid)
     try:
         Stepper(keeper, order, folder).run()

@@ -1,5 +1,6 @@
 """The wire and the guard between real processes: deadlines hold, tokens count, and who is fenced is gone."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -20,7 +21,10 @@ RANK = """
 import sys, time
 from pathlib import Path
 from moe_runtime.host.heartbeat import Heartbeat
-Heartbeat(Path(sys.argv[1]), pod_uid="p0")
+heart = Heartbeat(Path(sys.argv[1]), pod_uid="p0")
+if "loading" not in sys.argv:
+    heart.settle()
+    time.sleep(0.6)
 print("beating", flush=True)
 time.sleep(60)
 """
@@ -44,16 +48,32 @@ def frozen_address() -> Iterator[str]:
 
 @pytest.fixture
 def guard(tmp_path: Path) -> Iterator[Guard]:
-    made = Guard(pod_uid="p0", token=TOKEN, socket_path=tmp_path / "g.sock", silence_s=1.0, faults_enabled=True)
+    made = Guard(
+        pod_uid="p0",
+        token=TOKEN,
+        socket_path=tmp_path / "g.sock",
+        silence_s=1.0,
+        loading_silence_s=2.5,
+        faults_enabled=True,
+    )
     yield made
     made.close()
 
 
 @pytest.fixture
 def rank(guard: Guard) -> Iterator[subprocess.Popen[str]]:
+    with started(guard) as process:
+        yield process
+
+
+@contextlib.contextmanager
+def started(guard: Guard, *words: str) -> Iterator[subprocess.Popen[str]]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(
-        [sys.executable, "-c", RANK, str(guard.socket_path)], env=environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", RANK, str(guard.socket_path), *words],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "beating\n"
@@ -122,6 +142,24 @@ def test_a_stopped_rank_is_fenced_for_its_silence(guard: Guard, rank: "subproces
     assert guard.ended.wait(5)
     assert "silent for" in guard.reason
     assert rank.wait(timeout=1) == -signal.SIGKILL
+
+
+def test_a_rank_that_still_loads_may_be_silent_for_longer_but_not_for_good(guard: Guard) -> None:
+    with started(guard, "loading") as loading:
+        tell(guard, op="fault", fault="hang")
+        assert not guard.ended.wait(1.7)
+        assert guard.ended.wait(5)
+        assert "while it was loading" in guard.reason
+        assert loading.wait(timeout=1) == -signal.SIGKILL
+
+
+def test_time_in_which_the_guard_did_not_run_either_is_no_silence(guard: Guard, rank: "subprocess.Popen[str]") -> None:
+    rank.send_signal(signal.SIGSTOP)
+    with guard._lock:  # holds the watching thread, as a machine that stands still would
+        time.sleep(1.5)
+    rank.send_signal(signal.SIGCONT)
+    assert not guard.ended.wait(0.5)
+    assert tell(guard, op="status")["state"] == "alive"
 
 
 def test_a_beating_rank_is_left_alone(guard: Guard, rank: "subprocess.Popen[str]") -> None:

@@ -3,11 +3,12 @@
 It hears the rank's heartbeat over a unix socket, answers peers and coordinator over TCP (JSON lines, bearer token),
 and fences: a SIGKILL by a pidfd, so that a recycled pid is never hit, and the answer "reaped" only once the process
 is really gone. A rank that is silent for too long (stopped, swapped out, deadlocked in C) is fenced without being
-asked to.
+asked to. Until it says that it has taken part in an epoch it may be silent for longer: importing and loading hold the
+interpreter, and nobody waits for it yet.
 
-    {"op": "status", "to": POD_UID}                       -> {"state": "alive", "pid": 123, "silent_ms": 80, "reason":
-    ""} {"op": "fence",  "to": POD_UID, "reason": "..."}      -> {"state": "reaped", ...} {"op": "fault",  "to":
-    POD_UID, "fault": "hang"}      -> {"state": ...}, or an error unless faults are enabled
+    {"op": "status", "to": POD_UID}                      -> {"state": "alive", "pid": 1, "silent_ms": 80, "reason": ""}
+    {"op": "fence",  "to": POD_UID, "reason": "..."}     -> {"state": "reaped", ...}
+    {"op": "fault",  "to": POD_UID, "fault": "hang"}     -> {"state": ...}, or an error unless faults are enabled
 
 States: absent (no heartbeat yet), alive, reaped. A fence holds for good: a rank that shows up after it is ended at
 once.
@@ -27,13 +28,19 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from moe_runtime.host.heartbeat import SETTLED_BEAT
 from moe_runtime.membership.wire import Json, LineServer
 
 State = Literal["absent", "alive", "reaped"]
 SILENCE_S = 5.0
-"""Twenty heartbeats. A rank that loads weights on a busy machine was seen silent for under 1 s (2 cores, 4 ranks)."""
+"""Twenty heartbeats, for a rank that has taken part in an epoch."""
+LOADING_SILENCE_S = 60.0
+"""Before that. Twelve ranks that load at once on two cores are silent for up to 1.4 s (23 Nov); one was once for over
+5 s, at a load of 19 with a busy disk. A rank that really hangs here delays nothing but its own entry."""
 _REAP_S = 5.0
 _TICK_S = 0.1
+_LONGEST_TICK_S = 0.5
+"""More than this between two looks is the guard's own absence (stopped, or starved like its rank): not the rank's."""
 
 
 class Victim:
@@ -93,6 +100,7 @@ class Guard:
         host: str = "127.0.0.1",
         port: int = 0,
         silence_s: float = SILENCE_S,
+        loading_silence_s: float = LOADING_SILENCE_S,
         faults_enabled: bool = False,
     ) -> None:
         """`socket_path` is where the rank finds its guard; at most 107 bytes, in a folder of its own user."""
@@ -100,12 +108,13 @@ class Guard:
         self.socket_path = socket_path
         self.reason = ""
         self.ended = threading.Event()
-        self._silence_s = silence_s
+        self._silence_s, self._loading_silence_s = silence_s, loading_silence_s
         self._faults_enabled = faults_enabled
         self._lock = threading.Condition()
         self._victim: Victim | None = None
         self._link: socket.socket | None = None
-        self._heard_at = 0.0
+        self._is_settled = False
+        self._silent_s = 0.0
         self._is_fenced = False
         self._is_closed = threading.Event()
         socket_path.unlink(missing_ok=True)
@@ -166,8 +175,8 @@ class Guard:
         elif op != "status":
             return {"error": f"unknown op {op!r}"}
         with self._lock:
-            silent_ms = round((time.monotonic() - self._heard_at) * 1000) if self._victim is not None else 0
             pid = self._victim.pid if self._victim is not None else 0
+            silent_ms = round(self._silent_s * 1000)
             return {"state": self.state, "pid": pid, "silent_ms": silent_ms, "reason": self.reason}
 
     def _inject(self, fault: str) -> None:
@@ -187,9 +196,14 @@ class Guard:
 
     def _watch(self) -> None:
         self._listener.setblocking(False)
+        looked_at = time.monotonic()
         while not self._is_closed.is_set():
             watched = [self._listener] + ([self._link] if self._link is not None else [])
             ready = select.select(watched, [], [], _TICK_S)[0]
+            now = time.monotonic()
+            with self._lock:
+                self._silent_s += min(now - looked_at, _LONGEST_TICK_S)
+            looked_at = now
             # What has been said is heard before silence is judged: this process may have been stopped itself.
             if self._link in ready:
                 self._hear()
@@ -215,7 +229,7 @@ class Guard:
             return
         link.setblocking(False)
         with self._lock:
-            self._victim, self._link, self._heard_at = victim, link, time.monotonic()
+            self._victim, self._link, self._silent_s = victim, link, 0.0
             if self._is_fenced:
                 self.reason = "fenced before it came"
                 victim.send(signal.SIGKILL)
@@ -230,7 +244,8 @@ class Guard:
             said = b""
         with self._lock:
             if said:
-                self._heard_at = time.monotonic()
+                self._silent_s = 0.0
+                self._is_settled = self._is_settled or SETTLED_BEAT in said
             else:
                 # It says nothing more: it has ended, is ending, or will be judged silent.
                 self._link.close()
@@ -245,7 +260,7 @@ class Guard:
                 self.reason = self.reason or "the rank's process ended"
                 self.ended.set()
                 return
-            silent_s = time.monotonic() - self._heard_at
-            if silent_s > self._silence_s:
-                self.reason = self.reason or f"fenced: silent for {silent_s:.1f} s"
+            if self._silent_s > (self._silence_s if self._is_settled else self._loading_silence_s):
+                doing = "" if self._is_settled else " while it was loading"
+                self.reason = self.reason or f"fenced: silent for {self._silent_s:.1f} s{doing}"
                 victim.send(signal.SIGKILL)

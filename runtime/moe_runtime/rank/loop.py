@@ -33,7 +33,8 @@ _KEPT_RECOVERIES = 16
 
 
 class StepLoop:
-    """`run` is the thread's; it ends when halted or when the model is unusable. `directive()` gives the newest one."""
+    """`run` is the thread's; it ends when halted or when the model is unusable. `directive()` gives the newest one,
+    `settled()` is called after every step."""
 
     def __init__(
         self,
@@ -44,9 +45,10 @@ class StepLoop:
         keeper: MembershipKeeper,
         work: Work,
         directive: Callable[[], Directive],
+        settled: Callable[[], None],
     ) -> None:
         self._config, self._rank, self._token = config, rank, token
-        self._keeper, self._work, self._directive = keeper, work, directive
+        self._keeper, self._work, self._directive, self._settled = keeper, work, directive, settled
         self._staging = Staging()
         self._group: EpochGroup | None = None
         self._halt = threading.Event()
@@ -222,6 +224,7 @@ class StepLoop:
             return self._change(plan)
         tokens = [row[0] for row in rows]
         self._work.run(tokens)
+        self._settled()
         self._resumed()
         if any(tokens):
             self._quiet_rounds = 0
