@@ -16,6 +16,7 @@ from moe_core.contract.runtime_config import ModelSource, RuntimeConfig, Serving
 from moe_runtime.coordinator import face
 from moe_runtime.coordinator.book import Book
 from moe_runtime.coordinator.face import CoordinatorFace
+from moe_runtime.coordinator.head_copies import HeadCopies
 from moe_runtime.host.pod_env import PodEnv
 from moe_runtime.registration import Directive, GatewayReport, MembersView, RankReport
 
@@ -65,7 +66,8 @@ async def client() -> AsyncIterator[TestClient[Any, Any]]:
 
 
 def client_of(*, faults_enabled: bool) -> TestClient[Any, Any]:
-    face = CoordinatorFace(environment(faults_enabled=faults_enabled), Book(lambda: 1000.0, is_serving=True))
+    book, copies = Book(lambda: 1000.0, is_serving=True), HeadCopies(Path("/nowhere"))
+    face = CoordinatorFace(environment(faults_enabled=faults_enabled), book, copies)
     return TestClient(TestServer(face.app()), headers={"Authorization": f"Bearer {TOKEN}"})
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from moe_core.contract.exchange import RankState, RuntimeState
+from moe_core.contract.runtime_config import ENV_REATTACH
 from moe_core.decide import decide
 from moe_core.facts import BindPod, CreatePod, DeletePod, NodeFact, PutWish, Taint
 from simcluster import Sim, edit, gpu_nodes, gpu_template, make, service_spec
@@ -344,6 +345,22 @@ def test_coordinator_and_rank_lost_together_both_come_back() -> None:
     assert sim.condition("Ready") == ("True", "AllActive")
 
 
+def reattaches(pod: CreatePod) -> bool:
+    return {"name": ENV_REATTACH, "value": "1"} in pod.manifest["spec"]["containers"][0]["env"]
+
+
+def test_only_a_coordinator_that_replaces_one_among_running_pods_is_told_to_reattach() -> None:
+    first = service()
+    created = [a for _ in range(6) for a in first.step().actions if isinstance(a, CreatePod)]
+    assert {a.role for a in created} == {"rank", "coordinator", "gateway"}
+    assert not any(reattaches(a) for a in created)
+
+    sim = running()
+    sim.pods = [p for p in sim.pods if p.role != "coordinator" and p.index != 1]
+    again = [a for a in sim.step().actions if isinstance(a, CreatePod)]
+    assert [(a.role, reattaches(a)) for a in again if a.role != "gateway"] == [("rank", False), ("coordinator", True)]
+
+
 def test_a_killed_pod_is_vouched_dead_to_the_coordinator() -> None:
     sim = running()
     uid = sim.live(2)[0].uid
@@ -433,3 +450,37 @@ def test_events_come_on_transitions_only() -> None:
     assert "RankReplaced" in reasons
     sim.step()
     assert "RankReplaced" not in [event.reason for event in sim.step().events]
+
+
+def forgotten(*, coordinator: str) -> Sim:
+    """A group that serves, whose status was never written; a rank is lost and finds no room; a minute has passed."""
+    sim = running(4, nodes=4)
+    sim.wish = replace(sim.wish, status={})
+    sim.pods = [pod for pod in sim.pods if pod.index != 3 or pod.role != "rank"]
+    sim.nodes = sim.nodes[:3]
+    if coordinator != "answers":
+        sim.pods = [pod for pod in sim.pods if pod.role != "coordinator"]
+    sim.step()
+    sim.now += 100
+    if coordinator == "has just started":
+        sim.tick()
+        state = sim.runtime()
+        assert state is not None and state.epoch == 0, "it has heard of no rank yet"
+    return sim
+
+
+@pytest.mark.parametrize("coordinator", ["answers", "is away", "has just started"])
+def test_a_group_that_serves_is_never_taken_for_one_that_was_half_started(coordinator: str) -> None:
+    sim = forgotten(coordinator=coordinator)
+    members = set(sim.members.values())
+    assert len(members) >= 3
+    deleted = {action.uid for action in sim.step().actions if isinstance(action, DeletePod)}
+    assert not deleted & members
+
+
+@pytest.mark.parametrize("coordinator", ["answers", "is away", "has just started"])
+def test_no_member_beyond_the_wished_size_is_deleted_on_a_forgotten_status(coordinator: str) -> None:
+    sim = forgotten(coordinator=coordinator)
+    edit(sim, parallelism={"expert": 2})
+    deleted = {action.uid for action in sim.step().actions if isinstance(action, DeletePod)}
+    assert not deleted & set(sim.members.values())

@@ -117,7 +117,9 @@ def _helpers(
     """Coordinator and gateways start with the ranks, not before: a gang that waits for room must not hold any."""
     if not (starting or coordinator or any(seat.is_placed for seat in ranks.values())):
         return [], []
-    first, waking = tend(plan, ROLE_COORDINATOR, 1, coordinator, now)
+    others = [*ranks.values(), *gateways.values()]
+    runs = any(seat.live is not None and seat.live.phase == "Running" for seat in others)
+    first, waking = tend(plan, ROLE_COORDINATOR, 1, coordinator, now, reattach=runs)
     second, more = tend(plan, ROLE_GATEWAY, plan.num_gateways, gateways, now)
     return [*first, *second], [*waking, *more]
 

@@ -16,6 +16,7 @@ from moe_core.contract.runtime_config import (
     ENV_POD_NAME,
     ENV_POD_UID,
     ENV_RANK,
+    ENV_REATTACH,
     ENV_ROLE,
     ENV_STATE_DIR,
     ENV_TOKEN_FILE,
@@ -34,9 +35,9 @@ USER_ID = 10001
 HELPER_REQUEST = {"cpu": "100m", "memory": "768Mi"}
 
 
-def create_pod(plan: Plan, role: str, *, index: int, incarnation: int) -> CreatePod:
-    """The action that creates one pod; ranks are gated."""
-    manifest = _manifest(plan, role, index, incarnation)
+def create_pod(plan: Plan, role: str, *, index: int, incarnation: int, reattach: bool = False) -> CreatePod:
+    """The action that creates one pod; ranks are gated. `reattach`: a coordinator among pods that run already."""
+    manifest = _manifest(plan, role, index, incarnation, reattach=reattach)
     return CreatePod(
         name=manifest["metadata"]["name"],
         role=role,
@@ -47,7 +48,7 @@ def create_pod(plan: Plan, role: str, *, index: int, incarnation: int) -> Create
     )
 
 
-def _manifest(plan: Plan, role: str, index: int, incarnation: int) -> dict[str, Any]:
+def _manifest(plan: Plan, role: str, index: int, incarnation: int, *, reattach: bool) -> dict[str, Any]:
     labels = {
         **names.owner_labels(plan.kind, plan.name),
         names.LABEL_ROLE: role,
@@ -59,6 +60,8 @@ def _manifest(plan: Plan, role: str, index: int, incarnation: int) -> dict[str, 
     if role == ROLE_RANK:
         labels[names.LABEL_RANK] = str(index)
     spec = _spec(plan, role, index)
+    if reattach:
+        spec["containers"][0]["env"].append({"name": ENV_REATTACH, "value": "1"})
     annotations = {names.ANNOTATION_SPEC_DIGEST: digest_of(repr(spec))}
     return {
         "apiVersion": "v1",

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from moe_core.contract.exchange import FaultRequest, RuntimeWish
 from moe_core.outcome import InvalidInput
 from moe_runtime.coordinator.book import Book, StaleWish
+from moe_runtime.coordinator.head_copies import HeadCopies
 from moe_runtime.host.guard_client import GuardUnreachable, inject_fault
 from moe_runtime.host.pod_env import PodEnv
 from moe_runtime.host.ray_env import is_loopback
@@ -31,8 +32,9 @@ _MAX_BODY_BYTES = 64 << 20
 class CoordinatorFace:
     """The routes over one Book. `changed` wakes everybody who waits for news."""
 
-    def __init__(self, env: PodEnv, book: Book) -> None:
+    def __init__(self, env: PodEnv, book: Book, copies: HeadCopies) -> None:
         self._env = env
+        self._copies = copies
         self._book = book
         self._metrics = CoordinatorMetrics()
         self._changed = asyncio.Condition()
@@ -45,6 +47,7 @@ class CoordinatorFace:
         app.router.add_post("/v1/register", self._register)
         app.router.add_get("/v1/members", self._get_members)
         app.router.add_post("/v1/faults", self._post_fault)
+        self._copies.add_routes(app)
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/metrics", self._get_metrics)
         app.cleanup_ctx.append(self._ticking)
@@ -154,10 +157,10 @@ def _refusal(status: int, message: str) -> web.Response:
     return web.json_response({"error": message}, status=status)
 
 
-async def serve_coordinator(env: PodEnv) -> None:
+async def serve_coordinator(env: PodEnv, copies: HeadCopies) -> None:
     """Serve until cancelled. Raises OSError when the port is taken."""
     book = Book(time.time, is_serving=env.config.mode == "serve")
-    runner = web.AppRunner(CoordinatorFace(env, book).app(), access_log=None, shutdown_timeout=0.5)
+    runner = web.AppRunner(CoordinatorFace(env, book, copies).app(), access_log=None, shutdown_timeout=0.5)
     await runner.setup()
     host = env.pod_ip if is_loopback(env.pod_ip) else None
     try:

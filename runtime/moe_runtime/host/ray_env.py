@@ -28,6 +28,7 @@ def ray_environment(env: PodEnv, environ: Mapping[str, str]) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(token_path),
         "RAY_gcs_rpc_server_reconnect_timeout_s": str(_RECONNECT_S),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_metrics_report_interval_ms": "3600000",  # else the head writes counters into its store every 5 s
         "RAY_enable_metrics_collection": "false",
         "RAY_timeout_ms_task_wait_for_death_info": "100",  # default 1000: how long a caller waits to learn why
         "RAY_worker_register_timeout_seconds": "120",
@@ -44,9 +45,14 @@ def ray_environment(env: PodEnv, environ: Mapping[str, str]) -> dict[str, str]:
 
 def head_environment(env: PodEnv, environ: Mapping[str, str]) -> dict[str, str]:
     """For the head: its state lies in an embedded store, so that a new head on the same folder takes its nodes back."""
-    store = env.state_dir / "gcs"
+    store = head_store_dir(env)
     store.mkdir(parents=True, exist_ok=True)
     return {**ray_environment(env, environ), "RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(store)}
+
+
+def head_store_dir(env: PodEnv) -> Path:
+    """Where the head keeps its state, in the coordinator's pod."""
+    return env.state_dir / "gcs"
 
 
 def write_ray_token(env: PodEnv) -> Path:
