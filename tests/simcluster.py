@@ -26,6 +26,7 @@ from moe_core.facts import (
     PodFact,
     PutWish,
     RefusedAction,
+    ReportMap,
     Wish,
 )
 
@@ -85,10 +86,16 @@ class Sim:
     now: float = 1000.0
     pods: list[PodFact] = field(default_factory=list)
     objects: dict[tuple[str, str], str] = field(default_factory=dict)
+    map_status: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     told: RuntimeWish | None = None
+    registered: set[str] = field(default_factory=set)
+    """uids of the ranks that the coordinator has heard of: none when it has just started."""
+    asked: str = ""
+    """uid of the coordinator that the ranks last reported to."""
     members: dict[int, str] = field(default_factory=dict)
     epoch: int = 0
     step_count: int = 0
+    load: tuple[tuple[int, ...], ...] = ()
     owner_deleted: bool = False
     stuck_terminating: bool = False
     uids: int = 0
@@ -116,7 +123,7 @@ class Sim:
             return None
         states = []
         for pod in self.ranks():
-            if pod.phase != "Running" or pod.deleting:
+            if pod.phase != "Running" or pod.deleting or pod.uid not in self.registered:
                 continue
             phase = "Ready" if self.told is None or pod.index in self.told.ranks else "Left"
             if self.members.get(pod.index) == pod.uid:
@@ -129,7 +136,8 @@ class Sim:
             and sorted(self.members) == sorted(self.told.ranks)
         )
         seen = None
-        if self.map_in_force is not None:
+        known = self.map_in_force is not None and any(state.phase in ("Active", "Draining") for state in states)
+        if known and self.map_in_force is not None:
             live = [r for r in self.members if r < self.map_in_force.num_ranks]
             seen = coverage(self.map_in_force, live) if live else Coverage(covered=0, total=1)
         serving = self.wish.kind == "MoEService"
@@ -137,11 +145,12 @@ class Sim:
             version=self.step_count,
             wish_put=self.told.generation if self.told else None,
             wish_generation=self.told.generation if in_force and self.told else None,
-            epoch=self.epoch,
-            map_digest=self.map_in_force.digest if self.map_in_force else "",
+            epoch=self.epoch if known else 0,
+            map_digest=self.map_in_force.digest if known and self.map_in_force else "",
             ranks=tuple(states),
             coverage=seen,
             serving=ServingProgress() if serving else None,
+            load=self.load,
             training=None if serving else TrainingProgress(step=self.epoch, done=self.training_done),
         )
 
@@ -149,7 +158,10 @@ class Sim:
         return Facts(
             nodes=self.nodes,
             pods=tuple(self.pods),
-            objects=tuple(ObjectFact(kind, name, digest) for (kind, name), digest in self.objects.items()),
+            objects=tuple(
+                ObjectFact(kind, name, digest, self.map_status.get(name, {}) if kind == "ExpertMap" else {})
+                for (kind, name), digest in self.objects.items()
+            ),
             topologies=self.topologies,
             runtime=self.runtime(),
             put_generation=self.told.generation if self.told and self.coordinator_up else None,
@@ -214,6 +226,8 @@ class Sim:
                 self.objects["Secret", action.name] = ""
             case DeleteObject():
                 self.objects.pop((action.kind, action.name), None)
+            case ReportMap():
+                self.map_status[action.name] = action.status
             case DeleteOwner():
                 self.owner_deleted = True
             case PutWish():
@@ -245,6 +259,9 @@ class Sim:
     def _runtime_moves(self) -> None:
         """As the real one: soft state dies with the coordinator, leavers drain, a new map waits for all it names."""
         running = {p.index: p.uid for p in self.ranks() if p.phase == "Running" and not p.deleting}
+        up = next((p.uid for p in self.pods if p.role == ROLE_COORDINATOR and p.phase == "Running"), "")
+        self.registered = set(running.values()) if up and up == self.asked else set()
+        self.asked = up
         before = dict(self.members), self.map_in_force
         self.members = {r: uid for r, uid in self.members.items() if running.get(r) == uid}
         if not self.coordinator_up:
@@ -254,7 +271,7 @@ class Sim:
             leavers = [uid for rank, uid in self.members.items() if rank not in wished]
             if leavers and leavers != self.draining:
                 self.draining = leavers
-            elif all(rank in running for rank in wished):
+            elif all(running.get(rank) in self.registered for rank in wished):
                 self.members, self.map_in_force, self.draining = {r: running[r] for r in wished}, wished_map, []
             elif self.map_in_force is not None and self.map_in_force.digest == wished_map.digest:
                 self.members |= {r: running[r] for r in wished if r in running}

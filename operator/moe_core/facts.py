@@ -63,11 +63,12 @@ class PodFact:
 
 @dataclass(frozen=True, slots=True)
 class ObjectFact:
-    """An owned object that is not a pod, with the digest of what was last applied."""
+    """An owned object that is not a pod, with the digest of what was last applied; `status` of an ExpertMap only."""
 
     kind: str
     name: str
     digest: str
+    status: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +183,14 @@ class DeleteObject:
 
 
 @dataclass(frozen=True, slots=True)
+class ReportMap:
+    """Write the status of an owned ExpertMap, as a whole."""
+
+    name: str
+    status: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class DeleteOwner:
     """The custom resource itself (ttlSecondsAfterFinished)."""
 
@@ -199,7 +208,16 @@ class InjectFault:
 
 
 Action = (
-    ApplyObject | EnsureToken | CreatePod | BindPod | DeletePod | DeleteObject | DeleteOwner | PutWish | InjectFault
+    ApplyObject
+    | EnsureToken
+    | CreatePod
+    | BindPod
+    | DeletePod
+    | DeleteObject
+    | ReportMap
+    | DeleteOwner
+    | PutWish
+    | InjectFault
 )
 
 

@@ -27,6 +27,7 @@ from moe_core.facts import (
     InjectFault,
     PutWish,
     RefusedAction,
+    ReportMap,
     Wish,
 )
 from moe_operator.cluster.protocol import Cluster, Conflict, Foreign, Key, Refused, Unavailable
@@ -243,6 +244,8 @@ class Reconciler:
                 await self._cluster.delete_pod(wish, action)
             case DeleteObject():
                 await self._cluster.delete_object(wish, action)
+            case ReportMap():
+                await self._cluster.report_map(wish, action)
             case DeleteOwner():
                 await self._cluster.delete_owner(wish)
             case PutWish():

@@ -178,7 +178,10 @@ MAY = [
     *(f"{verb} moejobs.moerator.dev -A" for verb in ("get", "list", "watch", "delete")),
     *(f"{verb} moedrills.moerator.dev -A" for verb in ("get", "list", "watch")),
     *(f"{verb} clustertopologies.moerator.dev" for verb in ("get", "list", "watch")),
-    *(f"patch {kind}.moerator.dev --subresource=status -A" for kind in ("moejobs", "moeservices", "moedrills")),
+    *(
+        f"patch {kind}.moerator.dev --subresource=status -A"
+        for kind in ("moejobs", "moeservices", "moedrills", "expertmaps")
+    ),
     *(f"{verb} expertmaps.moerator.dev -A" for verb in ("get", "list", "watch", "create", "patch", "delete")),
     *(f"{verb} pods -n team-a" for verb in ("get", "list", "watch", "create", "patch", "delete")),
     *(f"{verb} services -n team-a" for verb in ("get", "create", "patch", "delete")),

@@ -92,6 +92,27 @@ async def test_children_that_are_deleted_or_changed_come_back_as_they_were(
 CHILDREN = (("configmaps", "chat-svc-config"), ("services", "chat-svc-coordinator"), ("expertmaps", "chat-svc-map"))
 
 
+async def test_the_expert_map_says_what_is_applied_and_what_it_covers(
+    cluster: ControlPlane, world: World, room: Room, coordinator: Coordinator
+) -> None:
+    with operator(cluster, world.namespace, MOERATOR_COORDINATOR_URL=coordinator.url):
+        await world.apply(service(ranks=2))
+        seen = await eventually(
+            lambda: world.find("expertmaps", "chat-svc-map"),
+            lambda seen: bool(seen and seen.get("status", {}).get("appliedDigest")),
+            what="the status of the map",
+        )
+    assert seen is not None
+    assert seen["status"].pop("epoch") >= 1
+    assert seen["status"] == {
+        **{"appliedDigest": seen["spec"]["digest"]},
+        **{"coveredExperts": 64, "totalExperts": 64, "coveragePercent": 100},
+    }
+    table = cluster.kubectl("get", "emap", "-n", world.namespace).splitlines()
+    assert table[0].split() == ["NAME", "GENERATION", "DIGEST", "APPLIED", "COVERAGE%", "AGE"]
+    assert table[1].split()[2:5] == [seen["spec"]["digest"], seen["spec"]["digest"], "100"]
+
+
 async def test_a_service_is_scaled_out_and_in_by_kubectl_scale(
     cluster: ControlPlane, world: World, room: Room, coordinator: Coordinator
 ) -> None:

@@ -18,6 +18,7 @@ from moe_core.facts import (
     EnsureToken,
     Event,
     Facts,
+    ReportMap,
     Wish,
 )
 from moe_core.outcome import Reason
@@ -79,6 +80,9 @@ class FakeCluster:
 
     async def delete_object(self, wish: Wish, action: DeleteObject) -> None:
         await self._verb("delete-object", action.name)
+
+    async def report_map(self, wish: Wish, action: ReportMap) -> None:
+        await self._verb("report-map", action.name)
 
     async def delete_owner(self, wish: Wish) -> None:
         await self._verb("delete-owner")

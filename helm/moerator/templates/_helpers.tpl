@@ -17,7 +17,7 @@ app.kubernetes.io/instance: {{ .Release.Name }}
   resources: [moejobs, moeservices, moedrills]
   verbs: [get, list, watch]
 - apiGroups: [moerator.dev]
-  resources: [moejobs/status, moeservices/status, moedrills/status]
+  resources: [moejobs/status, moeservices/status, moedrills/status, expertmaps/status]
   verbs: [patch]
 - apiGroups: [moerator.dev]
   resources: [moejobs]

@@ -2,7 +2,7 @@
 
 Pure and level-triggered: the same wish, facts and moment give the same decision, whatever happened before; what must be
 remembered lies in the resource's own status (memory.py). Read in this order: accept (is it possible), crew (who
-lives), gang, place and helpers (pods), follow (what the group is told), cycle (all of it once), job and service.
+lives), gang, place and helpers (pods), follow (what the group is told), maps, cycle (all of it once), job and service.
 """
 
 from dataclasses import replace

@@ -8,6 +8,7 @@ from moe_core.decide.crew import Seat, seats
 from moe_core.decide.follow import Following, follow, release_leavers
 from moe_core.decide.gang import Steps, fill, remember
 from moe_core.decide.helpers import tend
+from moe_core.decide.maps import report_maps
 from moe_core.decide.memory import Memory, condition_in
 from moe_core.decide.place import bind
 from moe_core.decide.report import Counts, count
@@ -66,6 +67,7 @@ def run_cycle(plan: Plan, memory: Memory, facts: Facts, now: float, *, keep_fini
         *helpers,
         *following.actions,
         *release_leavers(plan, facts, following, ranks, formed=formed),
+        *report_maps(plan.expert_map(following.num_ranks), facts, now),
     )
     memory = replace(
         memory,

@@ -91,8 +91,12 @@ KINDS: tuple[ResourceKind, ...] = (
         (
             Column("Generation", ".spec.generation", "integer"),
             Column("Digest", ".spec.digest"),
-            Column("Experts", ".spec.numLogicalExperts", "integer"),
+            Column("Applied", ".status.appliedDigest"),
+            Column("Coverage%", ".status.coveragePercent", "integer"),
             AGE,
+            Column("Experts", ".spec.numLogicalExperts", "integer", wide=True),
+            Column("Epoch", ".status.epoch", "integer", wide=True),
+            Column("Balance%", ".status.balancednessPercent", "integer", wide=True),
             Column("Policy", ".spec.policy", wide=True),
         ),
     ),

@@ -30,6 +30,7 @@ from moe_core.facts import (
     EnsureToken,
     Event,
     Facts,
+    ReportMap,
     TargetFact,
     Wish,
 )
@@ -264,6 +265,26 @@ class KubernetesCluster:
         except NotFound:
             return  # deleted meanwhile; the watch will say so
         self._learn(wish.kind, written)
+
+    async def report_map(self, wish: Wish, action: ReportMap) -> None:
+        path = path_of("ExpertMap", wish.namespace, action.name)
+        existing = await self._api.find(path)
+        if existing is None:
+            return
+        self._check_owner(wish, "ExpertMap", existing)
+        body = {
+            "apiVersion": API_VERSION,
+            "kind": "ExpertMap",
+            "metadata": {"name": action.name, "uid": existing["metadata"]["uid"]},
+            "status": dict(action.status),
+        }
+        try:
+            written = await self._api.patch(
+                f"{path}/status", body, APPLY_PATCH, fieldManager=FIELD_MANAGER, force="true"
+            )
+        except NotFound:
+            return
+        self._learn("ExpertMap", written)
 
     async def emit(self, wish: Wish, event: Event) -> None:
         """Named by what it says: the same event again only counts up, also after a restart."""

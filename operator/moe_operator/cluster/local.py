@@ -28,6 +28,7 @@ from moe_core.facts import (
     Kind,
     ModelFact,
     ObjectFact,
+    ReportMap,
     TargetFact,
     Wish,
 )
@@ -162,7 +163,12 @@ class LocalCluster:
             nodes=(node_fact(self.pods(), own=own),),
             pods=self._crew.facts(wish.uid),
             objects=tuple(
-                ObjectFact(child["kind"], child["metadata"]["name"], child["metadata"]["annotations"][APPLIED])
+                ObjectFact(
+                    child["kind"],
+                    child["metadata"]["name"],
+                    child["metadata"]["annotations"][APPLIED],
+                    child.get("status", {}),
+                )
                 for child in self._store.children(wish.uid)
                 if child["kind"] in ("ConfigMap", "Secret", "Service", "ExpertMap")
             ),
@@ -224,6 +230,12 @@ class LocalCluster:
             raise Foreign(f"{action.kind}/{action.name} is not owned by {wish.kind}/{wish.name}")
         self._store.remove(action.kind, wish.namespace, action.name)
         self._mark_wish(wish)
+
+    async def report_map(self, wish: Wish, action: ReportMap) -> None:
+        thing = self._store.get("ExpertMap", wish.namespace, action.name)
+        if thing is not None and owner_uid_of(thing) == wish.uid:
+            thing["status"] = dict(action.status)
+            self._store.touch(thing)
 
     async def delete_owner(self, wish: Wish) -> None:
         self._delete_owner(self._owner(wish))

@@ -20,6 +20,7 @@ from moe_core.facts import (
     Event,
     Facts,
     Kind,
+    ReportMap,
     Wish,
 )
 from moe_core.outcome import MoeratorError
@@ -105,6 +106,8 @@ class Cluster(Protocol):
     async def delete_pod(self, wish: Wish, action: DeletePod) -> None: ...
 
     async def delete_object(self, wish: Wish, action: DeleteObject) -> None: ...
+
+    async def report_map(self, wish: Wish, action: ReportMap) -> None: ...
 
     async def delete_owner(self, wish: Wish) -> None: ...
 
