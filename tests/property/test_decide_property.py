@@ -12,7 +12,19 @@ from moe_core.facts import ApplyObject, BindPod, CreatePod, Decision, DeletePod,
 from simcluster import Sim, edit, gpu_nodes, gpu_template, job_spec, make, service_spec
 
 KINDS = st.sampled_from(["MoEJob", "MoEService"])
-EVENTS = ("kill", "delete", "vanish", "node-gone", "node-back", "coordinator", "resize", "tick", "gateway", "refuse")
+EVENTS = (
+    "kill",
+    "delete",
+    "vanish",
+    "node-gone",
+    "node-back",
+    "coordinator",
+    "resize",
+    "tick",
+    "gateway",
+    "refuse",
+    "forget",
+)
 
 
 def start(kind: str, ranks: int, nodes: int) -> Sim:
@@ -60,6 +72,8 @@ def happen(sim: Sim, event: str, chance: random.Random) -> None:
             sim.nodes = gpu_nodes(9)
         case "coordinator" | "gateway":
             sim.pods = [replace(p, phase="Failed") if p.role == event else p for p in sim.pods]
+        case "forget":  # a status that was never written
+            sim.wish = replace(sim.wish, status={})
         case "refuse":
             kind = chance.choice([ApplyObject, BindPod, CreatePod, DeletePod, PutWish])
             sim.refuses = lambda action: isinstance(action, kind)

@@ -118,6 +118,14 @@ def active_uids(runtime: RuntimeState | None) -> frozenset[str]:
     return frozenset(uid for uid, state in states_of(runtime).items() if state.phase == "Active")
 
 
+def may_take_part(pod: PodFact, runtime: RuntimeState | None) -> bool:
+    """Whether this pod may be in a group that no status remembers: it runs, and no coordinator has heard of it.
+
+    One that is away cannot say, one that has just started does not know yet.
+    """
+    return not pod.gated and pod.phase != "Pending" and pod.uid not in states_of(runtime)
+
+
 def proven_dead(facts: Facts) -> tuple[str, ...]:
     """uids of rank pods of which no process can be left: reaped, or removed from the API.
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moe_core.contract.names import ROLE_COORDINATOR, ROLE_GATEWAY, ROLE_RANK
-from moe_core.decide.crew import Seat, seats
+from moe_core.decide.crew import Seat, may_take_part, seats
 from moe_core.decide.follow import Following, follow, release_leavers
 from moe_core.decide.gang import Steps, fill, remember
 from moe_core.decide.helpers import tend
@@ -54,7 +54,7 @@ def run_cycle(plan: Plan, memory: Memory, facts: Facts, now: float, *, keep_fini
     ran = min(memory.wish_ranks or plan.num_ranks, plan.num_ranks) if formed else 0
     bound = bind(plan, facts, ranks=ranks, helpers=[*coordinator.values(), *gateways.values()], formed=ran)
     helpers, helper_waking = _helpers(plan, ranks, coordinator, gateways, now, starting=bool(bound.actions) or formed)
-    stranded = _stranded(ranks, now) if bound.no_fit is not None and not formed else None
+    stranded = _stranded(ranks, facts, now) if bound.no_fit is not None and not formed else None
     if stranded is not None and stranded <= 0:
         undone = [seat.live for _, seat in sorted(ranks.items()) if seat.live is not None and seat.is_placed]
         bound.undo = [DeletePod(pod.name, pod.uid) for pod in undone]
@@ -97,14 +97,16 @@ def run_cycle(plan: Plan, memory: Memory, facts: Facts, now: float, *, keep_fini
     )
 
 
-def _stranded(ranks: Mapping[int, Seat], now: float) -> float | None:
-    """Seconds until a half started gang is undone, None if nothing of it is placed.
+def _stranded(ranks: Mapping[int, Seat], facts: Facts, now: float) -> float | None:
+    """Seconds until a half started gang is undone, None if nothing of it is placed or it may serve already.
 
     A part of it was started (the operator died between two bindings, or a node went away at once) and the rest finds no
     room: it gives its room back and waits as a whole, so that two such gangs can never wait for each other.
     """
-    placed = [seat.live.created_at for seat in ranks.values() if seat.live is not None and seat.is_placed]
-    return min(placed) + STRANDED_S - now if placed else None
+    placed = [seat.live for seat in ranks.values() if seat.live is not None and seat.is_placed]
+    if not placed or any(may_take_part(pod, facts.runtime) for pod in placed):
+        return None
+    return min(pod.created_at for pod in placed) + STRANDED_S - now
 
 
 def _helpers(
