@@ -21,6 +21,7 @@ from moe_core.facts import (
     EnsureToken,
     Facts,
     InjectFault,
+    ModelFact,
     NodeFact,
     ObjectFact,
     PodFact,
@@ -101,6 +102,8 @@ class Sim:
     uids: int = 0
     ever_bound: list[str] = field(default_factory=list)
     topologies: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+    foreign: tuple[str, ...] = ()
+    model: ModelFact | None = None
     training_done: bool = False
     injected: list[str] = field(default_factory=list)
     draining: list[str] = field(default_factory=list)
@@ -163,6 +166,8 @@ class Sim:
                 for (kind, name), digest in self.objects.items()
             ),
             topologies=self.topologies,
+            foreign=self.foreign,
+            model=self.model,
             runtime=self.runtime(),
             put_generation=self.told.generation if self.told and self.coordinator_up else None,
         )

@@ -6,7 +6,6 @@ back) goes through a proxy that notes it.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from cluster.controlplane.faults import Seen, faulty
 from cluster.controlplane.helm import Helm
 from cluster.controlplane.nodes import KubeletControls, Node, kubelets
 from cluster.controlplane.start import ControlPlane
-from cluster.operators import GPU, World, coordinators, drill, job, operator, path_of, service
+from cluster.operators import GPU, Coordinator, World, coordinators, drill, job, operator, path_of, service
 from cluster.waiting import eventually
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("crds")]
@@ -100,17 +99,16 @@ def as_reading(right: str) -> str:
     return f"read {resource}" if verb in ("get", "list", "watch") else right
 
 
-async def live_a_whole_life(world: World, nodes: KubeletControls) -> None:
+async def live_a_whole_life(world: World, nodes: KubeletControls, coordinator: Coordinator) -> None:
     await world.apply(job("study", ranks=2, ttlSecondsAfterFinished=1))
     await world.until_running(2)
     nodes.fail_pod(world.namespace, "study-job-rank-1-1")
-    replaced = await world.until_pods(
+    await world.until_pods(
         lambda pods: [pod["metadata"]["name"] for pod in pods] == ["study-job-rank-0-1", "study-job-rank-1-2"],
         what="a replacement",
     )
     await world.until_running(2)
-    for pod in replaced:
-        await asyncio.to_thread(nodes.complete_pod, world.namespace, pod["metadata"]["name"])
+    coordinator.trained.add(f"{world.namespace}/study")
     await eventually(lambda: world.find("moejobs", "study"), lambda seen: seen is None, what="its time to live")
 
     await world.apply(service("chat", ranks=2))
@@ -138,7 +136,7 @@ async def test_the_operator_needs_all_of_the_charts_rights_and_no_other(
         environment |= {"MOERATOR_COORDINATOR_URL": coordinator.url, "MOERATOR_RESYNC_S": "5"}
         environment.pop("MOERATOR_HTTP_BIND")
         with operator(cluster, kubeconfig=proxy.kubeconfig, name="rights", **environment) as running:
-            await live_a_whole_life(World(api, namespace), nodes)
+            await live_a_whole_life(World(api, namespace), nodes, coordinator)
             running.process.terminate()
         refused = {used(seen) for seen in proxy.seen if seen.status == 403}
         assert refused == set()

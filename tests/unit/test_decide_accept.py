@@ -1,12 +1,13 @@
 """Refusals come before any pod exists, with a typed reason and a sentence that helps."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from moe_core.decide import decide
 from moe_core.facts import Facts, ModelFact, PodFact, Wish
-from simcluster import Sim, edit, gpu_nodes, job_spec, make, service_spec
+from simcluster import Sim, edit, gpu_nodes, gpu_template, job_spec, make, service_spec
 
 LEVELS = (("block", "net/block"), ("rack", "net/rack"))
 
@@ -144,6 +145,57 @@ def test_an_edit_to_a_size_that_cannot_cover_is_refused_and_the_old_size_is_kept
     edit(sim, parallelism={"expert": 4})
     sim.settle()
     assert sim.condition("Accepted") == ("True", "Accepted")
+
+
+def without_topologies(sim: Sim) -> None:
+    sim.topologies = {}
+
+
+def with_a_stray_pod(sim: Sim) -> None:
+    sim.foreign = ("Pod/tiny-svc-rank-9-9",)
+
+
+def without_its_model(sim: Sim) -> None:
+    sim.model = ModelFact(0, 0, "", problem="config.json is not JSON")
+
+
+@pytest.mark.parametrize(
+    ("happens", "reason"),
+    [
+        (without_topologies, "TopologyNotFound"),
+        (with_a_stray_pod, "ForeignObject"),
+        (without_its_model, "ModelNotSupported"),
+    ],
+)
+def test_a_service_that_would_not_be_accepted_any_more_is_kept_healthy(
+    happens: Callable[[Sim], None], reason: str
+) -> None:
+    constraint = {"topologyName": "net", "pack": {"preferred": "rack"}}
+    nodes = [replace(node, labels={**node.labels, "rack": "r1"}) for node in gpu_nodes(6)]
+    sim = make(
+        "MoEService",
+        service_spec(template=gpu_template(), topologyConstraint=constraint),
+        nodes,
+        topologies={"net": (("rack", "rack"),)},
+    )
+    sim.settle()
+    happens(sim)
+    sim.kill(2)
+    sim.tick()
+    sim.step()
+    assert sim.condition("Accepted") == ("False", reason)
+    assert sim.condition("Ready")[0] == "False", "a rank is lost and Ready knows"
+    sim.settle()
+    assert sorted(sim.members) == [0, 1, 2, 3]
+    assert sim.condition("Ready") == ("True", "AllActive")
+    assert sim.condition("Accepted") == ("False", reason)
+
+
+def test_a_refused_edit_that_cannot_even_be_read_makes_nobody_call_it_ready() -> None:
+    sim = running_service(service_spec())
+    edit(sim, template={"spec": {"resources": {"requests": {"cpu": "lots"}}}})
+    sim.step()
+    assert sim.condition("Ready") == ("Unknown", "InvalidSpec")
 
 
 def test_a_refused_edit_leaves_the_pods_alone() -> None:

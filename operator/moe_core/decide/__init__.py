@@ -5,6 +5,7 @@ remembered lies in the resource's own status (memory.py). Read in this order: ac
 lives), gang, place and helpers (pods), follow (what the group is told), maps, cycle (all of it once), job and service.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from moe_core.decide.accept import Accepted, Refusal, accept
@@ -60,22 +61,43 @@ def _left_alone(wish: Wish, manager: str) -> Decision:
 
 
 def _refused(wish: Wish, refusal: Refusal, facts: Facts, now: float) -> Decision:
-    """Nothing is created. What already runs is left as it is: an edit that is refused must not hurt."""
+    """Nothing new is created. A group that has formed is kept as it was accepted, and kept healthy."""
     told = Condition("Accepted", "False", refusal.reason, refusal.message)
     memory = Memory.of(wish.status)
-    if wish.kind == "MoEService" and refusal.reason == Reason.COVERAGE_IMPOSSIBLE and memory.wish_ranks:
-        before = replace(wish, spec={**wish.spec, "parallelism": {"expert": memory.wish_ranks}})
-        accepted = accept(before, facts)
-        if isinstance(accepted, Accepted):  # the size that runs is kept, and kept healthy
-            return decide_service(wish, accepted, facts, now, refused=told)
-    conditions = [told]
-    if condition_in(wish.status, "Ready") is None:
-        conditions.append(Condition("Ready", "False", refusal.reason, refusal.message))
-    status = {**_kept(wish), "observedGeneration": wish.generation, "message": refusal.message}
-    actions: list[Action] = []
     if wish.spec.get("suspend") is True:  # stopping needs no acceptance
-        actions = everything_goes(facts)
-        status = {**status, "epoch": 0, "memory": at_rest(memory, facts, now).as_status()}
+        status = {"epoch": 0, "memory": at_rest(memory, facts, now).as_status()}
+        return _put_off(wish, told, status, actions=everything_goes(facts))
+    if memory.epoch:
+        accepted = accept(*_as_it_was(wish, refusal, facts, memory))
+        if isinstance(accepted, Accepted):
+            go_on = decide_job if wish.kind == "MoEJob" else decide_service
+            return go_on(wish, accepted, facts, now, refused=told)
+    return _put_off(wish, told, {})
+
+
+def _as_it_was(wish: Wish, refusal: Refusal, facts: Facts, memory: Memory) -> tuple[Wish, Facts]:
+    """The wish and the facts with what was accepted before in place of what cannot be any more."""
+    spec = dict(wish.spec)
+    if refusal.reason == Reason.COVERAGE_IMPOSSIBLE and memory.wish_ranks:
+        spec["parallelism"] = {"expert": memory.wish_ranks}
+    if refusal.reason in (Reason.MODEL_NOT_FOUND, Reason.MODEL_NOT_SUPPORTED) and wish.kind == "MoEService":
+        spec["model"] = {**spec["model"], "numExperts": memory.num_experts, "numMoeLayers": memory.num_layers}
+        facts = replace(facts, model=None)
+    constraint = spec.get("topologyConstraint")
+    if refusal.reason == Reason.TOPOLOGY_NOT_FOUND and isinstance(constraint, Mapping) and memory.levels:
+        facts = replace(facts, topologies={**facts.topologies, str(constraint.get("topologyName")): memory.levels})
+    facts = replace(facts, foreign=(), refused=tuple(one for one in facts.refused if not one.is_foreign))
+    return replace(wish, spec=spec), facts
+
+
+def _put_off(wish: Wish, told: Condition, status: Mapping[str, object], *, actions: Sequence[Action] = ()) -> Decision:
+    """What is there stays as it is, and nobody says that it is well."""
+    before = condition_in(wish.status, "Ready")
+    unknown = before is not None and before.get("status") != "False"
+    ready = Condition("Ready", "Unknown" if unknown else "False", told.reason, told.message)
     return Decision(
-        actions=tuple(actions), conditions=tuple(conditions), status=status, events=events_of(wish.status, [told])
+        actions=tuple(actions),
+        conditions=(told, ready),
+        status={**_kept(wish), "observedGeneration": wish.generation, "message": told.message, **status},
+        events=events_of(wish.status, [told]),
     )

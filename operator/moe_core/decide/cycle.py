@@ -40,7 +40,7 @@ class Cycle:
         return self.filled.restarts + len(self.filled.replaced)
 
 
-def run_cycle(plan: Plan, memory: Memory, facts: Facts, now: float, *, keep_finished: bool = False) -> Cycle:
+def run_cycle(plan: Plan, memory: Memory, facts: Facts, now: float) -> Cycle:
     """Everything but completion and suspension."""
     epoch = max(memory.epoch, facts.runtime.epoch if facts.runtime is not None else 0)
     memory = replace(memory, epoch=epoch)
@@ -50,7 +50,7 @@ def run_cycle(plan: Plan, memory: Memory, facts: Facts, now: float, *, keep_fini
     following = follow(plan, memory, facts, ranks)
 
     seen, base = remember(plan.num_ranks, memory, ranks, planned=False)
-    filled = fill(plan, now, ranks=ranks, seen=seen, base=base, keep_finished=keep_finished)
+    filled = fill(plan, now, ranks=ranks, seen=seen, base=base)
     ran = min(memory.wish_ranks or plan.num_ranks, plan.num_ranks) if formed else 0
     bound = bind(plan, facts, ranks=ranks, helpers=[*coordinator.values(), *gateways.values()], formed=ran)
     helpers, helper_waking = _helpers(plan, ranks, coordinator, gateways, now, starting=bool(bound.actions) or formed)
@@ -78,6 +78,9 @@ def run_cycle(plan: Plan, memory: Memory, facts: Facts, now: float, *, keep_fini
         wish_ranks=following.num_ranks if facts.runtime is not None else memory.wish_ranks,
         dead_pod_uids=following.dead_pod_uids,
         started_at=memory.started_at if memory.started_at is not None else now,
+        num_experts=plan.num_experts,
+        num_layers=plan.num_layers,
+        levels=plan.pack.levels,
     )
     return Cycle(
         actions=actions,

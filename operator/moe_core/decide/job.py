@@ -26,7 +26,10 @@ _TRAINING = Condition("Progressing", "True", Reason.RUNNING, "training")
 _OVER = Condition("Progressing", "False", Reason.STABLE, "nothing to do")
 
 
-def decide_job(wish: Wish, accepted: Accepted, facts: Facts, now: float) -> Decision:
+def decide_job(
+    wish: Wish, accepted: Accepted, facts: Facts, now: float, *, refused: Condition | None = None
+) -> Decision:
+    """`refused` is the Accepted condition of a job that runs and would not be accepted now."""
     spec = accepted.spec
     assert isinstance(spec, MoEJobSpec), type(spec)
     memory = Memory.of(wish.status)
@@ -35,14 +38,14 @@ def decide_job(wish: Wish, accepted: Accepted, facts: Facts, now: float) -> Deci
     over = _outcome(spec, memory, facts, now)
     if over is not None:
         return _end(wish, accepted, memory, facts, now, over)
-    cycle = run_cycle(accepted.plan, memory, facts, now, keep_finished=True)
+    cycle = run_cycle(accepted.plan, memory, facts, now)
     if cycle.filled.exhausted:
         lost = "; ".join(f"rank {rank}: {why}" for rank, why in sorted(cycle.filled.lost.items()))
         told = f"{cycle.filled.restarts} of {accepted.plan.max_restarts} restarts used; {lost}"
         return _end(wish, accepted, memory, facts, now, Condition("Failed", "True", Reason.BUDGET_EXHAUSTED, told))
     ready = _ready(wish, cycle, facts)
     conditions = (
-        Condition("Accepted", "True", Reason.ACCEPTED, accepted.note),
+        refused or Condition("Accepted", "True", Reason.ACCEPTED, accepted.note),
         Condition("Suspended", "False", Reason.RUNNING, "not suspended"),
         placed_condition(accepted.plan, cycle),
         ready,
@@ -72,9 +75,6 @@ def _outcome(spec: MoEJobSpec, memory: Memory, facts: Facts, now: float) -> Cond
         return Condition("Complete", "True", Reason.COMPLETED, told)
     if runtime is not None and runtime.failure:
         return Condition("Failed", "True", Reason.RUNTIME_FAILED, runtime.failure)
-    ended = [pod.index for pod in facts.pods if pod.role == "rank" and pod.phase == "Succeeded"]
-    if set(ended) >= set(range(spec.parallelism.expert)):
-        return Condition("Complete", "True", Reason.COMPLETED, f"all {spec.parallelism.expert} ranks ended well")
     if spec.active_deadline_seconds is not None and memory.started_at is not None:
         ran = now - memory.started_at
         if ran >= spec.active_deadline_seconds:

@@ -28,6 +28,11 @@ class Memory:
     """Ranks that took part in steps when a coordinator last answered."""
     dead_pod_uids: tuple[str, ...] = ()
     """The newest pods that are proven gone."""
+    num_experts: int = 0
+    num_layers: int = 0
+    """Logical experts and MoE layers of the model as last accepted."""
+    levels: tuple[tuple[str, str], ...] = ()
+    """Levels of the ClusterTopology as last accepted."""
     started_at: float | None = None
     completed_at: float | None = None
 
@@ -44,6 +49,9 @@ class Memory:
             epoch=_int(status.get("epoch")),
             active=_int(ranks.get("active")) if isinstance(ranks := status.get("ranks"), Mapping) else 0,
             dead_pod_uids=tuple(str(uid) for uid in kept.get("deadPodUids", ()))[-MAX_DEAD_PODS:],
+            num_experts=_int(kept.get("numExperts")),
+            num_layers=_int(kept.get("numLayers")),
+            levels=tuple((str(level["name"]), str(level["nodeLabel"])) for level in kept.get("levels", ())),
             started_at=seconds_of(status.get("startTime")),
             completed_at=seconds_of(status.get("completionTime")),
         )
@@ -56,6 +64,9 @@ class Memory:
             "wishDigest": self.wish_digest,
             "wishRanks": self.wish_ranks,
             "deadPodUids": list(self.dead_pod_uids),
+            "numExperts": self.num_experts,
+            "numLayers": self.num_layers,
+            "levels": [{"name": name, "nodeLabel": label} for name, label in self.levels],
         }
 
     def incarnation(self, rank: int) -> int:
