@@ -212,6 +212,18 @@ def test_a_new_book_forms_nothing_before_it_has_listened() -> None:
     assert known.directive().plan is not None
 
 
+def test_a_new_coordinator_counts_epochs_on_from_what_the_operator_remembers() -> None:
+    clock = Clock()
+    known = Book(clock, is_serving=True)
+    known.put_wish(WISH.model_copy(update={"newest_epoch": 7}))
+    known.note_rank(ready(0))
+    known.note_rank(ready(1))
+    clock.now += FORM_AFTER_S
+    plan = known.directive().plan
+    assert plan is not None
+    assert plan.epoch == 8
+
+
 def test_coverage_is_told_by_a_member_of_the_newest_epoch() -> None:
     both = epoch(4, member(0), member(1))
     told = Coverage(covered=3, total=4)

@@ -334,6 +334,7 @@ def test_a_lost_coordinator_is_replaced_and_told_the_wish_again_under_no_older_g
     sim.settle()
     assert sim.told is not None
     assert sim.told.generation >= generation
+    assert sim.told.newest_epoch == sim.wish.status["epoch"] > 0, "a new coordinator counts on from there"
     assert sim.condition("Ready") == ("True", "AllActive")
 
 

@@ -67,7 +67,13 @@ def follow(plan: Plan, memory: Memory, facts: Facts, ranks: Mapping[int, Seat]) 
     if digest != memory.wish_digest or generation == 0 or heard_of > generation:
         # the last: a wish was put, and the status that should remember it was never written
         generation = max(generation, heard_of) + 1
-    wish = RuntimeWish(generation=generation, ranks=tuple(range(size)), expert_map=expert_map, dead_pod_uids=dead)
+    wish = RuntimeWish(
+        generation=generation,
+        ranks=tuple(range(size)),
+        expert_map=expert_map,
+        dead_pod_uids=dead,
+        newest_epoch=memory.epoch,
+    )
     heard = facts.put_generation == generation
     return Following(
         num_ranks=size,

@@ -41,6 +41,7 @@ class Book:
         if self.wish is not None and wish.generation < self.wish.generation:
             raise StaleWish(f"wish generation {wish.generation} is older than {self.wish.generation}")
         self.wish = wish
+        self._last_epoch = max(self._last_epoch, wish.newest_epoch)
 
     def note_rank(self, report: RankReport) -> None:
         self.reports[report.member.pod_uid] = report
