@@ -23,6 +23,7 @@ from moe_core.facts import (
     DeleteOwner,
     DeletePod,
     EnsureToken,
+    Event,
     Facts,
     InjectFault,
     PutWish,
@@ -33,7 +34,7 @@ from moe_core.facts import (
 from moe_operator.cluster.protocol import Cluster, Conflict, Foreign, Key, Refused, Unavailable
 from moe_operator.keys import DirtyKeys
 from moe_operator.metrics import Metrics
-from moe_operator.report import merge_conditions
+from moe_operator.report import is_only_counting, merge_conditions
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class Reconciler:
     `may_apply` says whether this process holds the lease. It is asked before every single action: without it nothing is
     changed and the key is looked at later. `clock` gives seconds since the Unix epoch. `at_once` actions on pods run
     side by side, and `cycles_at_once` keys: after a take-over all of them want their turn, and the server must bear it.
+    A status in which only counters have moved is written every `calm_s` seconds at most.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Reconciler:
         may_apply: Callable[[], bool],
         at_once: int = 1,
         cycles_at_once: int = 16,
+        calm_s: float = 1.0,
         brain: Brain = decide,
     ) -> None:
         self._cluster = cluster
@@ -87,9 +90,11 @@ class Reconciler:
         self._may_apply = may_apply
         self._at_once = at_once
         self._turn = asyncio.Semaphore(cycles_at_once)
+        self._calm_s = calm_s
         self._brain = brain
         self._failures: dict[Key, int] = {}
         self._not_before: dict[Key, float] = {}
+        self._written_at: dict[Key, float] = {}
         self._placing = asyncio.Lock()
         self._keys: DirtyKeys | None = None
 
@@ -155,6 +160,7 @@ class Reconciler:
         seen = await self._decide(key)
         if seen is None:
             self._forgive(key)
+            self._written_at.pop(key, None)
             if self._keys is not None:
                 self._keys.forget(key)
             return None
@@ -184,12 +190,12 @@ class Reconciler:
             refusals += await self._carry_out_batch(key, seen.wish, actions, at_once=at_once)
         self._check_lease()
         if not refusals:
-            if DeleteOwner not in map(type, seen.decision.actions):
-                await self._report(seen.wish, seen.decision, seen.now)
-            return seen.decision.wake_in
+            if DeleteOwner in map(type, seen.decision.actions):
+                return seen.decision.wake_in
+            return await self._report(key, seen.wish, seen.decision, seen.now)
         facts = replace(seen.facts, refused=tuple(_fact(action, error) for action, error in refusals))
         decision = await asyncio.to_thread(self._brain, seen.wish, facts, seen.now)
-        await self._report(seen.wish, decision, seen.now)
+        await self._report(key, seen.wish, decision, seen.now)
         raise refusals[0][1]
 
     async def _carry_out_batch(self, key: Key, wish: Wish, actions: Sequence[Action], *, at_once: int) -> list[Refusal]:
@@ -221,14 +227,28 @@ class Reconciler:
         if not self._may_apply():
             raise NotAllowed
 
-    async def _report(self, wish: Wish, decision: Decision, now: float) -> None:
+    async def _report(self, key: Key, wish: Wish, decision: Decision, now: float) -> float | None:
+        """Events and the status. Returns the seconds until the next look."""
         old = wish.status.get("conditions", ())
         conditions = merge_conditions(old, decision.conditions, generation=wish.generation, now=now)
         before = {name: value for name, value in wish.status.items() if name != "conditions"}
-        if conditions != list(old) or before != dict(decision.status):
-            await self._cluster.write_status(wish, conditions=conditions, status=decision.status)
-        for event in decision.events:
+        for event in decision.events:  # first: once the status says it, no later cycle would tell it again
+            await self._emit(wish, event)
+        if conditions == list(old) and before == dict(decision.status):
+            return decision.wake_in
+        loop_time = asyncio.get_running_loop().time()
+        wait_s = self._written_at.get(key, -self._calm_s) + self._calm_s - loop_time
+        if wait_s > 0 and is_only_counting(old, conditions, before, decision.status):
+            return wait_s if decision.wake_in is None else min(wait_s, decision.wake_in)
+        await self._cluster.write_status(wish, conditions=conditions, status=decision.status)
+        self._written_at[key] = loop_time
+        return decision.wake_in
+
+    async def _emit(self, wish: Wish, event: Event) -> None:
+        try:
             await self._cluster.emit(wish, event)
+        except Refused as refusal:  # a status matters more, and may still be written
+            logger.warning("%s %s/%s: %s", wish.kind, wish.namespace, wish.name, refusal)
 
     async def _apply(self, wish: Wish, action: Action) -> None:
         match action:

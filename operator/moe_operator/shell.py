@@ -31,6 +31,8 @@ START_LIMIT_S = 300.0
 LOOP_LAG_LIMIT_S = 10.0
 CRD_LOOK_S = 2.0
 REQUESTS_AT_ONCE = 8
+CALM_S = 5.0
+"""A status is one write to etcd: a hundred busy objects make twenty a second."""
 
 
 class Shell:
@@ -75,6 +77,7 @@ class Shell:
             clock=time.time,
             may_apply=lambda: self.remaining_s() > 0,
             at_once=REQUESTS_AT_ONCE,
+            calm_s=CALM_S,
         )
         self._complete = False
         self._tasks: list[asyncio.Task[None]] = []

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 from aiohttp import web
 
-from moe_core.contract.exchange import RuntimeState, RuntimeWish
+from moe_core.contract.exchange import RuntimeState, RuntimeWish, ServingProgress
 from moe_core.contract.expert_map import ExpertMap
 from moe_operator import runtime_client
 from moe_operator.cluster.protocol import Conflict, Refused, Unavailable
@@ -113,6 +113,23 @@ async def test_a_failure_is_no_absence_and_many_are(coordinator: Coordinator, cl
     assert client.state is not None
     await until(lambda: client.state is None)
     assert client.put_generation is None
+
+
+async def test_counters_are_told_now_and_then_and_a_lost_rank_at_once(coordinator: Coordinator) -> None:
+    told: list[int] = []
+    client = RuntimeClient(coordinator.url, token=lambda: "x", on_change=lambda: told.append(1), calm_s=0.5)
+    client.start()
+    try:
+        await client.first_answer()
+        for version in range(8, 16):
+            coordinator.state = RuntimeState(version=version, epoch=1, serving=ServingProgress(tokens_out=version))
+            await until(lambda: client.state == coordinator.state)
+        assert len(told) == 1
+        await until(lambda: len(told) == 2)
+        coordinator.state = RuntimeState(version=20, epoch=2)
+        await until(lambda: len(told) == 3)
+    finally:
+        await client.close()
 
 
 async def test_an_older_wish_is_a_conflict_and_a_refusal_is_told(

@@ -116,12 +116,12 @@ def reconciler(
     )
 
 
-async def test_actions_come_in_order_then_one_status_then_events() -> None:
+async def test_actions_come_in_order_then_events_then_one_status() -> None:
     cluster = FakeCluster()
     event = Event("Normal", Reason.PLACED, "placed")
     work = reconciler(cluster, EnsureToken("t"), create("p"), conditions=(READY,), status={"epoch": 1}, events=(event,))
     assert await work.reconcile(KEY) is None
-    assert cluster.done == ["observe", "token t", "create p", "status", "event placed"]
+    assert cluster.done == ["observe", "token t", "create p", "event placed", "status"]
 
 
 async def test_a_status_that_says_the_same_is_not_written_again() -> None:
@@ -130,6 +130,28 @@ async def test_a_status_that_says_the_same_is_not_written_again() -> None:
     await work.reconcile(KEY)
     await work.reconcile(KEY)
     assert cluster.done == ["observe", "status", "observe"]
+
+
+async def test_a_status_that_only_counts_on_is_written_now_and_then_and_any_other_at_once() -> None:
+    cluster = FakeCluster()
+    status: dict[str, Any] = {"epoch": 1, "training": {"step": 1}}
+    work = Reconciler(
+        cluster,
+        metrics=Metrics(),
+        clock=lambda: 0.0,
+        may_apply=lambda: True,
+        calm_s=60,
+        brain=lambda wish, facts, now: Decision(conditions=(READY,), status=dict(status)),
+    )
+    await work.reconcile(KEY)
+    status["training"] = {"step": 2}
+    wake_in = await work.reconcile(KEY)
+    assert wake_in is not None and 59 < wake_in <= 60
+    assert cluster.done == ["observe", "status", "observe"]
+    status["epoch"] = 2
+    assert await work.reconcile(KEY) is None
+    assert cluster.done[-1] == "status"
+    assert cluster.wish is not None and cluster.wish.status["training"] == {"step": 2}
 
 
 async def test_without_the_lease_nothing_is_even_observed() -> None:
@@ -236,6 +258,17 @@ async def test_an_object_of_somebody_else_is_a_fact_too() -> None:
     work = Reconciler(cluster, metrics=Metrics(), clock=lambda: 0.0, may_apply=lambda: True, brain=brain)
     await retried(work)
     assert seen == [True]
+
+
+async def test_an_event_that_could_not_be_told_is_told_again_and_one_that_is_refused_stops_no_status() -> None:
+    event = Event("Normal", Reason.PLACED, "placed")
+    cluster = FakeCluster(faults={"event": [Unavailable("too many"), Refused("no right")]})
+    work = reconciler(cluster, conditions=(READY,), status={"epoch": 1}, events=(event,))
+    await retried(work)
+    assert cluster.done == ["observe"]
+    work._not_before.clear()
+    await work.reconcile(KEY)
+    assert cluster.done == ["observe", "observe", "status"]
 
 
 async def test_an_owner_whose_deletion_is_refused_says_so() -> None:

@@ -103,10 +103,10 @@ def _ready(wish: Wish, cycle: Cycle, facts: Facts) -> Condition:
     if runtime is None:
         told = f"no coordinator answers; {counts.available} of {counts.desired} ranks running go on without it"
         return Condition("Ready", "Unknown", Reason.COORDINATOR_AWAY, told)
-    told = f"{counts.active} of {counts.desired} ranks active; {_progress(facts) or 'no step yet'}"
+    told = f"{counts.active} of {counts.desired} ranks active"
     if counts.active < counts.desired:
         return Condition("Ready", "False", Reason.FORMING if is_forming(wish, cycle) else Reason.RANK_LOST, told)
-    return Condition("Ready", "True", Reason.ALL_ACTIVE, f"{counts.active} of {counts.desired} ranks active")
+    return Condition("Ready", "True", Reason.ALL_ACTIVE, told)
 
 
 def _end(  # noqa: PLR0917

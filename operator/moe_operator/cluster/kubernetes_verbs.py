@@ -60,6 +60,7 @@ class KubernetesCluster:
         self._runtimes = Runtimes(api, self.cache, url=settings.coordinator_url, mark=self._mark_with_drills)
         self._keys: dict[str, Key] = {}
         self._foreign: dict[str, set[tuple[str, str]]] = {}
+        self._looks: dict[str, asyncio.TimerHandle] = {}
 
     async def close(self) -> None:
         await self._runtimes.close()
@@ -123,17 +124,21 @@ class KubernetesCluster:
     async def _foreign_objects(self, wish: Wish) -> list[str]:
         """Objects that a verb refused to touch, as far as they are still in the way."""
         still: set[tuple[str, str]] = set()
-        for kind, name in self._foreign.get(wish.uid, ()):
+        for kind, name in sorted(self._foreign.get(wish.uid, ())):
             obj = await self._api.find(path_of(kind, wish.namespace, name))
             if obj is not None and not is_owned(obj, wish):
                 still.add((kind, name))
         if still:
             self._foreign[wish.uid] = still
             key = Key(wish.kind, wish.namespace, wish.name)  # no watch tells when it goes
-            asyncio.get_running_loop().call_later(FOREIGN_LOOK_S, self._dirty.put_nowait, key)
+            if wish.uid in self._looks:
+                self._looks[wish.uid].cancel()
+            loop = asyncio.get_running_loop()
+            self._looks[wish.uid] = loop.call_later(FOREIGN_LOOK_S, self._dirty.put_nowait, key)
         else:
             self._foreign.pop(wish.uid, None)
-        return [f"{kind}/{name}" for kind, name in still if kind != "Pod"]
+            self._looks.pop(wish.uid, None)
+        return sorted(f"{kind}/{name}" for kind, name in still if kind != "Pod")
 
     async def _forget_gone(self, key: Key) -> None:
         wish = self.cache.wish(key)
