@@ -38,6 +38,7 @@ class RuntimeClient:
         self._token = token
         self._on_change = on_change
         self._calm_s = calm_s
+        self._is_closed = False
         self._told_at = -float("inf")
         self._telling: asyncio.TimerHandle | None = None
         self._state: RuntimeState | None = None
@@ -55,8 +56,18 @@ class RuntimeClient:
         return self._put_generation
 
     def start(self) -> None:
-        if self._poll is None:
+        if self._poll is None and not self._is_closed:
             self._poll = asyncio.create_task(self._follow(), name=f"poll {self._url}")
+            self._poll.add_done_callback(self._ended)
+
+    def _ended(self, poll: asyncio.Task[None]) -> None:
+        """Told and begun again: a state that nobody refreshes would be believed for ever."""
+        if poll.cancelled() or (error := poll.exception()) is None:
+            return
+        logger.error("coordinator %s: polling failed", self._url, exc_info=error)
+        self._state, self._put_generation, self._poll = None, None, None
+        self._tell()
+        asyncio.get_running_loop().call_later(AWAY_AFTER_S, self.start)
 
     async def first_answer(self) -> None:
         """Wait for it, for a while: a new operator must not take "not asked yet" for "away" and say so."""
@@ -65,6 +76,7 @@ class RuntimeClient:
                 await self._answered.wait()
 
     async def close(self) -> None:
+        self._is_closed = True
         if self._telling is not None:
             self._telling.cancel()
         if self._poll is not None:

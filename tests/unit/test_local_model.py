@@ -46,7 +46,19 @@ def test_a_folder_without_weights_is_no_model(tmp_path: Path) -> None:
     assert read_model(tmp_path) is None
 
 
-@pytest.mark.parametrize(("text", "word"), [("{", "config.json"), ("[]", "no JSON object"), ("{}", "not an MoE model")])
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("{", "config.json"),
+        ("[]", "no JSON object"),
+        ("{}", "not an MoE model"),
+        ('{"num_experts": "many"}', "num_experts must be a whole number up to 65536 (got 'many')"),
+        ('{"num_experts": -3}', "num_experts must be"),
+        ('{"num_experts": 8, "num_hidden_layers": 1000000000}', "num_hidden_layers must be"),
+        ('{"num_experts": 8, "num_hidden_layers": 4, "mlp_only_layers": 5}', "config.json"),
+        ('{"text_config": 5}', "config.json"),
+    ],
+)
 def test_a_config_that_cannot_be_served_says_why(tmp_path: Path, text: str, word: str) -> None:
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "config.json").write_text(text)

@@ -85,9 +85,11 @@ class LocalCluster:
 
     async def close(self) -> None:
         """Kill every pod and remove the run folder."""
-        await asyncio.gather(*(client.close() for client in self._clients.values()), *self._closing)
+        clients = [client.close() for client in self._clients.values()]
         self._clients.clear()
-        await self._crew.close()
+        for outcome in await asyncio.gather(self._crew.close(), *clients, *self._closing, return_exceptions=True):
+            if isinstance(outcome, BaseException):  # none of them may keep the others from ending
+                logger.error("while closing", exc_info=outcome)
         self._mirroring.cancel()
         await asyncio.gather(self._mirroring, return_exceptions=True)
         self._store.write_mirror()

@@ -7,6 +7,7 @@ from typing import Any
 
 from moe_core.facts import ModelFact
 
+MAX_COUNT = 65536
 EXPERT_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -21,12 +22,25 @@ def read_model(folder: Path) -> ModelFact | None:
         return ModelFact(0, 0, "", problem=f"{file}: {error}")
     if not isinstance(config, dict):
         return ModelFact(0, 0, "", problem=f"{file} holds no JSON object")
-    text = config.get("text_config", config)
     family = str(config.get("model_type", ""))
-    counts = [int(text[name]) for name in EXPERT_COUNT_FIELDS if text.get(name)]
+    try:
+        return _shape(config.get("text_config", config), family)
+    except (TypeError, ValueError, AttributeError) as error:
+        return ModelFact(0, 0, family, problem=f"{file}: {error}")
+
+
+def _shape(config: Mapping[str, Any], family: str) -> ModelFact:
+    counts = [_count(config, name) for name in EXPERT_COUNT_FIELDS if config.get(name)]
     if not counts:
-        return ModelFact(0, 0, family, problem=f"{file}: none of {', '.join(EXPERT_COUNT_FIELDS)}: not an MoE model")
-    return ModelFact(counts[0], num_moe_layers(text), family)
+        raise ValueError(f"none of {', '.join(EXPERT_COUNT_FIELDS)}: not an MoE model")
+    return ModelFact(counts[0], num_moe_layers(config), family)
+
+
+def _count(config: Mapping[str, Any], name: str) -> int:
+    value = config.get(name, 0)
+    if not isinstance(value, int) or not 0 <= value <= MAX_COUNT:
+        raise ValueError(f"{name} must be a whole number up to {MAX_COUNT} (got {value!r:.80})")
+    return value
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -41,7 +55,7 @@ def num_moe_layers(config: Mapping[str, Any]) -> int:
     >>> num_moe_layers({"num_hidden_layers": 4}), num_moe_layers({"num_hidden_layers": 4, "first_k_dense_replace": 1})
     (4, 3)
     """
-    layers = range(int(config.get("num_hidden_layers", 0)))
+    layers = range(_count(config, "num_hidden_layers"))
     if config.get("mlp_layer_types"):
         return sum(1 for kind in config["mlp_layer_types"] if kind == "sparse")
     dense = set(config.get("mlp_only_layers") or ())
