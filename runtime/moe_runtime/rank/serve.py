@@ -8,7 +8,7 @@ import torch
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.runtime_config import RuntimeConfig
 from moe_core.outcome import InvalidInput
-from moe_runtime.engine.cache import SlotKVCache
+from moe_runtime.engine.cache import StepCache
 from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.engine.sampling import sample
 from moe_runtime.engine.scheduler import Chunk, Overloaded, Scheduler, TooLong
@@ -29,7 +29,7 @@ class ServeWork:
         self._config, self._serving, self._rank, self._desk = config, config.serving, rank, desk
         self.report = WorkReport()
         self.epm: ExpertParallelModel | None = None
-        self._cache: SlotKVCache | None = None
+        self._cache: StepCache | None = None
         self._scheduler = self._new_scheduler()
         self._chunks: tuple[Chunk, ...] = ()
         self._steps = 0
@@ -47,13 +47,14 @@ class ServeWork:
                 device=self._config.device,
                 fallback=self._serving.fallback,
             )
+            self.epm.module.eval()
+            rows, length = self._serving.max_sequences, self._serving.max_context
+            self._cache = self.epm.new_cache(num_rows=rows, max_length=length)
         except (UnsupportedModel, InvalidInput, OSError) as error:
             where = self._config.model.path or "the configured shape"
             raise ModelUnusable(f"{Path(where)}: {error}") from error
-        self.epm.module.eval()
-        self._cache = self.epm.new_cache(num_rows=self._serving.max_sequences, max_length=self._serving.max_context)
 
-    def _parts(self) -> tuple[ExpertParallelModel, SlotKVCache]:
+    def _parts(self) -> tuple[ExpertParallelModel, StepCache]:
         assert self.epm is not None and self._cache is not None, "load comes first"
         return self.epm, self._cache
 
@@ -106,7 +107,7 @@ class ServeWork:
         logits_BV: torch.Tensor,
         is_degraded_B: Sequence[bool],
         reasons: Sequence[str],
-        cache: SlotKVCache,
+        cache: StepCache,
     ) -> None:
         refused = {
             chunk.request_id
