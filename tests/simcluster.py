@@ -91,6 +91,8 @@ class Sim:
     told: RuntimeWish | None = None
     registered: set[str] = field(default_factory=set)
     """uids of the ranks that the coordinator has heard of: none when it has just started."""
+    mute: set[str] = field(default_factory=set)
+    """uids of ranks that are stopped together with their guard: they run, and no coordinator hears of them."""
     asked: str = ""
     """uid of the coordinator that the ranks last reported to."""
     members: dict[int, str] = field(default_factory=dict)
@@ -265,10 +267,10 @@ class Sim:
         """As the real one: soft state dies with the coordinator, leavers drain, a new map waits for all it names."""
         running = {p.index: p.uid for p in self.ranks() if p.phase == "Running" and not p.deleting}
         up = next((p.uid for p in self.pods if p.role == ROLE_COORDINATOR and p.phase == "Running"), "")
-        self.registered = set(running.values()) if up and up == self.asked else set()
+        self.registered = set(running.values()) - self.mute if up and up == self.asked else set()
         self.asked = up
         before = dict(self.members), self.map_in_force
-        self.members = {r: uid for r, uid in self.members.items() if running.get(r) == uid}
+        self.members = {r: uid for r, uid in self.members.items() if running.get(r) == uid and uid not in self.mute}
         if not self.coordinator_up:
             self.told = None
         if self.told is not None:

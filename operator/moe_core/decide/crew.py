@@ -1,6 +1,6 @@
 """The pods of one owner as they are: who lives, who is dead and why, who is leaving. No decision is taken here."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moe_core.contract.exchange import RankState, RuntimeState
@@ -41,10 +41,10 @@ class Seat:
         return self.live is not None and not self.live.gated and self.live.node is not None
 
 
-def seats(facts: Facts, now: float, role: str) -> dict[int, Seat]:
-    """Every index of this role that has any pod, in order."""
+def seats(facts: Facts, now: float, role: str, *, silent: Mapping[str, str] | None = None) -> dict[int, Seat]:
+    """Every index of this role that has any pod, in order. `silent`: uid -> why, of ranks to be taken for dead."""
     nodes = {node.name: node for node in facts.nodes}
-    failed = _failed_uids(facts.runtime) if role == ROLE_RANK else {}
+    failed = {**_failed_uids(facts.runtime), **(silent or {})} if role == ROLE_RANK else {}
     by_index: dict[int, list[PodFact]] = {}
     for pod in sorted(facts.pods, key=lambda p: (p.index, p.incarnation, p.uid)):
         if pod.role == role:

@@ -12,6 +12,7 @@ from moe_core.decide.maps import report_maps
 from moe_core.decide.memory import Memory, condition_in
 from moe_core.decide.place import bind
 from moe_core.decide.report import Counts, count
+from moe_core.decide.silence import listen
 from moe_core.facts import Action, Condition, DeleteObject, DeletePod, EnsureToken, Event, Facts, Wish
 from moe_core.manifests.objects import wanted_objects
 from moe_core.manifests.plan import Plan
@@ -45,7 +46,8 @@ def run_cycle(plan: Plan, memory: Memory, facts: Facts, now: float) -> Cycle:
     epoch = max(memory.epoch, facts.runtime.epoch if facts.runtime is not None else 0)
     memory = replace(memory, epoch=epoch)
     formed = epoch > 0
-    ranks, gateways = seats(facts, now, ROLE_RANK), seats(facts, now, ROLE_GATEWAY)
+    silence = listen(memory, facts, now, num_ranks=plan.num_ranks)
+    ranks, gateways = seats(facts, now, ROLE_RANK, silent=silence.dead), seats(facts, now, ROLE_GATEWAY)
     coordinator = seats(facts, now, ROLE_COORDINATOR)
     following = follow(plan, memory, facts, ranks)
 
@@ -78,6 +80,8 @@ def run_cycle(plan: Plan, memory: Memory, facts: Facts, now: float) -> Cycle:
         wish_ranks=following.num_ranks if facts.runtime is not None else memory.wish_ranks,
         dead_pod_uids=following.dead_pod_uids,
         started_at=memory.started_at if memory.started_at is not None else now,
+        heard=silence.heard,
+        silent_since=silence.since,
         num_experts=plan.num_experts,
         num_layers=plan.num_layers,
         levels=plan.pack.levels,
@@ -96,7 +100,7 @@ def run_cycle(plan: Plan, memory: Memory, facts: Facts, now: float) -> Cycle:
         no_fit=bound.no_fit,
         following=following,
         formed=formed,
-        waking=(*filled.waking, *helper_waking, *([] if stranded is None else [max(stranded, 0.05)])),
+        waking=(*filled.waking, *helper_waking, *silence.waking, *([] if stranded is None else [max(stranded, 0.05)])),
     )
 
 

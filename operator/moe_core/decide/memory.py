@@ -33,6 +33,10 @@ class Memory:
     """Logical experts and MoE layers of the model as last accepted."""
     levels: tuple[tuple[str, str], ...] = ()
     """Levels of the ClusterTopology as last accepted."""
+    heard: tuple[int, ...] = ()
+    """Highest incarnation that a coordinator has heard of, by rank."""
+    silent_since: tuple[tuple[int, float], ...] = ()
+    """(rank, time) of ranks that run, were heard before, and are missed."""
     started_at: float | None = None
     completed_at: float | None = None
 
@@ -52,6 +56,10 @@ class Memory:
             num_experts=_int(kept.get("numExperts")),
             num_layers=_int(kept.get("numLayers")),
             levels=tuple((str(level["name"]), str(level["nodeLabel"])) for level in kept.get("levels", ())),
+            heard=_ints(kept.get("heard")),
+            silent_since=tuple(
+                (_int(one.get("rank")), _int(one.get("atMilliseconds")) / 1000) for one in kept.get("silentSince", ())
+            ),
             started_at=seconds_of(status.get("startTime")),
             completed_at=seconds_of(status.get("completionTime")),
         )
@@ -64,6 +72,8 @@ class Memory:
             "wishDigest": self.wish_digest,
             "wishRanks": self.wish_ranks,
             "deadPodUids": list(self.dead_pod_uids),
+            "heard": list(self.heard),
+            "silentSince": [{"rank": rank, "atMilliseconds": round(at * 1000)} for rank, at in self.silent_since],
             "numExperts": self.num_experts,
             "numLayers": self.num_layers,
             "levels": [{"name": name, "nodeLabel": label} for name, label in self.levels],
