@@ -12,6 +12,7 @@ from typing import Any
 from moe_core.contract.names import GROUP, VERSION
 from moe_operator.cluster.kubernetes import KubeApi, load_configuration
 from moe_operator.cluster.kubernetes_cache import Cache
+from moe_operator.cluster.kubernetes_elsewhere import Elsewhere
 from moe_operator.cluster.kubernetes_lease import KubernetesLease
 from moe_operator.cluster.kubernetes_resync import Resync
 from moe_operator.cluster.kubernetes_verbs import KubernetesCluster
@@ -53,9 +54,21 @@ class Shell:
             distrust=self.cluster.distrust,
         )
         self.trace = WatchTrace(
-            {path for watched in WATCHED for path in watched.paths(settings.namespaces)},
+            {
+                path
+                for watched in WATCHED
+                for path in (*watched.paths(settings.namespaces), *watched.all_paths(settings.namespaces))
+            },
             stalled_after_s=2.5 * settings.watch_timeout_s + 5,
             start_s=START_LIMIT_S,
+            on_list=self.resync.soon,
+        )
+        self._elsewhere = Elsewhere(
+            api,
+            self.cache,
+            namespaces=settings.namespaces,
+            timeout_s=settings.watch_timeout_s,
+            trace=self.trace.config,
             on_list=self.resync.soon,
         )
         self._lag = LoopLag(limit_s=LOOP_LAG_LIMIT_S)
@@ -108,6 +121,8 @@ class Shell:
         await self._health.start()
         self._begin("loop lag", self._lag.run())
         await self._wait_for_resources()
+        if self.settings.namespaces:
+            self._begin("pods elsewhere", self._elsewhere.run())
         if self.settings.leader_election:
             self._begin("elector", self.elector.run())
         self._begin("reconcile", self._reconcile())
