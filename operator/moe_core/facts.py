@@ -113,15 +113,24 @@ class Facts:
     """Generation of the wish that the coordinator last took, None when unknown."""
     refused: tuple["RefusedAction", ...] = ()
     """Actions decided on these very facts that were not accepted; empty before any of them was tried."""
-    drills: tuple[Wish, ...] = ()
     target: "TargetFact | None" = None
     """For a MoEDrill: what it aims at."""
     local: bool = False
     """The local shell: one machine, addresses are loopback, ports must be given by the shell."""
+    network: "NetworkFact | None" = None
+    """None where no NetworkPolicy is to be made: a machine alone, or an operator that was told not to."""
     default_image: str = ""
     """Image of the runtime for templates that name none."""
     ports: Mapping[str, int] = field(default_factory=dict)
     """Local shell only: free ports by use (coordinator, ray, gateway)."""
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkFact:
+    """Who outside a group must reach its pods."""
+
+    operator_namespace: str
+    metrics_namespaces: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

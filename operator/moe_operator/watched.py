@@ -44,4 +44,5 @@ WATCHED = (
     Watched("", "v1", "pods", everywhere=True),  # what others have bound to a node is not free
     Watched("", "v1", "services", LABEL_OWNER_KIND),
     Watched("", "v1", "configmaps", LABEL_OWNER_KIND),
+    Watched("networking.k8s.io", "v1", "networkpolicies", LABEL_OWNER_KIND),
 )

@@ -32,6 +32,7 @@ NEVER_USED_HERE = {
     *("update moerator.dev/moejobs/finalizers", "update moerator.dev/moeservices/finalizers"),
     # A newer operator changes or removes what an older one made; a map of many slices shrinks.
     *("patch services", "delete services", "delete moerator.dev/expertmaps"),
+    *(f"{verb} networking.k8s.io/networkpolicies" for verb in ("patch", "delete")),
 }
 
 

@@ -113,6 +113,22 @@ async def test_the_expert_map_says_what_is_applied_and_what_it_covers(
     assert table[1].split()[2:5] == [seen["spec"]["digest"], seen["spec"]["digest"], "100"]
 
 
+async def test_network_policies_close_a_group_and_go_when_the_operator_is_told_so(
+    cluster: ControlPlane, world: World, room: Room, coordinator: Coordinator
+) -> None:
+    options = {"MOERATOR_COORDINATOR_URL": coordinator.url}
+    with operator(cluster, world.namespace, MOERATOR_NETWORK_POLICY="on", **options) as first:
+        await world.apply(service(ranks=2))
+        await world.until_condition("moeservices", "chat", "Ready", "True")
+        await asyncio.to_thread(first.process.terminate)
+    path = f"/apis/networking.k8s.io/v1/namespaces/{world.namespace}/networkpolicies"
+    made = {policy["metadata"]["name"]: policy for policy in (await world.api.get(path))["items"]}
+    assert sorted(made) == ["chat-svc-network", "chat-svc-network-coordinator", "chat-svc-network-gateway"]
+    assert made["chat-svc-network-gateway"]["spec"]["ingress"] == [{"ports": [{"protocol": "TCP", "port": 8000}]}]
+    with operator(cluster, world.namespace, **options):
+        await eventually(lambda: world.api.get(path), lambda listing: listing["items"] == [], what="no policy")
+
+
 async def test_a_service_is_scaled_out_and_in_by_kubectl_scale(
     cluster: ControlPlane, world: World, room: Room, coordinator: Coordinator
 ) -> None:

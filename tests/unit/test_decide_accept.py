@@ -119,6 +119,12 @@ def test_another_controllers_object_is_left_alone() -> None:
     assert sim.step().conditions == ()
 
 
+def test_more_slots_than_an_expert_map_holds_are_refused_before_they_are_planned() -> None:
+    reason, message = refused("MoEService", service_spec(1024, redundant=4096))
+    assert reason == "InvalidSpec"
+    assert "spec.experts.redundantPerRank" in message and "4194320 slots per layer, at most 16384" in message
+
+
 def test_our_own_manager_name_is_ours() -> None:
     sim = make("MoEJob", job_spec(managedBy="moerator.dev/operator"), gpu_nodes(4))
     assert sim.step().actions

@@ -161,6 +161,11 @@ def test_a_target_that_does_not_exist_is_said() -> None:
     decision = decide(wish, Facts(), 0.0)
     assert decision.conditions[0].reason == "TargetNotFound"
     assert decision.wake_in is not None
+    late = decide(wish, Facts(), 60.0)
+    assert [(c.type, c.status) for c in late.conditions if c.reason == "TargetNotFound"] == [
+        *(("Accepted", "False"), ("Injected", "False"), ("Complete", "True"), ("Failed", "True")),
+    ]
+    assert late.status["verdict"] == "Failed"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from moe_core.contract import runtime_config
 from moe_core.contract.runtime_config import RuntimeConfig, TrainingConfig
 from moe_core.decide import decide
 from moe_core.decide.accept import Accepted, accept
-from moe_core.facts import Action, ApplyObject, BindPod, CreatePod, Facts, NodeFact, Wish
+from moe_core.facts import Action, ApplyObject, BindPod, CreatePod, Facts, NetworkFact, NodeFact, Wish
 from moe_core.manifests.objects import MAX_SLICE_BYTES, wanted_objects
 from moe_core.spec.job import Training
 from simcluster import gpu_nodes, job_spec, make, service_spec
@@ -188,6 +188,34 @@ def test_no_training_field_is_accepted_and_then_ignored() -> None:
         snapshot_every_steps=13,
         output_path="/out",
     )
+
+
+def policies(kind: str, spec: dict[str, Any]) -> dict[str, Any]:
+    network = NetworkFact("moerator-system", ("monitoring",))
+    accepted = accept(Wish(kind, "d", "tiny", "u", 1, spec), Facts(network=network))  # type: ignore[arg-type]
+    assert isinstance(accepted, Accepted)
+    wanted = wanted_objects(accepted.plan, accepted.plan.expert_map(4))
+    return {obj.name: obj.manifest for obj in wanted if obj.kind == "NetworkPolicy"}
+
+
+def test_network_policies_are_as_the_golden_file_says() -> None:
+    golden("network-policies", {**policies("MoEService", service_spec()), **policies("MoEJob", job_spec())})
+
+
+def test_only_the_gateways_take_connections_from_anywhere_and_nobody_but_the_group_reaches_a_rank() -> None:
+    for name, policy in policies("MoEService", service_spec()).items():
+        pods, [rule] = policy["spec"]["podSelector"]["matchLabels"], policy["spec"]["ingress"]
+        assert pods["moerator.dev/owner-name"] == "tiny"
+        assert ("from" in rule) == (pods.get("moerator.dev/role") != "gateway"), name
+        assert ("ports" in rule) == ("moerator.dev/role" in pods), name
+        assert policy["spec"]["policyTypes"] == ["Ingress"]
+
+
+def test_policies_go_when_they_are_not_wanted_any_more() -> None:
+    sim = make("MoEService", service_spec(), gpu_nodes(4))
+    sim.objects["NetworkPolicy", "tiny-svc-network"] = "old"
+    sim.step()
+    assert not [name for kind, name in sim.objects if kind == "NetworkPolicy"]
 
 
 def test_a_big_map_is_sliced_by_layer_and_no_slice_is_too_big_for_etcd() -> None:

@@ -1,5 +1,6 @@
 """From a wish to a Plan, or to the reason why not. A refusal comes before any pod exists."""
 
+import re
 from dataclasses import dataclass
 
 from moe_core.decide.refusals import foreign_names
@@ -10,7 +11,7 @@ from moe_core.manifests.plan import Plan
 from moe_core.outcome import InvalidInput, InvalidSpec, Reason
 from moe_core.spec.common import PodTemplate, TopologyConstraint
 from moe_core.spec.job import MoEJobSpec
-from moe_core.spec.kinds import MAX_NAME
+from moe_core.spec.kinds import MAX_NAME, NAME_PATTERN
 from moe_core.spec.load import parse_spec
 from moe_core.spec.service import MoEServiceSpec
 from moe_core.topology.fit import Pack
@@ -19,6 +20,8 @@ from moe_core.topology.room import Needs, Tolerated
 from moe_core.topology.tree import depth_of
 
 MAX_PROBLEMS_TOLD = 5
+MAX_SLOTS = 16384
+"""Per layer, over all ranks: what an ExpertMap can hold, and what is planned in a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,9 @@ class Accepted:
 def accept(wish: Wish, facts: Facts) -> Accepted | Refusal:  # noqa: PLR0911 - each way to be refused
     if len(wish.name) > MAX_NAME:
         told = f"metadata.name: must have at most {MAX_NAME} characters: pods are named after it (got {len(wish.name)})"
+        return Refusal(Reason.INVALID_SPEC, told)
+    if re.fullmatch(NAME_PATTERN, wish.name) is None:  # an API server with older CRDs lets it through
+        told = f"metadata.name: must match {NAME_PATTERN}: Services are named after it (got {wish.name!r})"
         return Refusal(Reason.INVALID_SPEC, told)
     try:
         spec = _parse(wish)
@@ -162,12 +168,20 @@ def _plan(  # noqa: PLR0917
         pack=pack,
         config=job_config(wish, spec, facts) if isinstance(spec, MoEJobSpec) else service_config(wish, spec, facts),
         default_image=facts.default_image,
+        network=facts.network,
     )
 
 
 def _coverage(plan: Plan, spec: MoEJobSpec | MoEServiceSpec) -> Refusal | None:
     """A size whose slots cannot hold what the spec promises is refused."""
     min_copies = spec.experts.min_copies if isinstance(spec, MoEServiceSpec) else 1
+    per_layer = plan.num_experts + plan.num_ranks * plan.redundant_per_rank
+    if per_layer > MAX_SLOTS:
+        told = (
+            f"spec.experts.redundantPerRank: {plan.redundant_per_rank} on each of {plan.num_ranks} ranks and "
+            f"{plan.num_experts} experts make {per_layer} slots per layer, at most {MAX_SLOTS} are possible"
+        )
+        return Refusal(Reason.INVALID_SPEC, told)
     slots = even_slots(plan.num_experts, plan.num_ranks, redundant_per_rank=plan.redundant_per_rank)
     useful = sum(min(count, plan.num_experts) for count in slots)
     wanted = plan.num_experts * min_copies

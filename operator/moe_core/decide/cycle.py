@@ -142,7 +142,7 @@ def _objects(plan: Plan, facts: Facts, num_ranks: int) -> list[Action]:
     actions: list[Action] = [] if ("Secret", plan.child("token")) in have else [EnsureToken(plan.child("token"))]
     actions += [obj for obj in wanted if have.get((obj.kind, obj.name)) != obj.digest]
     names = [(obj.kind, obj.name) for obj in wanted]
-    stale = sorted(key for key in have if key[0] in ("ExpertMap", "Service") and key not in names)
+    stale = sorted(key for key in have if key[0] in ("ExpertMap", "NetworkPolicy", "Service") and key not in names)
     return [*actions, *(DeleteObject(kind, name) for kind, name in stale)]
 
 

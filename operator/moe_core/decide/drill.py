@@ -22,6 +22,8 @@ from moe_core.spec.others import MoEDrillSpec
 
 LOOK_AGAIN_S = 0.5
 RESEND_AFTER_S = 5.0
+LOOK_FOR_TARGET_S = 5.0
+ACCEPT_WITHIN_S = 30.0
 SEND_WITHIN_S = 30.0
 """A coordinator that is replaced answers again well before that."""
 _FAULT: Mapping[str, Literal["kill", "hang"]] = {"KillRank": "kill", "HangRank": "hang"}
@@ -35,19 +37,21 @@ def decide_drill(wish: Wish, facts: Facts, now: float) -> Decision:
         spec = parse_spec(MoEDrillSpec, wish.spec)
     except InvalidSpec as invalid:
         told = "; ".join(str(problem) for problem in invalid.problems)
-        return _refused(wish, kept, Reason.INVALID_SPEC, told)
+        return _not_injected(wish, kept, Reason.INVALID_SPEC, told)
     injection = _injection(kept)
     if injection is None:
         return _arm(wish, spec, facts.target, kept, now)
     return _watch(wish, spec, facts, injection, kept, now)
 
 
-def _refused(wish: Wish, kept: Mapping[str, Any], reason: Reason, told: str, wake_in: float | None = None) -> Decision:
+def _refused(wish: Wish, kept: Mapping[str, Any], reason: Reason, told: str, now: float) -> Decision:
+    """Looked at again for a while: drill and target may be applied in any order."""
+    if now - wish.created_at > ACCEPT_WITHIN_S:
+        return _not_injected(wish, kept, reason, told)
     conditions = (Condition("Accepted", "False", reason, told), Condition("Complete", "False", reason, told))
     status = {**kept, "observedGeneration": wish.generation, "message": told}
-    return Decision(
-        conditions=conditions, status=status, events=events_of(wish.status, conditions[:1]), wake_in=wake_in
-    )
+    events = events_of(wish.status, conditions[:1])
+    return Decision(conditions=conditions, status=status, events=events, wake_in=LOOK_FOR_TARGET_S)
 
 
 def _pending(wish: Wish, kept: Mapping[str, Any], reason: Reason, told: str) -> Decision:
@@ -64,9 +68,9 @@ def _arm(wish: Wish, spec: MoEDrillSpec, target: TargetFact | None, kept: Mappin
     """Choose the pod and write it down; nothing is injured yet."""
     name = f"{spec.target.kind} {spec.target.name}"
     if target is None:
-        return _refused(wish, kept, Reason.TARGET_NOT_FOUND, f"{name} does not exist in {wish.namespace}", 5.0)
+        return _refused(wish, kept, Reason.TARGET_NOT_FOUND, f"{name} does not exist in {wish.namespace}", now)
     if target.wish.spec.get("drills") != "Allowed":
-        return _refused(wish, kept, Reason.DRILLS_FORBIDDEN, f"{name} does not say drills: Allowed", 5.0)
+        return _refused(wish, kept, Reason.DRILLS_FORBIDDEN, f"{name} does not say drills: Allowed", now)
     pod = _pod(target, spec.target.rank)
     if pod is None or pod.uid not in active_uids(target.runtime):
         return _pending(wish, kept, Reason.TARGET_NOT_READY, f"{name} has no active rank {spec.target.rank}")
@@ -145,6 +149,7 @@ def _not_injected(wish: Wish, kept: Mapping[str, Any], reason: Reason, why: str)
     """The end of a drill that has hurt nobody, and so has shown nothing."""
     told = f"nothing was injured: {why}"
     conditions = (
+        Condition("Accepted", "False" if _injection(kept) is None else "True", reason, why),
         Condition("Injected", "False", reason, told),
         Condition("Complete", "True", reason, told),
         Condition("Failed", "True", reason, told),

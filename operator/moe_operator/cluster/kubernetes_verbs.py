@@ -30,6 +30,7 @@ from moe_core.facts import (
     EnsureToken,
     Event,
     Facts,
+    NetworkFact,
     ReportMap,
     TargetFact,
     Wish,
@@ -58,6 +59,9 @@ class KubernetesCluster:
         self._dirty: asyncio.Queue[Key] = asyncio.Queue()
         self.cache = Cache(self._dirty.put_nowait)
         self._runtimes = Runtimes(api, self.cache, url=settings.coordinator_url, mark=self._mark_with_drills)
+        self._network = (
+            NetworkFact(settings.lease_namespace, settings.metrics_namespaces) if settings.network_policy else None
+        )
         self._keys: dict[str, Key] = {}
         self._foreign: dict[str, set[tuple[str, str]]] = {}
         self._looks: dict[str, asyncio.TimerHandle] = {}
@@ -95,8 +99,8 @@ class KubernetesCluster:
             topologies=self.cache.topologies(),
             runtime=runtime.state if runtime else None,
             put_generation=runtime.put_generation if runtime else None,
-            drills=self.cache.drills_at(key),
             target=target,
+            network=self._network,
             default_image=self._settings.runtime_image,
         )
         latest = self.cache.wish(key)

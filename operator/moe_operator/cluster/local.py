@@ -39,6 +39,7 @@ from moe_operator.cluster.local_pods import LocalPod
 from moe_operator.cluster.local_runs import make_run_folder
 from moe_operator.cluster.local_store import Manifest, ObjectStore, key_of, owner_uid_of
 from moe_operator.cluster.protocol import Conflict, Foreign, Key, RuntimeFace, Unavailable
+from moe_operator.observe import wish_of
 from moe_operator.runtime_client import RuntimeClient
 
 logger = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ class LocalCluster:
         thing = self.resource(key)
         if thing is None:
             return None
-        wish = wish_of(thing)
+        wish = _seen(thing)
         if wish.kind == "MoEDrill":
             return wish, Facts(target=self._target(wish), local=True)
         own = frozenset(pod.uid for pod in self._crew.of(wish.uid, with_node=True))
@@ -183,7 +184,6 @@ class LocalCluster:
             model=self._model(wish),
             runtime=client.state if client else None,
             put_generation=client.put_generation if client else None,
-            drills=tuple(wish_of(drill) for drill in self._drills_of(key)),
             local=True,
             ports=self._ports_for(thing),
         )
@@ -346,7 +346,7 @@ class LocalCluster:
         thing = self._store.get(str(named.get("kind")), drill.namespace, str(named.get("name")))
         if thing is None:
             return None
-        wish = wish_of(thing)
+        wish = _seen(thing)
         client = self._clients.get(wish.uid)
         return TargetFact(wish, self._crew.facts(wish.uid), client.state if client else None)
 
@@ -415,15 +415,6 @@ class LocalCluster:
 APPLIED = "moerator.dev/applied"
 
 
-def wish_of(thing: Manifest) -> Wish:
-    meta = thing["metadata"]
-    return Wish(
-        kind=thing["kind"],
-        namespace=meta["namespace"],
-        name=meta["name"],
-        uid=meta["uid"],
-        generation=meta["generation"],
-        spec=deepcopy(thing["spec"]),
-        status=deepcopy(thing.get("status", {})),
-        created_at=0.0,
-    )
+def _seen(thing: Manifest) -> Wish:
+    """A copy: the brain decides in a thread of its own while objects change here."""
+    return wish_of(deepcopy(thing))
