@@ -2,7 +2,7 @@
 
     coordinator   Ray head (a child) and the coordinator's HTTP face
     rank          guard of one rank: Ray node (or the shared one), the rank's actor, fencing
-    gateway       Ray node (or the shared one) and the OpenAI face
+    gateway       guard of one gateway: Ray node (or the shared one), the process with the OpenAI face
     node          a bare Ray node that pods of one machine share
 
 Exit codes: 0 after SIGTERM or SIGINT, 2 for a wrong environment, 1 for everything that broke.
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from moe_core.contract.names import ROLE_COORDINATOR, ROLE_GATEWAY, ROLE_RANK
 from moe_core.outcome import InvalidSpec
-from moe_runtime.gateway.tokenizer import TokenizerMissing
+from moe_runtime.gateway.pod import GatewayEnded, guard_gateway
 from moe_runtime.host import processes
 from moe_runtime.host.head_keeper import HeadKeeper
 from moe_runtime.host.head_store import has_store
@@ -70,7 +70,7 @@ async def _run_and_end(env: PodEnv, parent_pid: int) -> None:
     try:
         await _run(env, parent_pid)
         code = 0
-    except (PodBroke, RankEnded, TokenizerMissing, OSError) as error:
+    except (PodBroke, RankEnded, GatewayEnded, OSError) as error:
         print(f"moe-pod: {env.role}: {error}", file=sys.stderr, flush=True)
     except BaseException:
         traceback.print_exc()
@@ -136,10 +136,7 @@ async def _keep_head(env: PodEnv, copies: "HeadCopies", head: "subprocess.Popen[
 
 async def _gateway(env: PodEnv) -> None:
     node = await _own_node(env)
-    os.environ.update(ray_environment(env, os.environ))
-    from moe_runtime.gateway.process import serve_gateway
-
-    await _first_end(serve_gateway(env), *([_watch_child(node, "the Ray node")] if node else []))
+    await _first_end(guard_gateway(env), *([_watch_child(node, "the Ray node")] if node else []))
 
 
 async def _rank(env: PodEnv) -> None:

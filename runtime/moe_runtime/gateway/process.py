@@ -7,7 +7,9 @@ Ray's head included, is dead. Only finding a rank that this gateway has never me
 import asyncio
 import contextlib
 import signal
+import socket
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,34 +181,48 @@ def _take_signals_back() -> None:
             signal.signal(number, handler)
 
 
-async def serve_gateway(env: PodEnv) -> None:
-    """Serve until cancelled. Raises TokenizerMissing, OSError (port), ConnectionError (no Ray)."""
+async def serve_gateway(
+    env: PodEnv, listener: socket.socket, waiting: Sequence[socket.socket], *, ready: Callable[[], None]
+) -> None:
+    """Serve on the bound `listener`, and the connections that `waiting` holds, until cancelled.
+
+    `ready` is called once requests can be answered. Raises TokenizerMissing, OSError (port), ConnectionError (no Ray).
+    """
     source = env.config.model.path
     tokenizer = await asyncio.to_thread(load_tokenizer, Path(source) if source else None)
     directory, ranks = RankDirectory(), RayRanks(env.ray_namespace)
     face = GatewayFace(env.config, directory, ranks, tokenizer)
     runner = web.AppRunner(face.app(), access_log=None, shutdown_timeout=0.5, handler_cancellation=True)
     await runner.setup()
-    assert env.config.serving is not None
-    host = env.pod_ip if is_loopback(env.pod_ip) else None
-    port = env.config.serving.gateway_port
+    # A port that gateways of one machine share: whoever listens there gets requests, so a new one waits until it can
+    # answer them. On a port of its own a gateway says at once that it lives; whether it is ready is another question.
+    is_shared = is_loopback(env.pod_ip)
     tasks = []
     try:
         if env.health_port is not None:
-            await web.TCPSite(runner, host, env.health_port).start()
+            await web.TCPSite(runner, env.pod_ip, env.health_port).start()
+        if not is_shared:
+            await _open(runner, listener, waiting)
         await head_listens(env)
         await asyncio.to_thread(_connect, env)
         _take_signals_back()
         scout = Scout(env, directory, ranks, face)
         tasks = [asyncio.create_task(scout.follow_coordinator()), asyncio.create_task(scout.ask_ranks())]
-        # The port that gateways of one machine share: whoever listens there gets requests, so a new one waits until it
-        # can answer them.
-        while not directory.usable() and not any(task.done() for task in tasks):
+        while is_shared and not directory.usable() and not any(task.done() for task in tasks):
             await asyncio.sleep(0.1)
-        await web.TCPSite(runner, host, port, reuse_port=True).start()
-        print(f"moe-pod: gateway on port {port}", flush=True)
+        if is_shared:
+            await _open(runner, listener, waiting)
+        ready()
         await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()
         await runner.cleanup()
+
+
+async def _open(runner: web.AppRunner, listener: socket.socket, waiting: Sequence[socket.socket]) -> None:
+    await web.SockSite(runner, listener).start()
+    assert runner.server is not None, "setup comes first"
+    for connection in waiting:
+        await asyncio.get_running_loop().connect_accepted_socket(runner.server, connection)
+    print(f"moe-pod: gateway on port {listener.getsockname()[1]}", flush=True)
