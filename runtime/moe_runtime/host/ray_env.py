@@ -30,6 +30,10 @@ def ray_environment(env: PodEnv, environ: Mapping[str, str]) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_metrics_report_interval_ms": "3600000",  # else the head writes counters into its store every 5 s
         "RAY_enable_metrics_collection": "false",
+        # A head that is lost with its node closes no connection: after 300 + 120 s by default, here after 20 s, its
+        # nodes and drivers go to the new one. Seen with the old one cut off: not within 150 s, and after 10 s.
+        "RAY_grpc_client_keepalive_time_ms": "10000",
+        "RAY_grpc_client_keepalive_timeout_ms": "10000",
         "RAY_timeout_ms_task_wait_for_death_info": "100",  # default 1000: how long a caller waits to learn why
         "RAY_worker_register_timeout_seconds": "120",
         "RAY_agent_register_timeout_ms": "120000",  # a node on busy cores: its agent needs its imports first
