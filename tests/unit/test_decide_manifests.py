@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from moe_core.contract import runtime_config
+from moe_core.contract.names import OWN_ENV, OWN_MOUNTS, OWN_VOLUMES
 from moe_core.contract.runtime_config import RuntimeConfig, TrainingConfig
 from moe_core.decide import decide
 from moe_core.decide.accept import Accepted, accept
@@ -24,7 +25,7 @@ TEMPLATE = {
         "imagePullPolicy": "IfNotPresent",
         "imagePullSecrets": ["pull"],
         "resources": {"requests": {"cpu": "4", "memory": "16Gi"}, "limits": {"nvidia.com/gpu": 1}},
-        "env": [{"name": "NCCL_DEBUG", "value": "WARN"}, {"name": "MOERATOR_RANK", "value": "9"}],
+        "env": [{"name": "NCCL_DEBUG", "value": "WARN"}],
         "volumes": [{"name": "models", "persistentVolumeClaim": {"claimName": "models"}}],
         "volumeMounts": [{"name": "models", "mountPath": "/model", "readOnly": True}],
         "nodeSelector": {"pool": "gpu"},
@@ -113,12 +114,20 @@ def test_only_ranks_are_gated_counted_and_never_restarted_in_place() -> None:
     assert policies == {"coordinator": "Always", "gateway": "Always", "rank": "Never"}
 
 
-def test_a_users_label_or_variable_cannot_take_the_place_of_ours() -> None:
+def test_a_users_label_cannot_take_the_place_of_ours() -> None:
     rank = pods()["rank"]
     assert rank["metadata"]["labels"]["moerator.dev/role"] == "rank"
     assert rank["metadata"]["labels"]["team"] == "research"
-    env = {e["name"]: e.get("value") for e in rank["spec"]["containers"][0]["env"]}
-    assert env["MOERATOR_RANK"] == "0"
+
+
+@pytest.mark.parametrize("role", ["coordinator", "rank", "gateway"])
+def test_what_a_template_may_not_name_is_all_that_pods_have_of_ours(role: str) -> None:
+    spec = pods()[role]["spec"]
+    [container] = spec["containers"]
+    theirs = {"models", "/model", "NCCL_DEBUG", "HOME"}
+    assert {v["name"] for v in spec["volumes"] if not v["name"].startswith(OWN_VOLUMES)} <= theirs
+    assert {e["name"] for e in container["env"] if not e["name"].startswith(OWN_ENV)} <= theirs
+    assert {m["mountPath"] for m in container["volumeMounts"]} - theirs == set(OWN_MOUNTS)
 
 
 @pytest.mark.parametrize("role", ["coordinator", "rank", "gateway"])

@@ -1,5 +1,6 @@
 """From a wish to a Plan, or to the reason why not. A refusal comes before any pod exists."""
 
+import re
 from dataclasses import dataclass
 
 from moe_core.decide.refusals import foreign_names
@@ -10,7 +11,7 @@ from moe_core.manifests.plan import Plan
 from moe_core.outcome import InvalidInput, InvalidSpec, Reason
 from moe_core.spec.common import PodTemplate, TopologyConstraint
 from moe_core.spec.job import MoEJobSpec
-from moe_core.spec.kinds import MAX_NAME
+from moe_core.spec.kinds import MAX_NAME, NAME_PATTERN
 from moe_core.spec.load import parse_spec
 from moe_core.spec.service import MoEServiceSpec
 from moe_core.topology.fit import Pack
@@ -41,6 +42,9 @@ class Accepted:
 def accept(wish: Wish, facts: Facts) -> Accepted | Refusal:  # noqa: PLR0911 - each way to be refused
     if len(wish.name) > MAX_NAME:
         told = f"metadata.name: must have at most {MAX_NAME} characters: pods are named after it (got {len(wish.name)})"
+        return Refusal(Reason.INVALID_SPEC, told)
+    if re.fullmatch(NAME_PATTERN, wish.name) is None:  # an API server with older CRDs lets it through
+        told = f"metadata.name: must match {NAME_PATTERN}: Services are named after it (got {wish.name!r})"
         return Refusal(Reason.INVALID_SPEC, told)
     try:
         spec = _parse(wish)

@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_core.contract import names
 from moe_core.contract.base import digest_of
-from moe_core.contract.names import ROLE_COORDINATOR, ROLE_GATEWAY, ROLE_RANK
+from moe_core.contract.names import CONFIG_DIR, ROLE_COORDINATOR, ROLE_GATEWAY, ROLE_RANK, STATE_DIR, TOKEN_DIR
 from moe_core.contract.runtime_config import (
     ENV_CONFIG,
     ENV_POD_IP,
@@ -24,9 +24,6 @@ from moe_core.contract.runtime_config import (
 from moe_core.facts import CreatePod
 from moe_core.manifests.plan import Plan, merged
 
-CONFIG_DIR = "/etc/moerator/config"
-TOKEN_DIR = "/etc/moerator/token"
-STATE_DIR = "/var/lib/moerator"
 CONFIG_KEY = "config.json"
 TOKEN_KEY = "token"
 USER_ID = 10001
@@ -176,8 +173,7 @@ def _env(plan: Plan, role: str, index: int) -> list[dict[str, Any]]:
     ]
     if role == ROLE_RANK:
         ours.append({"name": ENV_RANK, "value": str(index)})
-    taken = {entry["name"] for entry in ours}
-    theirs = {entry.name: entry.value for entry in plan.template.spec.env if entry.name not in taken}
+    theirs = {entry.name: entry.value for entry in plan.template.spec.env}
     home = {} if "HOME" in theirs else {"HOME": "/tmp"}
     return [*ours, *({"name": name, "value": value} for name, value in sorted({**home, **theirs}.items()))]
 
@@ -198,7 +194,8 @@ def _volumes(plan: Plan) -> list[dict[str, Any]]:
         {"name": "moerator-tmp", "emptyDir": {}},
         {"name": "moerator-shm", "emptyDir": {"medium": "Memory"}},
     ]
-    return [*ours, *(dict(volume) for volume in plan.template.spec.volumes)]
+    theirs = plan.template.spec.volumes
+    return [*ours, *(volume.model_dump(mode="json", by_alias=True, exclude_none=True) for volume in theirs)]
 
 
 def _mounts(plan: Plan) -> list[dict[str, Any]]:

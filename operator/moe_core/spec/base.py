@@ -33,7 +33,7 @@ def unchangeable(field: str, *, lever: str = "create another object") -> Rule:
 
 
 class SpecModel(BaseModel):
-    """Base of every part of a spec."""
+    """Base of every part of a spec. Code may build one by its own names; what a person wrote is read by wire names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=to_camel, populate_by_name=True, strict=True)
     rules: ClassVar[tuple[Rule, ...]] = ()
