@@ -4,6 +4,7 @@ One group of pods for the whole module: its start costs more than what is done t
 """
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -146,18 +147,20 @@ def test_coordinator_and_ray_head_may_die_with_requests_running(service: Service
     service.wait_whole()
 
 
-def test_coordinator_and_a_rank_may_die_together(service: Service) -> None:
+def test_coordinator_and_a_rank_may_be_lost_together_with_the_coordinators_folder(service: Service) -> None:
     pods, pod = service.pods, service.pods.pods[service.rank_pod_of(0)]
 
     def both() -> None:
         pods.pods["coordinator"].kill_whole()
         os.kill(pod.rank_pid, signal.SIGKILL)
+        shutil.rmtree(pods.pods["coordinator"].folder)
 
     assert replays(disturbed(service, both)) >= 1
-    pods.start("coordinator", "coordinator")
+    coordinator = pods.start("coordinator", "coordinator", reattach=True)
     pods.put_wish(service.wish)
     service.replace(0)
     service.wait_whole()
+    assert "the Ray head's store is copy" in coordinator.log, "the shared node had kept it"
 
 
 def test_stopped_gateway_loses_no_connection_that_it_had_not_taken(service: Service) -> None:

@@ -23,7 +23,8 @@ from moe_runtime.host.head_store import (
     restore,
 )
 
-LOOK_EVERY_S = 0.5
+LOOK_EVERY_S = 0.25
+"""A node or actor that came after the last copy is a stranger to a head that starts from it, and begins anew."""
 RECOVER_WITHIN_S = 15.0
 """A keeper asks again 0.3 s after a refused call and gives a silent one up after 5 s; a Service finds a new pod within
 2 s (seen: 1 s, one node)."""
@@ -73,14 +74,12 @@ class HeadCopies:
         return True
 
     async def watch(self) -> None:
-        """Make a copy whenever the store changed and is quiet again. Runs until cancelled."""
+        """Make a copy whenever the store has changed. Runs until cancelled."""
         copied: Listing = {}
-        before: Listing = {}
         while True:
             now = await asyncio.to_thread(listing, self._folder)
-            if now and now != copied and now == before and await self._renew(now):
+            if now and now != copied and await self._renew(now):
                 copied = now
-            before = now
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def _renew(self, now: Listing) -> bool:
