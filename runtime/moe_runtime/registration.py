@@ -33,6 +33,7 @@ class RankReport(WireModel):
     coverage: Coverage | None = None
     recoveries: tuple[Recovery, ...] = ()
     load: tuple[tuple[int, ...], ...] = ()
+    """[L][E]; empty when there is none newer than what this rank said last."""
     training: TrainingProgress | None = None
     failure: str = ""
     directive_seen: str = ""

@@ -115,7 +115,7 @@ class GatewayFace:
 
     async def _metrics(self, _: web.Request) -> web.Response:
         self.metrics.epoch.set(self._directory.epoch)
-        self.metrics.active_ranks.set(len(self._directory.usable()))
+        self.metrics.ranks.set(len(self._directory.usable()))
         return web.Response(body=self.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
