@@ -485,3 +485,17 @@ def test_no_member_beyond_the_wished_size_is_deleted_on_a_forgotten_status(coord
     edit(sim, parallelism={"expert": 2})
     deleted = {action.uid for action in sim.step().actions if isinstance(action, DeletePod)}
     assert not deleted & set(sim.members.values())
+
+
+def test_members_whose_pods_are_gone_are_vouched_for_though_nobody_saw_them_die() -> None:
+    sim = running()
+    state = sim.runtime()
+    assert state is not None
+    left = next(rank for rank in state.ranks if rank.rank == 1)
+    seen = state.model_copy(
+        update={"ranks": (left,), "member_uids": tuple(rank.pod_uid for rank in state.ranks), "wish_put": None}
+    )
+    sim.pods = [pod for pod in sim.pods if pod.role != "rank" or pod.index == 1]
+    facts = replace(sim.facts(), runtime=seen, put_generation=None)
+    [put] = [action for action in decide(sim.wish, facts, sim.now).actions if isinstance(action, PutWish)]
+    assert set(put.wish.dead_pod_uids) == set(seen.member_uids) - {left.pod_uid}

@@ -93,6 +93,8 @@ class RuntimeState(WireModel):
     epoch: int = 0
     map_digest: str = ""
     ranks: tuple[RankState, ...] = ()
+    member_uids: tuple[str, ...] = ()
+    """Pods of the committed members, those that do not report among them."""
     coverage: Coverage | None = None
     training: TrainingProgress | None = None
     serving: ServingProgress | None = None

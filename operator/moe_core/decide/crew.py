@@ -129,10 +129,12 @@ def may_take_part(pod: PodFact, runtime: RuntimeState | None) -> bool:
 def proven_dead(facts: Facts) -> tuple[str, ...]:
     """uids of rank pods of which no process can be left: reaped, or removed from the API.
 
-    A pod on a lost node is not proven dead: its process may well go on without us.
+    A pod on a lost node is not proven dead: its process may well go on without us. Nobody has to have seen a pod die:
+    survivors tell whom they miss, and whoever is missing among the pods is gone.
     """
     pods = {pod.uid: pod for pod in facts.pods}
     uids = [pod.uid for pod in facts.pods if pod.role == ROLE_RANK and pod.phase in ("Failed", "Succeeded")]
     if facts.runtime is not None:
-        uids += [state.pod_uid for state in facts.runtime.ranks if state.pod_uid not in pods]
+        known = (*(state.pod_uid for state in facts.runtime.ranks), *facts.runtime.member_uids)
+        uids += [uid for uid in known if uid not in pods]
     return tuple(sorted(set(uids)))
