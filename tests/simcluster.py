@@ -108,7 +108,11 @@ class Sim:
     model: ModelFact | None = None
     training_done: bool = False
     injected: list[str] = field(default_factory=list)
-    draining: list[str] = field(default_factory=list)
+    draining: set[str] = field(default_factory=set)
+    """uids of members that the told wish does not name; one that is named again is active again."""
+    staging_ticks: int = 0
+    """How long ranks take to bring a new map's slots into memory."""
+    staged: dict[str, int] = field(default_factory=dict)
     map_in_force: ExpertMap | None = None
     refuses: Callable[[Action], bool] = lambda action: False
     """What the API server does not accept, with 403."""
@@ -275,12 +279,14 @@ class Sim:
             self.told = None
         if self.told is not None:
             wished, wished_map = self.told.ranks, self.told.expert_map
-            leavers = [uid for rank, uid in self.members.items() if rank not in wished]
-            if leavers and leavers != self.draining:
-                self.draining = leavers
-            elif all(running.get(rank) in self.registered for rank in wished):
-                self.members, self.map_in_force, self.draining = {r: running[r] for r in wished}, wished_map, []
-            elif self.map_in_force is not None and self.map_in_force.digest == wished_map.digest:
+            leavers = {uid for rank, uid in self.members.items() if rank not in wished}
+            has_begun, self.draining = leavers <= self.draining, leavers
+            known_map = self.map_in_force is not None and self.map_in_force.digest == wished_map.digest
+            self.staged[wished_map.digest] = self.staged.get(wished_map.digest, -1) + 1
+            is_staged = known_map or not self.members or self.staged[wished_map.digest] >= self.staging_ticks
+            if has_begun and is_staged and all(running.get(rank) in self.registered for rank in wished):
+                self.members, self.map_in_force, self.draining = {r: running[r] for r in wished}, wished_map, set()
+            elif has_begun and known_map:
                 self.members |= {r: running[r] for r in wished if r in running}
         self.epoch += (self.members, self.map_in_force) != before
 

@@ -32,7 +32,6 @@ TOPOLOGY = {"net": (("host", "kubernetes.io/hostname"),)}
 CONSTRAINT = {"topologyName": "net", "pack": {"preferred": "host"}}
 
 
-
 def start(kind: str, ranks: int, nodes: int) -> Sim:
     spec = job_spec if kind == "MoEJob" else service_spec
     wanted = spec(ranks, template=gpu_template(), topologyConstraint=CONSTRAINT)

@@ -165,26 +165,48 @@ def without_its_model(sim: Sim) -> None:
     sim.model = ModelFact(0, 0, "", problem="config.json is not JSON")
 
 
+def with_another_checkpoint_in_its_folder(sim: Sim) -> None:
+    sim.model = ModelFact(8, 4, "mixtral")
+
+
+def with_levels_the_other_way_round(sim: Sim) -> None:
+    edit(sim, topologyConstraint={"topologyName": "net", "pack": {"required": "net", "preferred": "rack"}})
+    sim.topologies = {"net": (("rack", "rack"), ("net", "net"))}
+
+
+def with_more_copies_than_slots(sim: Sim) -> None:
+    edit(sim, experts={"minCopies": 2, "redundantPerRank": 1})
+
+
+def with_more_slots_than_a_map_holds(sim: Sim) -> None:
+    edit(sim, parallelism={"expert": 1000}, experts={"redundantPerRank": 1000})
+
+
 @pytest.mark.parametrize(
     ("happens", "reason"),
     [
         (without_topologies, "TopologyNotFound"),
         (with_a_stray_pod, "ForeignObject"),
         (without_its_model, "ModelNotSupported"),
+        (with_another_checkpoint_in_its_folder, "InvalidSpec"),
+        (with_levels_the_other_way_round, "InvalidSpec"),
+        (with_more_copies_than_slots, "CoverageImpossible"),
+        (with_more_slots_than_a_map_holds, "InvalidSpec"),
     ],
 )
 def test_a_service_that_would_not_be_accepted_any_more_is_kept_healthy(
     happens: Callable[[Sim], None], reason: str
 ) -> None:
     constraint = {"topologyName": "net", "pack": {"preferred": "rack"}}
-    nodes = [replace(node, labels={**node.labels, "rack": "r1"}) for node in gpu_nodes(6)]
+    nodes = [replace(node, labels={**node.labels, "net": "a", "rack": "r1"}) for node in gpu_nodes(6)]
     sim = make(
         "MoEService",
         service_spec(template=gpu_template(), topologyConstraint=constraint),
         nodes,
-        topologies={"net": (("rack", "rack"),)},
+        topologies={"net": (("net", "net"), ("rack", "rack"))},
     )
     sim.settle()
+    digest = sim.told.expert_map.digest if sim.told else ""
     happens(sim)
     sim.kill(2)
     sim.tick()
@@ -195,6 +217,8 @@ def test_a_service_that_would_not_be_accepted_any_more_is_kept_healthy(
     assert sorted(sim.members) == [0, 1, 2, 3]
     assert sim.condition("Ready") == ("True", "AllActive")
     assert sim.condition("Accepted") == ("False", reason)
+    assert sim.told is not None
+    assert sim.told.expert_map.digest == digest, "the map that runs is kept"
 
 
 def test_a_refused_edit_that_cannot_even_be_read_makes_nobody_call_it_ready() -> None:

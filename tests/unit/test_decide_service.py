@@ -17,8 +17,9 @@ def service(ranks: int = 4, nodes: int = 6, **more: Any) -> Sim:
     return make("MoEService", service_spec(ranks, template=gpu_template(), **more), gpu_nodes(nodes))
 
 
-def running(ranks: int = 4, nodes: int = 6, **more: Any) -> Sim:
+def running(ranks: int = 4, nodes: int = 6, *, staging_ticks: int = 0, **more: Any) -> Sim:
     sim = service(ranks, nodes, **more)
+    sim.staging_ticks = staging_ticks
     sim.settle()
     assert sim.condition("Ready") == ("True", "AllActive")
     return sim
@@ -285,12 +286,21 @@ def test_shrinking_waits_while_no_coordinator_answers() -> None:
 
 
 def test_growing_again_before_the_leaver_is_gone_keeps_it() -> None:
-    sim = running()
+    sim = running(staging_ticks=10)
     uid = sim.live(3)[0].uid
     edit(sim, parallelism={"expert": 3})
+    for _ in range(3):
+        sim.step()
+        sim.tick()
+    state = sim.runtime()
+    assert state is not None
+    assert [(rank.rank, rank.phase) for rank in state.ranks if rank.phase != "Active"] == [(3, "Draining")]
+    assert sim.condition("Ready") == ("False", "Resizing")
     edit(sim, parallelism={"expert": 4})
     sim.settle()
     assert sim.live(3)[0].uid == uid
+    assert sim.condition("Ready") == ("True", "AllActive")
+    assert sim.wish.status["restarts"] == 0
 
 
 def test_shrinking_and_growing_counts_no_restart() -> None:

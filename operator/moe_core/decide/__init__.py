@@ -5,7 +5,7 @@ remembered lies in the resource's own status (memory.py). Read in this order: ac
 lives), gang, place and helpers (pods), follow (what the group is told), maps, cycle (all of it once), job and service.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from moe_core.decide.accept import Accepted, Refusal, accept
@@ -67,27 +67,37 @@ def _refused(wish: Wish, refusal: Refusal, facts: Facts, now: float) -> Decision
     if wish.spec.get("suspend") is True:  # stopping needs no acceptance
         status = {"epoch": 0, "memory": at_rest(memory, facts, now).as_status()}
         return _put_off(wish, told, status, actions=everything_goes(facts))
-    if memory.epoch:
-        accepted = accept(*_as_it_was(wish, refusal, facts, memory))
+    for before in _as_it_was(wish, memory) if memory.epoch else ():
+        accepted = accept(before, _as_they_were(before, facts, memory))
         if isinstance(accepted, Accepted):
             go_on = decide_job if wish.kind == "MoEJob" else decide_service
             return go_on(wish, accepted, facts, now, refused=told)
     return _put_off(wish, told, {})
 
 
-def _as_it_was(wish: Wish, refusal: Refusal, facts: Facts, memory: Memory) -> tuple[Wish, Facts]:
-    """The wish and the facts with what was accepted before in place of what cannot be any more."""
+def _as_it_was(wish: Wish, memory: Memory) -> Iterator[Wish]:
+    """The wish with the model that was accepted, then also with the size and the copies that run."""
     spec = dict(wish.spec)
-    if refusal.reason == Reason.COVERAGE_IMPOSSIBLE and memory.wish_ranks:
-        spec["parallelism"] = {"expert": memory.wish_ranks}
-    if refusal.reason in (Reason.MODEL_NOT_FOUND, Reason.MODEL_NOT_SUPPORTED) and wish.kind == "MoEService":
+    if isinstance(spec.get("model"), Mapping) and wish.kind == "MoEService" and memory.num_experts:
         spec["model"] = {**spec["model"], "numExperts": memory.num_experts, "numMoeLayers": memory.num_layers}
-        facts = replace(facts, model=None)
-    constraint = spec.get("topologyConstraint")
-    if refusal.reason == Reason.TOPOLOGY_NOT_FOUND and isinstance(constraint, Mapping) and memory.levels:
+    yield replace(wish, spec=spec)
+    if memory.wish_ranks:
+        spec["parallelism"] = {"expert": memory.wish_ranks}
+    if wish.kind == "MoEService":
+        experts = spec.get("experts")
+        ran = {"redundantPerRank": memory.redundant_per_rank, "minCopies": 1}
+        spec["experts"] = {**experts, **ran} if isinstance(experts, Mapping) else ran
+    yield replace(wish, spec=spec)
+
+
+def _as_they_were(wish: Wish, facts: Facts, memory: Memory) -> Facts:
+    """The facts with what was accepted before in place of what has changed without anybody's edit."""
+    constraint = wish.spec.get("topologyConstraint")
+    if isinstance(constraint, Mapping) and memory.levels:
         facts = replace(facts, topologies={**facts.topologies, str(constraint.get("topologyName")): memory.levels})
-    facts = replace(facts, foreign=(), refused=tuple(one for one in facts.refused if not one.is_foreign))
-    return replace(wish, spec=spec), facts
+    if wish.kind == "MoEService":
+        facts = replace(facts, model=None)
+    return replace(facts, foreign=(), refused=tuple(one for one in facts.refused if not one.is_foreign))
 
 
 def _put_off(wish: Wish, told: Condition, status: Mapping[str, object], *, actions: Sequence[Action] = ()) -> Decision:

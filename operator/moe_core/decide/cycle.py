@@ -84,6 +84,7 @@ def run_cycle(plan: Plan, memory: Memory, facts: Facts, now: float) -> Cycle:
         silent_since=silence.since,
         num_experts=plan.num_experts,
         num_layers=plan.num_layers,
+        redundant_per_rank=plan.redundant_per_rank,
         levels=plan.pack.levels,
     )
     return Cycle(

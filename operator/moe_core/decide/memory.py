@@ -31,6 +31,8 @@ class Memory:
     num_experts: int = 0
     num_layers: int = 0
     """Logical experts and MoE layers of the model as last accepted."""
+    redundant_per_rank: int = 0
+    """As last accepted."""
     levels: tuple[tuple[str, str], ...] = ()
     """Levels of the ClusterTopology as last accepted."""
     heard: tuple[int, ...] = ()
@@ -55,6 +57,7 @@ class Memory:
             dead_pod_uids=tuple(str(uid) for uid in kept.get("deadPodUids", ()))[-MAX_DEAD_PODS:],
             num_experts=_int(kept.get("numExperts")),
             num_layers=_int(kept.get("numLayers")),
+            redundant_per_rank=_int(kept.get("redundantPerRank")),
             levels=tuple((str(level["name"]), str(level["nodeLabel"])) for level in kept.get("levels", ())),
             heard=_ints(kept.get("heard")),
             silent_since=tuple(
@@ -76,6 +79,7 @@ class Memory:
             "silentSince": [{"rank": rank, "atMilliseconds": round(at * 1000)} for rank, at in self.silent_since],
             "numExperts": self.num_experts,
             "numLayers": self.num_layers,
+            "redundantPerRank": self.redundant_per_rank,
             "levels": [{"name": name, "nodeLabel": label} for name, label in self.levels],
         }
 
