@@ -61,7 +61,7 @@ def step(sim: Sim, crash_after: int | None) -> None:
     check(sim)
 
 
-def happen(sim: Sim, event: str, chance: random.Random) -> None:
+def happen(sim: Sim, event: str, chance: random.Random) -> None:  # noqa: PLR0912 - one arm per event
     ranks = [p for p in sim.ranks() if not p.gated and not p.deleting]
     match event:
         case "kill" if ranks:
