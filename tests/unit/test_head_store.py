@@ -181,13 +181,23 @@ async def test_keepers_get_every_new_copy_and_a_new_coordinator_takes_the_newest
         assert (tmp_path / "second/kv/000004.log").read_bytes() == b"\0" * 2000
 
 
-async def test_a_new_coordinator_to_which_nobody_offers_a_copy_starts_afresh_after_its_bound(tmp_path: Path) -> None:
+async def test_a_new_coordinator_to_which_nobody_comes_starts_afresh_after_its_bound(tmp_path: Path) -> None:
+    async with Coordinator(tmp_path / "store") as coordinator:
+        assert not await coordinator.copies.recover(within_s=0.2, settle_s=0)
+    assert not (tmp_path / "store").exists()
+
+
+async def test_a_new_coordinator_to_which_pods_come_empty_handed_does_not_wait_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_copies, "EMPTY_HANDED_S", 0.1)
+    monkeypatch.setattr(head_keeper, "HOLD_S", 0.1)
     async with Coordinator(tmp_path / "store") as coordinator:
         empty = coordinator.keeper("p")
         empty.start()
-        assert not await coordinator.copies.recover(within_s=0.2, settle_s=0.1)
+        async with asyncio.timeout(5):
+            assert not await coordinator.copies.recover(within_s=3600, settle_s=3600)
         await asyncio.to_thread(empty.close)
-    assert not (tmp_path / "store").exists()
 
 
 async def test_a_coordinator_that_has_its_store_asks_nobody(tmp_path: Path) -> None:

@@ -25,9 +25,11 @@ from moe_runtime.host.head_store import (
 
 LOOK_EVERY_S = 0.25
 """A node or actor that came after the last copy is a stranger to a head that starts from it, and begins anew."""
-RECOVER_WITHIN_S = 15.0
-"""A keeper asks again 0.3 s after a refused call and gives a silent one up after 5 s; a Service finds a new pod within
-2 s (seen: 1 s, one node)."""
+RECOVER_WITHIN_S = 60.0
+"""An offer came after 0.1 s (one node, behind its Service). Far more than that: steps go on meanwhile, and a head that
+starts empty ends every node that lives."""
+EMPTY_HANDED_S = 20.0
+"""Pods that have no copy ask already: there was none yet, or those that had one are gone."""
 _SETTLE_S = 1.0
 """After the first offer: others may hold a newer copy."""
 _MAX_HOLD_S = 10.0
@@ -46,6 +48,7 @@ class HeadCopies:
         self._keepers: dict[str, float] = {}
         self._changed = asyncio.Event()
         self._offered = asyncio.Event()
+        self._first_empty: float | None = None
 
     def add_routes(self, app: web.Application) -> None:
         app.router.add_get("/v1/head-store", self._get)
@@ -57,10 +60,11 @@ class HeadCopies:
             return True
         self._offers, began = {}, time.monotonic()
         self._wake()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(within_s):
-                await self._offered.wait()
-                await asyncio.sleep(settle_s)
+        while not self._offers and not self._in_vain(began + within_s):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._offered.wait(), 0.2)
+        if self._offers:
+            await asyncio.sleep(settle_s)
         offers, self._offers = self._offers, None
         found = await asyncio.to_thread(newest, offers.values())
         took = time.monotonic() - began
@@ -72,6 +76,10 @@ class HeadCopies:
         self._sequence = label.sequence
         print(f"moe-pod: the Ray head's store is copy {label.sequence}, taken over after {took:.1f} s", flush=True)
         return True
+
+    def _in_vain(self, deadline: float) -> bool:
+        now = time.monotonic()
+        return now > deadline or (self._first_empty is not None and now > self._first_empty + EMPTY_HANDED_S)
 
     async def watch(self) -> None:
         """Make a copy whenever the store has changed. Runs until cancelled."""
@@ -107,6 +115,8 @@ class HeadCopies:
         while not (is_keeper and self._seal not in ("", have)):
             if self._offers is not None and have:
                 return web.json_response({"error": "no store here yet: offer yours"}, status=404)
+            if self._offers is not None and self._first_empty is None:
+                self._first_empty = time.monotonic()
             left = deadline - time.monotonic()
             if left <= 0:
                 return web.Response(status=204)
