@@ -150,6 +150,7 @@ BROKEN: tuple[Broken, ...] = (
     Broken("MoEService", "spec.experts.minCopies", 0, ("minCopies", "1")),
     Broken("MoEService", "spec.experts.minCopies", 5, ("experts.minCopies must not exceed parallelism.expert",)),
     Broken("MoEService", "spec.experts.policy", "linear", ("policy", "Linear")),
+    Broken("MoEService", "spec.experts.policy", "DeepSeek", ("policy", "Linear")),
     Broken("MoEService", "spec.experts.redundantPerRank", -1, ("redundantPerRank", "0")),
     Broken("MoEService", "spec.experts.fallback", "Ignore", ("fallback", "Generalist")),
     Broken("MoEService", "spec.serving", {"maxContext": 8}, ("maxContext", "16")),

@@ -95,12 +95,6 @@ def test_a_name_too_long_for_its_pods_is_refused() -> None:
     assert decide(wish, Facts(), 0.0).conditions[0].reason == "InvalidSpec"
 
 
-def test_policy_deepseek_needs_equal_ranks() -> None:
-    reason, message = refused("MoEService", service_spec(3, experts={"policy": "DeepSeek"}))
-    assert reason == "CoverageImpossible"
-    assert "equal" in message
-
-
 def test_a_refusal_is_told_once_and_counted_for_its_generation() -> None:
     sim = make("MoEJob", job_spec(0))
     assert [e.type for e in sim.step().events] == ["Warning"]
