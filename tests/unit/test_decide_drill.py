@@ -4,9 +4,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moe_core.contract.exchange import Recovery, RuntimeState, ServingProgress
 from moe_core.decide import decide
+from moe_core.drills.verdict import Injection, Seen, look
 from moe_core.facts import Decision, Facts, InjectFault, RefusedAction, TargetFact, Wish
 from simcluster import Sim, gpu_nodes, gpu_template, make, service_spec
 
@@ -127,6 +130,19 @@ def test_failed_requests_fail_the_drill() -> None:
     assert found.condition("Complete") == ("True", "DrillFailed")
     assert found.condition("Failed") == ("True", "DrillFailed")
     assert (found.status["requestsFailed"], found.status["tokensDegraded"]) == (2, 40)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 5), max_size=6), st.integers(0, 6), st.integers(0, 9))
+def test_a_coordinator_that_starts_anew_hides_no_failure(rises: list[int], restart_at: int, before: int) -> None:
+    injection, seen, count = Injection(2, "u", at=0.0, armed_at=0.0), Seen(last=(before, 0)), before
+    for step, rise in enumerate(rises):
+        count = rise if step == restart_at else count + rise
+        if step == restart_at:  # it is heard once before anything new fails
+            seen = look(injection, seen, RuntimeState(version=0, serving=ServingProgress()), num_ranks=4, now=1.0)
+        serving = ServingProgress(requests_failed=count)
+        seen = look(injection, seen, RuntimeState(version=step, serving=serving), num_ranks=4, now=1.0)
+    assert seen.requests_failed == sum(rises)
 
 
 def test_a_target_that_does_not_come_back_in_time_fails_the_drill() -> None:

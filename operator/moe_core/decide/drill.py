@@ -76,10 +76,7 @@ def _arm(wish: Wish, spec: MoEDrillSpec, target: TargetFact | None, kept: Mappin
         return _pending(wish, kept, Reason.TARGET_NOT_READY, f"{name} has no active rank {spec.target.rank}")
     if not is_true(target.wish.status, "Ready"):
         return _pending(wish, kept, Reason.TARGET_NOT_READY, f"{name} is not Ready; a drill starts from a whole group")
-    failed, degraded = totals(target.runtime)
-    injection = Injection(
-        spec.target.rank, pod.uid, at=now, armed_at=now, requests_failed=failed, tokens_degraded=degraded
-    )
+    injection = Injection(spec.target.rank, pod.uid, at=now, armed_at=now)
     told = f"about to injure {pod.name} by {spec.fault.type}"
     conditions = (
         Condition("Accepted", "True", Reason.ACCEPTED, "the target allows drills"),
@@ -88,7 +85,7 @@ def _arm(wish: Wish, spec: MoEDrillSpec, target: TargetFact | None, kept: Mappin
     )
     return Decision(
         conditions=conditions,
-        status=_status(wish, kept, injection, Seen(), told, sent=False),
+        status=_status(wish, kept, injection, Seen(last=totals(target.runtime)), told, sent=False),
         events=events_of(wish.status, conditions[:1]),
         wake_in=0.05,
     )
@@ -199,12 +196,12 @@ def _injection(kept: Mapping[str, Any]) -> Injection | None:
         pod_uid=str(memory["podUid"]),
         at=int(memory["atMilliseconds"]) / 1000,
         armed_at=int(memory["armedMilliseconds"]) / 1000,
-        requests_failed=int(memory["requestsFailedBefore"]),
-        tokens_degraded=int(memory["tokensDegradedBefore"]),
     )
 
 
 def _seen(kept: Mapping[str, Any]) -> Seen:
+    memory = kept["memory"]
+
     def seconds(key: str) -> float | None:
         return float(kept[key]) if key in kept else None
 
@@ -214,6 +211,7 @@ def _seen(kept: Mapping[str, Any]) -> Seen:
         restored_s=seconds("restoredSeconds"),
         requests_failed=int(kept.get("requestsFailed", 0)),
         tokens_degraded=int(kept.get("tokensDegraded", 0)),
+        last=(int(memory["lastRequestsFailed"]), int(memory["lastTokensDegraded"])),
     )
 
 
@@ -239,8 +237,8 @@ def _status(
             "podUid": injection.pod_uid,
             "atMilliseconds": round(injection.at * 1000),
             "armedMilliseconds": round(injection.armed_at * 1000),
-            "requestsFailedBefore": injection.requests_failed,
-            "tokensDegradedBefore": injection.tokens_degraded,
+            "lastRequestsFailed": seen.last[0],
+            "lastTokensDegraded": seen.last[1],
             "sent": sent,
         },
     }
