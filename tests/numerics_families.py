@@ -194,7 +194,14 @@ def _dispatches(config_class: Any) -> bool:
 
 
 def save_tiny(family: str, folder: Path) -> Any:
-    """The single-process model, saved; its weights are large enough that routing and every expert matter."""
+    """The tiny model, saved."""
+    model = tiny_model(family)
+    model.save_pretrained(folder)
+    return model
+
+
+def tiny_model(family: str) -> Any:
+    """The single-process model, with weights large enough that routing and every expert matter."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -209,5 +216,4 @@ def save_tiny(family: str, folder: Path) -> Any:
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(std=0.1)
-    model.save_pretrained(folder)
     return model

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from moe_core.contract.expert_map import ExpertMap
-from moe_core.contract.runtime_config import ModelSource
+from moe_core.contract.families import NEEDS_CHECKPOINT, SERVED, why_refused
+from moe_core.contract.runtime_config import ModelShape, ModelSource
+from moe_core.facts import ModelFact
+from moe_operator.cluster.local_model import _shape
 from moe_runtime.engine.model import ExpertParallelModel
-from moe_runtime.experts.families import UnsupportedModel, build_meta_model, read_facts
+from moe_runtime.experts.families import UnsupportedModel, build_meta_model, facts_of, find_experts, read_facts
 from numerics_families import moe_families, save_tiny, tiny_config
 
 pytestmark = pytest.mark.integration
@@ -40,6 +43,19 @@ REFUSED = {
 EQUAL = [family for family in moe_families() if family not in REFUSED]
 PROMPTS = [torch.randint(0, 60, (n,), generator=torch.Generator().manual_seed(n)) for n in (12, 7)]
 NEW_TOKENS = 4
+SHAPE = ModelShape(
+    family="",
+    hidden_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    num_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    vocab_size=64,
+    max_position_embeddings=64,
+)
 
 
 def loaded(folder: Path) -> ExpertParallelModel:
@@ -140,6 +156,32 @@ def test_a_family_that_cannot_run_is_refused_from_its_config_alone(family: str) 
     with pytest.raises(UnsupportedModel, match=REFUSED[family]) as refusal:
         build_meta_model(tiny_config(family))
     assert refusal.value.family == family
+
+
+def test_the_operator_knows_without_transformers_which_families_run_and_how_many_layers_have_experts() -> None:
+    """What it refuses, it refuses before a pod is made; what it plans, the ranks can load."""
+    assert set(EQUAL) == SERVED
+    for family in EQUAL:
+        model: Any = build_meta_model(tiny_config(family))
+        facts = facts_of(model.config, find_experts(model))
+        config = model.config.to_dict()
+        assert _shape(config.get("text_config", config), family) == ModelFact(
+            facts.num_experts, facts.num_layers, family
+        )
+    for family in REFUSED:
+        assert why_refused(family), family
+
+
+@pytest.mark.parametrize("family", sorted(SERVED - NEEDS_CHECKPOINT - {"zaya"}))
+def test_a_shape_suffices_for_every_family_whose_jobs_are_accepted(family: str) -> None:
+    facts = read_facts(ModelSource(shape=SHAPE.model_copy(update={"family": family})))
+    assert (facts.num_layers, facts.num_experts, facts.top_k, facts.vocab_size) == (4, 8, 2, 64)
+
+
+def test_a_shape_suffices_for_no_family_whose_jobs_are_refused() -> None:
+    for family in NEEDS_CHECKPOINT:
+        with pytest.raises(UnsupportedModel):
+            read_facts(ModelSource(shape=SHAPE.model_copy(update={"family": family})))
 
 
 def test_a_prompt_is_read_token_by_token_where_parts_would_lose_the_state(tmp_path: Path) -> None:

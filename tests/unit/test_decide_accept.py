@@ -49,6 +49,24 @@ def test_an_unsupported_model_says_what_the_shell_found() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        (
+            "llama",
+            "model family llama is not supported: transformers 5.23 has no text model with an expert-parallel plan",
+        ),
+        ("deepseek_v3", "model family deepseek_v3 is not supported: it needs more numbers than a shape has"),
+    ],
+)
+def test_a_job_of_a_family_that_cannot_run_is_refused_before_any_pod(family: str, why: str) -> None:
+    spec = job_spec()
+    spec["model"]["shape"]["family"] = family
+    reason, message = refused("MoEJob", spec)
+    assert reason == "ModelNotSupported"
+    assert why in message
+
+
 def test_a_claim_against_the_checkpoint_is_refused() -> None:
     facts = Facts(model=ModelFact(8, 4, "mixtral"))
     reason, message = refused("MoEService", service_spec(), facts)

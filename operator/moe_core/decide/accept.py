@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+from moe_core.contract.families import why_refused
 from moe_core.decide.refusals import foreign_names
 from moe_core.experts.assign import even_slots
 from moe_core.facts import Facts, Wish
@@ -81,6 +82,9 @@ def _experts_of(spec: MoEJobSpec | MoEServiceSpec, facts: Facts) -> tuple[int, i
     if facts.model is not None and facts.model.problem:
         return Refusal(Reason.MODEL_NOT_SUPPORTED, facts.model.problem)
     if isinstance(spec, MoEJobSpec):
+        refused = why_refused(spec.model.shape.family, from_shape=True)
+        if refused is not None:
+            return Refusal(Reason.MODEL_NOT_SUPPORTED, f"spec.model.shape.family: {refused}")
         if facts.model is not None:
             return facts.model.num_experts, facts.model.num_moe_layers
         return spec.model.shape.num_experts, spec.model.shape.num_hidden_layers

@@ -115,7 +115,8 @@ def _config_of_shape(shape: ModelShape) -> Any:
             f"is not {shape.hidden_size}",
         )
     values.update({name: 0 for name in DENSE_LAYERS_NAMES if name in known})
-    if "mlp_layer_types" in known:
+    values.update({name: 1 for name in ("n_group", "topk_group") if name in known})
+    if "sparse" in (getattr(default, "mlp_layer_types", None) or ()):
         values["mlp_layer_types"] = ["sparse"] * shape.num_hidden_layers
     # Ids of special tokens default to a large vocabulary's; a byte-level model has none.
     values.update(dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")))
