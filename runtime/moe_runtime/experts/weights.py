@@ -153,7 +153,7 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(str(path), framework="pt", device="cpu")
     except SafetensorError as error:
-        raise OSError(f"{path} is not a readable safetensors file: {error}") from error
+        raise InvalidInput(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def _tied_names(model: torch.nn.Module) -> set[str]:

@@ -19,6 +19,7 @@ from moe_runtime.errors import Fenced, GroupFault, MinorityStop
 from moe_runtime.host.processes import resident_bytes
 from moe_runtime.membership.group import EpochGroup
 from moe_runtime.membership.keeper import MembershipKeeper
+from moe_runtime.rank.recovery import Recovering
 from moe_runtime.rank.staging import Staging
 from moe_runtime.rank.work import ModelUnusable, Work, coverage
 from moe_runtime.registration import Directive, RankReport
@@ -57,7 +58,7 @@ class StepLoop:
         self._failure = ""
         self._coverage: Coverage | None = None
         self._recoveries: tuple[Recovery, ...] = ()
-        self._recovering: tuple[tuple[int, ...], float, float, float] | None = None
+        self._recovering: Recovering | None = None
         self._quiet_rounds = 0
         self.crashed: BaseException | None = None
 
@@ -82,7 +83,7 @@ class StepLoop:
             applied_digest=epm.expert_map.digest if epm is not None else "",
             memory_bytes=resident_bytes(),
             tokens=work.tokens,
-            message=self._message,
+            message=self._message or self._staging.problem,
             degraded_tokens=work.degraded_tokens,
             coverage=self._coverage,
             recoveries=self._recoveries,
@@ -140,7 +141,10 @@ class StepLoop:
         wanted, epm = directive.expert_map, self._work.epm
         if wanted is None or epm is None:
             return
-        self._staging.want(wanted, epm, wait=outside)
+        if self._staging.want(wanted, epm, wait=outside):
+            self._say(
+                f"stages map {wanted.digest}" + (f" again: {self._staging.problem}" if self._staging.problem else "")
+            )
         if outside and self._staging.digest == wanted.digest and epm.expert_map.digest != wanted.digest:
             self._apply_map(wanted.digest)
 
@@ -201,9 +205,8 @@ class StepLoop:
         self._say(
             f"active in epoch {membership.epoch} with ranks {list(membership.ranks)}, map {membership.map_digest}"
         )
-        if self._recovering is not None and self._recovering[3] == 0.0:
-            lost, detected, agreed, _ = self._recovering
-            self._recovering = (lost, detected, agreed, time.time())
+        if self._recovering is not None:
+            self._recovering.rebuilt(time.time())
 
     def _step(self) -> bool:
         """One boundary and one step; False when this rank is out. Raises GroupFault, Fenced."""
@@ -215,8 +218,8 @@ class StepLoop:
         if known is not None and known.epoch > current.epoch:
             raise GroupFault(f"epoch {known.epoch} is decided, this rank steps in {current.epoch}")
         directive = self._directive()
-        if directive.ranks and self._rank not in directive.ranks:
-            self._phase = "Draining"
+        # A wish that takes this rank back before it has left is heard as well.
+        self._phase = "Draining" if directive.ranks and self._rank not in directive.ranks else "Active"
         self._follow_map(directive, outside=False)
         plan = self._ready_plan(directive, current)
         rows = group.all_gather_ints((self._work.prepare(), _key(plan)))
@@ -259,7 +262,7 @@ class StepLoop:
 
     def _recover(self, fault: GroupFault) -> Membership:
         """The next epoch without whom the fault took. Waits for a vouching as a minority. Raises Fenced."""
-        detected = time.time()
+        self._recovering = self._recovering or Recovering(time.time())
         self._message = str(fault)
         self._say(f"suspends its step: {fault}")
         before = self._keeper.current
@@ -277,27 +280,17 @@ class StepLoop:
                     raise Fenced(f"epoch {directive.newest_epoch} was decided without this rank") from stop
                 if self._halt.is_set():
                     raise Fenced("stopped while recovering") from stop
-        lost = tuple(sorted(set(before.ranks if before else ()) - set(membership.ranks)))
-        if lost and self._recovering is None:
-            self._recovering = (lost, detected, time.time(), 0.0)
+        lost = frozenset(before.ranks if before else ()) - frozenset(membership.ranks)
+        self._recovering.agreed(lost, time.time())
         return membership
 
     def _resumed(self) -> None:
         """The first step after a recovery is through."""
-        if self._recovering is None or self._recovering[3] == 0.0:
+        recovering, self._recovering, current = self._recovering, None, self._keeper.current
+        if recovering is None or current is None:
             return
-        lost, detected, agreed, rebuilt = self._recovering
-        self._recovering = None
-        current = self._keeper.current
-        recovery = Recovery(
-            epoch=current.epoch if current else 0,
-            lost_ranks=lost,
-            detected_at=detected,
-            agreed_at=agreed,
-            rebuilt_at=rebuilt,
-            resumed_at=time.time(),
-        )
-        self._recoveries = (*self._recoveries, recovery)[-_KEPT_RECOVERIES:]
+        if (recovery := recovering.resumed(current.epoch, time.time())) is not None:
+            self._recoveries = (*self._recoveries, recovery)[-_KEPT_RECOVERIES:]
 
     def _say(self, what: str) -> None:
         """One line in the pod's log, for people."""
