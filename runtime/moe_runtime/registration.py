@@ -1,13 +1,11 @@
 """What ranks and gateways tell the coordinator, and what they get back. Inside the runtime only; JSON, bearer token.
 
-POST /v1/register   RankReport | GatewayReport -> Directive; held back for up to `wait_s` while the directive the caller
-                    has seen is still the newest, so that a change reaches every rank at once
-GET  /v1/members    -> MembersView
+POST /v1/register   RankReport -> Directive; held back for up to `wait_s` while the directive the caller has seen is
+                    still the newest, so that a change reaches every rank at once
+POST /v1/gateways   GatewayReport -> MembersView
 
 The coordinator keeps nothing else: a new one knows everything again after one round of reports.
 """
-
-from typing import Literal
 
 from pydantic import Field
 
@@ -18,7 +16,6 @@ from moe_core.contract.membership import Member, Membership
 
 
 class RankReport(WireModel):
-    kind: Literal["rank"] = "rank"
     member: Member
     phase: RankPhase
     membership: Membership | None = None
@@ -41,7 +38,6 @@ class RankReport(WireModel):
 
 
 class GatewayReport(WireModel):
-    kind: Literal["gateway"] = "gateway"
     pod_uid: str
     requests_ok: int = 0
     requests_failed: int = 0

@@ -73,7 +73,7 @@ def client_of(*, faults_enabled: bool) -> TestClient[Any, Any]:
 
 async def test_without_the_token_only_health_and_metrics_answer(client: TestClient[Any, Any]) -> None:
     wrong = {"Authorization": "Bearer wrong"}
-    for method, path in [("PUT", "/v1/wish"), ("GET", "/v1/state"), ("POST", "/v1/register"), ("GET", "/v1/members")]:
+    for method, path in [("PUT", "/v1/wish"), ("GET", "/v1/state"), ("POST", "/v1/register"), ("POST", "/v1/gateways")]:
         assert (await client.request(method, path, headers=wrong)).status == 401
     assert (await client.get("/healthz", headers=wrong)).status == 200
     assert (await client.get("/metrics", headers=wrong)).status == 200
@@ -93,8 +93,9 @@ async def test_a_bad_wish_is_refused_with_its_field(client: TestClient[Any, Any]
     assert "RuntimeWish" in (await answer.json())["error"]
 
 
-async def test_a_bad_report_is_refused(client: TestClient[Any, Any]) -> None:
-    assert (await client.post("/v1/register", data='{"phase": "Dancing"}')).status == 400
+@pytest.mark.parametrize("path", ["/v1/register", "/v1/gateways"])
+async def test_a_bad_report_is_refused(client: TestClient[Any, Any], path: str) -> None:
+    assert (await client.post(path, data='{"phase": "Dancing"}')).status == 400
 
 
 async def test_a_waiting_operator_hears_of_a_rank_at_once(client: TestClient[Any, Any]) -> None:
@@ -121,7 +122,7 @@ async def test_without_news_a_report_is_answered_by_nothing(client: TestClient[A
 
 
 async def test_a_gateway_reports_its_counts_and_gets_the_members(client: TestClient[Any, Any]) -> None:
-    answer = await client.post("/v1/register", data=GatewayReport(pod_uid="g", requests_ok=4).canonical())
+    answer = await client.post("/v1/gateways", data=GatewayReport(pod_uid="g", requests_ok=4).canonical())
     assert MembersView.parse(await answer.read()).ranks == ()
     assert (await (await client.get("/v1/state")).json())["serving"]["requests_ok"] == 4
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncIterator
 
 from aiohttp import web
-from pydantic import ValidationError
 
 from moe_core.contract.exchange import FaultRequest, RuntimeWish
 from moe_core.outcome import InvalidInput
@@ -46,7 +45,7 @@ class CoordinatorFace:
         app.router.add_put("/v1/wish", self._put_wish)
         app.router.add_get("/v1/state", self._get_state)
         app.router.add_post("/v1/register", self._register)
-        app.router.add_get("/v1/members", self._get_members)
+        app.router.add_post("/v1/gateways", self._post_gateway)
         app.router.add_post("/v1/faults", self._post_fault)
         self._copies.add_routes(app)
         app.router.add_get("/healthz", self._healthz)
@@ -98,14 +97,10 @@ class CoordinatorFace:
         return web.json_response(text=state.canonical())
 
     async def _register(self, request: web.Request) -> web.Response:
-        body = await request.read()
         try:
-            report = _parse_report(body)
+            report = RankReport.parse(await request.read())
         except InvalidInput as error:
             return _refusal(400, str(error))
-        if isinstance(report, GatewayReport):
-            self._book.note_gateway(report)
-            return web.json_response(text=self._book.members().canonical())
         self._book.note_rank(report)
         self._tell()
         deadline = time.monotonic() + min(report.wait_s, _MAX_WAIT_S)
@@ -114,7 +109,11 @@ class CoordinatorFace:
                 return web.Response(status=204)
         return web.json_response(text=self._book.directive().canonical())
 
-    async def _get_members(self, _: web.Request) -> web.Response:
+    async def _post_gateway(self, request: web.Request) -> web.Response:
+        try:
+            self._book.note_gateway(GatewayReport.parse(await request.read()))
+        except InvalidInput as error:
+            return _refusal(400, str(error))
         return web.json_response(text=self._book.members().canonical())
 
     async def _post_fault(self, request: web.Request) -> web.Response:
@@ -163,14 +162,6 @@ class _Bell:
         except TimeoutError:
             return False
         return True
-
-
-def _parse_report(body: bytes) -> RankReport | GatewayReport:
-    kind = GatewayReport if b'"kind":"gateway"' in body[:4096].replace(b" ", b"") else RankReport
-    try:
-        return kind.parse(body)
-    except ValidationError as error:  # pragma: no cover - parse turns these into InvalidInput
-        raise InvalidInput(str(error)) from error
 
 
 def _refusal(status: int, message: str) -> web.Response:
