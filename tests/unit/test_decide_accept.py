@@ -1,5 +1,6 @@
 """Refusals come before any pod exists, with a typed reason and a sentence that helps."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -60,7 +61,7 @@ def test_an_unsupported_model_says_what_the_shell_found() -> None:
     ],
 )
 def test_a_job_of_a_family_that_cannot_run_is_refused_before_any_pod(family: str, why: str) -> None:
-    spec = job_spec()
+    spec = copy.deepcopy(job_spec())
     spec["model"]["shape"]["family"] = family
     reason, message = refused("MoEJob", spec)
     assert reason == "ModelNotSupported"
