@@ -162,7 +162,7 @@ def test_the_operators_pod_may_run_where_only_restricted_pods_may(offline: Helm,
 
 def test_the_install_says_what_to_do_next(installed: str) -> None:
     assert "STATUS: deployed" in installed
-    assert "kubectl apply -f examples/service-tiny.yaml" in installed
+    assert "kubectl apply -f examples/cluster/service-tiny.yaml" in installed
 
 
 def test_the_install_brings_the_five_kinds_and_a_ready_operator(fresh: ControlPlane, installed: str) -> None:
