@@ -69,7 +69,7 @@ class Shell:
             namespaces=settings.namespaces,
             timeout_s=settings.watch_timeout_s,
             trace=self.trace.config,
-            on_list=self.resync.soon,
+            on_relist=self.resync.soon,
         )
         self._lag = LoopLag(limit_s=LOOP_LAG_LIMIT_S)
         self._health = HealthServer(

@@ -22,7 +22,7 @@ PAUSE_S = 1.0
 
 
 class Elsewhere:
-    """`trace` makes what liveness listens by; `on_list` is called after each list, for what has vanished meanwhile."""
+    """`trace` makes what liveness listens by; `on_relist` is called for what has vanished between two lists."""
 
     def __init__(
         self,
@@ -32,14 +32,15 @@ class Elsewhere:
         namespaces: Sequence[str],
         timeout_s: int,
         trace: Callable[[], aiohttp.TraceConfig],
-        on_list: Callable[[], None],
+        on_relist: Callable[[], None],
     ) -> None:
         self._api = api
         self._cache = cache
         self._selector = ",".join(f"metadata.namespace!={namespace}" for namespace in namespaces)
         self._timeout_s = timeout_s
         self._trace = trace
-        self._on_list = on_list
+        self._on_relist = on_relist
+        self._is_first = True
 
     async def run(self) -> None:
         while True:
@@ -52,7 +53,9 @@ class Elsewhere:
     async def _follow(self) -> None:
         """List, then watch until the server wants a new list or the connection breaks."""
         version = await self._list()
-        self._on_list()
+        if not self._is_first:
+            self._on_relist()
+        self._is_first = False
         async with await self._api.open_session(self._trace()) as session:
             while True:
                 events = self._api.watch(
