@@ -184,8 +184,8 @@ class Reconciler:
         """What is refused becomes a fact of its own, and what is reported is decided with it."""
         refusals: list[Refusal] = []
         for kind, group in itertools.groupby(seen.decision.actions, type):
-            if kind in ON_PODS and any(type(action) in ON_PODS for action, _ in refusals):
-                continue  # a successor is created only after its predecessor was asked to go
+            if kind in ON_PODS and any(_stops_pods(*refusal) for refusal in refusals):
+                continue
             actions, at_once = list(group), self._at_once if kind in ON_PODS else 1
             refusals += await self._carry_out_batch(key, seen.wish, actions, at_once=at_once)
         self._check_lease()
@@ -274,6 +274,11 @@ class Reconciler:
                 await self._cluster.runtime(wish).inject(action.request)
             case _:
                 assert_never(action)
+
+
+def _stops_pods(action: Action, error: Refused | Foreign) -> bool:
+    """A successor is created only after its predecessor was asked to go, and no pod mounts what is somebody else's."""
+    return type(action) in ON_PODS or isinstance(error, Foreign)
 
 
 def _fact(action: Action, error: Refused | Foreign) -> RefusedAction:

@@ -252,12 +252,13 @@ async def test_an_object_of_somebody_else_is_a_fact_too() -> None:
 
     def brain(wish: Wish, facts: Facts, now: float) -> Decision:
         seen.extend(one.is_foreign for one in facts.refused)
-        return Decision(actions=(EnsureToken("t"),))
+        return Decision(actions=(EnsureToken("t"), create("p")))
 
     cluster = FakeCluster(faults={"token": [Foreign("Secret t exists and has no owner")]})
     work = Reconciler(cluster, metrics=Metrics(), clock=lambda: 0.0, may_apply=lambda: True, brain=brain)
     await retried(work)
     assert seen == [True]
+    assert cluster.done == ["observe"], "no pod mounts somebody else's Secret"
 
 
 async def test_an_event_that_could_not_be_told_is_told_again_and_one_that_is_refused_stops_no_status() -> None:
