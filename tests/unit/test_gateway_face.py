@@ -102,7 +102,7 @@ async def test_where_every_rank_is_full_the_client_is_told_to_come_again(stream:
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_error_that_nobody_expected_is_told_in_the_shape_of_every_other(
-    stream: bool, capsys: pytest.CaptureFixture[str]
+    stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(_: GenerationRequest, __: int) -> Poll:
         raise KeyError("a mistake of ours")
@@ -111,7 +111,7 @@ async def test_an_error_that_nobody_expected_is_told_in_the_shape_of_every_other
         answer = await asyncio.wait_for(client.post("/v1/completions", json=asked(stream=stream)), 5)
         assert (answer.status, (await answer.json())["error"]["type"]) == (500, "server_error")
     assert face.counts.failed == 1
-    assert "a mistake of ours" in capsys.readouterr().err
+    assert "a mistake of ours" in caplog.text
 
 
 async def test_a_stream_that_breaks_off_ends_with_the_error_as_an_event() -> None:

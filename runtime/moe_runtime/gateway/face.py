@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import secrets
 import time
-import traceback
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -310,18 +309,29 @@ async def _errors_in_openai_shape(request: web.Request, handler: Any) -> web.Str
     try:
         answer: web.StreamResponse = await handler(request)
         return answer
+    except (ApiError, AllBusy, RequestRefused, NoRankLeft, web.HTTPException) as error:
+        return await _tell(request, _as_api_error(error, request))
     except ConnectionResetError:  # nobody is there to be told
         raise
-    except Exception as error:  # noqa: BLE001 - the border: whatever it is, the client that waits is told, in one shape
-        shaped = _as_api_error(error, request)
+    except Exception:
+        await _tell(request, ApiError(500, "the gateway made a mistake; its log says which", code="internal"))
+        raise  # the server logs it, and closes the connection
+
+
+async def _tell(request: web.Request, error: ApiError) -> web.StreamResponse:
+    """Sends it: as an answer, or as the last event of the one that has begun."""
+    headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s else {}
     begun: web.StreamResponse | None = request.get(_STREAM)
     if begun is not None and begun.prepared:
         with contextlib.suppress(ConnectionError):
-            await begun.write(api.event(shaped.body()))
+            await begun.write(api.event(error.body()))
             await begun.write_eof()
         return begun
-    headers = {"Retry-After": str(shaped.retry_after_s)} if shaped.retry_after_s else {}
-    return web.json_response(shaped.body(), status=shaped.status, headers=headers)
+    answer = web.json_response(error.body(), status=error.status, headers=headers)
+    with contextlib.suppress(ConnectionError):
+        await answer.prepare(request)
+        await answer.write_eof()
+    return answer
 
 
 def _as_api_error(error: Exception, request: web.Request) -> ApiError:
@@ -332,13 +342,10 @@ def _as_api_error(error: Exception, request: web.Request) -> ApiError:
             return ApiError(429, f"every rank is busy: {error}", code="overloaded", retry_after_s=1)
         case RequestRefused(kind=kind):
             return ApiError(400 if kind == "too_long" else 503, str(error), code=kind)
-        case NoRankLeft():
-            return ApiError(503, str(error), code="no_rank", retry_after_s=2)
         case web.HTTPException():
             return ApiError(error.status, f"{request.method} {request.path}: {error.reason}")
         case _:
-            traceback.print_exception(error)
-            return ApiError(500, "the gateway made a mistake; its log says which", code="internal")
+            return ApiError(503, str(error), code="no_rank", retry_after_s=2)
 
 
 def _usage(answers: list[_Answer], asked: CompletionRequest) -> dict[str, int]:
