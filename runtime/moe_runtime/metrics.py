@@ -3,7 +3,7 @@
 Each name has one source, the coordinator or the gateways, so that sums over all pods of a service are true.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from moe_core.contract.exchange import RuntimeState
 from moe_core.contract.expert_map import ExpertMap
-from moe_runtime.load import balance_in_force
+from moe_core.experts.measure import Balance, balance
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -52,7 +52,7 @@ class _StateCollector(Collector):
                 GaugeMetricFamily("moe_experts_covered", "(layer, expert) pairs alive.", value=state.coverage.covered),
                 GaugeMetricFamily("moe_experts_total", "(layer, expert) pairs.", value=state.coverage.total),
             ]
-        even = balance_in_force(
+        even = _balance_in_force(
             self._expert_map, state.load, map_digest=state.map_digest, live_ranks=[rank.rank for rank in active]
         )
         if even is not None:
@@ -61,6 +61,17 @@ class _StateCollector(Collector):
                 GaugeMetricFamily("moe_balancedness_min", "The same of the worst layer.", value=even.balancedness_min),
             ]
         return [tokens, fallback, info, *gauges]
+
+
+def _balance_in_force(
+    expert_map: ExpertMap | None, load_LE: Sequence[Sequence[int]], *, map_digest: str, live_ranks: Collection[int]
+) -> Balance | None:
+    """How evenly the load falls on the active ranks; None without load, or when the map known here is not in force."""
+    if expert_map is None or expert_map.digest != map_digest or not load_LE or not live_ranks:
+        return None
+    if len(load_LE) != expert_map.num_layers or len(load_LE[0]) != expert_map.num_logical_experts:
+        return None
+    return balance(expert_map, load_LE, [rank for rank in live_ranks if rank < expert_map.num_ranks])
 
 
 class GatewayMetrics:
