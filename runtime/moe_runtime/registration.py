@@ -33,6 +33,8 @@ class RankReport(WireModel):
     """[L][E]; empty when there is none newer than what this rank said last."""
     training: TrainingProgress | None = None
     failure: str = ""
+    digest_mismatches: int = 0
+    """Copies of experts that were not what they should be."""
     directive_seen: str = ""
     wait_s: float = 0.0
 

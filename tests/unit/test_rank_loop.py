@@ -7,6 +7,7 @@ import pytest
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.membership import Member, Membership
 from moe_core.contract.runtime_config import ModelSource, RuntimeConfig, ServingConfig
+from moe_runtime.engine.model import StagedSlots
 from moe_runtime.membership.keeper import MembershipKeeper
 from moe_runtime.rank.loop import StepLoop
 from moe_runtime.rank.work import WorkReport
@@ -37,6 +38,11 @@ class Model:
 
     def lost_experts(self) -> list[tuple[int, ...]]:
         return [()]
+
+    def slot_digests(self, *, fresh: bool = False) -> tuple[tuple[int, ...], ...]:
+        return ((70,),)
+
+    slot_digest, holds = (lambda *_: 70), (lambda *_: True)
 
 
 class Work:
@@ -95,6 +101,17 @@ def test_a_rank_that_is_wished_again_before_it_has_left_drains_no_more(lab: Lab)
     assert lab.step(ranks=(0,)) == "Active"
     assert lab.step(ranks=(1,)) == "Draining"
     assert lab.step(ranks=(0, 1)) == "Active"
+
+
+def test_a_map_whose_slots_were_damaged_on_the_way_stays_out_of_force_and_says_so(lab: Lab) -> None:
+    wanted = ExpertMap(generation=2, num_logical_experts=1, slots_of_rank=(2,), logical_of_slot=((0, -1),))
+    lab.loop._staging._staged = StagedSlots(wanted, (), digests=((71, 0),))
+    plan = Membership(epoch=4, members=(ME,), map_digest=wanted.digest)
+    assert lab.step(ranks=(0,), plan=plan) == "Active"
+    report = lab.loop.report()
+    assert (report.staged_digest, report.digest_mismatches) == (MAP.digest, 1)
+    assert report.message == "staged slots are not what they should be: expert 0 of layer 0"
+    assert lab.step(ranks=(0,), plan=plan) == "Active", "steps go on with the map that is in force"
 
 
 def test_a_coordinator_that_names_nobody_drains_nobody(lab: Lab) -> None:

@@ -29,6 +29,7 @@ from moe_runtime.dispatch.step import StepContext
 from moe_runtime.engine.cache import StepCache
 from moe_runtime.engine.forward import BatchedForward, RowForward, Step, choose_forward
 from moe_runtime.experts.build import BuiltModel, build, open_weights
+from moe_runtime.experts.digest import slot_digests
 from moe_runtime.experts.families import ModelFacts, check_map
 from moe_runtime.experts.generalists import Generalists, read_generalists
 
@@ -55,6 +56,8 @@ class StagedSlots:
 
     expert_map: ExpertMap
     tensors: tuple[dict[str, torch.Tensor], ...]
+    digests: tuple[tuple[int, ...], ...] = ()
+    """[L][slots], of these tensors."""
 
 
 class ExpertParallelModel:
@@ -82,6 +85,7 @@ class ExpertParallelModel:
         self._generalists = read_generalists(Path(source.path)) if source.path is not None else None
         self._load_LE = torch.zeros(self.facts.num_layers, self.facts.num_experts, dtype=torch.int64)
         self._degraded = {"generalist": 0, "drop": 0}
+        self._slot_digests: tuple[tuple[int, ...], ...] | None = None
         self._last_cache: StepCache | None = None
         self.bind(None)
 
@@ -273,13 +277,9 @@ class ExpertParallelModel:
         weights = open_weights(
             ModelSource(path=str(source)) if source is not None else self._source, self.module, seed=self._seed
         )
-        return StagedSlots(
-            new_map,
-            tuple(
-                layer.read(weights, logical_of_local_slot(new_map, self.rank, layer.layer_idx))
-                for layer in self._layers
-            ),
-        )
+        wanted = [logical_of_local_slot(new_map, self.rank, layer.layer_idx) for layer in self._layers]
+        tensors = tuple(layer.read(weights, ids) for layer, ids in zip(self._layers, wanted, strict=True))
+        return StagedSlots(new_map, tensors, tuple(map(slot_digests, tensors, wanted)))
 
     def commit_map(self, staged: StagedSlots) -> None:
         """Swap the staged slots in, at a step boundary that all ranks agreed on; `bind` must follow."""
@@ -288,3 +288,35 @@ class ExpertParallelModel:
                 tensors, logical_of_local_slot(staged.expert_map, self.rank, layer.layer_idx), device=self._device
             )
         self.expert_map = staged.expert_map
+        self._slot_digests = None
+
+    # ---------------------------------------------------------------- what lies in the slots
+
+    def slot_digests(self, *, fresh: bool = False) -> tuple[tuple[int, ...], ...]:
+        """[L][local slots], read from the slots' memory once after each change of the map, and when `fresh`.
+
+        For serving: a training step changes what lies there.
+        """
+        if self._slot_digests is None or fresh:
+            self._slot_digests = tuple(
+                slot_digests(
+                    {name: layer.entry.module.get_parameter(name) for name in layer.entry.parameter_names},
+                    layer.logical_of_slot,
+                )
+                for layer in self._layers
+            )
+        return self._slot_digests
+
+    def holds(self, layer_idx: int, logical_id: int) -> bool:
+        return logical_id in self._layers[layer_idx].logical_of_slot
+
+    def slot_digest(self, layer_idx: int, logical_id: int) -> int:
+        """Of this rank's copy."""
+        return self.slot_digests()[layer_idx][self._layers[layer_idx].logical_of_slot.index(logical_id)]
+
+    def source_digest(self, layer_idx: int, logical_id: int) -> int:
+        """Of one expert as the model's source gives it now. Raises InvalidInput, OSError."""
+        entry = self._layers[layer_idx].entry
+        weights = open_weights(self._source, self.module, seed=self._seed)
+        stacks = {name: weights.read_experts(entry, name, [logical_id]).float() for name in entry.parameter_names}
+        return slot_digests(stacks, (logical_id,))[0]

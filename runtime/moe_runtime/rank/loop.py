@@ -20,6 +20,7 @@ from moe_runtime.host.processes import resident_bytes
 from moe_runtime.membership.group import EpochGroup
 from moe_runtime.membership.keeper import MembershipKeeper
 from moe_runtime.rank.recovery import Recovering
+from moe_runtime.rank.slot_check import SlotCheck
 from moe_runtime.rank.staging import Staging
 from moe_runtime.rank.work import ModelUnusable, Work, coverage
 from moe_runtime.registration import Directive, RankReport
@@ -51,6 +52,7 @@ class StepLoop:
         self._config, self._rank, self._token = config, rank, token
         self._keeper, self._work, self._directive, self._settled = keeper, work, directive, settled
         self._staging = Staging()
+        self._slots = SlotCheck()
         self._group: EpochGroup | None = None
         self._halt = threading.Event()
         self._phase: RankPhase = "Starting"
@@ -90,6 +92,7 @@ class StepLoop:
             load=work.load,
             training=work.training,
             failure=self._failure,
+            digest_mismatches=self._slots.mismatches,
         )
 
     # -- the thread --
@@ -199,6 +202,8 @@ class StepLoop:
         )
         self._apply_map(membership.map_digest)
         epm.bind(self._group)
+        if self._config.mode == "serve":  # a training run takes its experts from snapshots that carry digests
+            self._slots.placed(self._group, epm)
         self._coverage = coverage(epm)
         self._work.enter(self._group, membership.epoch)
         self._phase, self._message = "Active", ""
@@ -224,7 +229,9 @@ class StepLoop:
         plan = self._ready_plan(directive, current)
         rows = group.all_gather_ints((self._work.prepare(), _key(plan)))
         if plan is not None and all(row[1] == _key(plan) for row in rows):
-            return self._change(plan)
+            if self._may_change(plan):
+                return self._change(plan)
+            return True
         tokens = [row[0] for row in rows]
         self._work.run(tokens)
         self._settled()
@@ -245,6 +252,18 @@ class StepLoop:
         stays = self._keeper.me.pod_uid in plan.pod_uids
         has_map = plan.map_digest in (epm.expert_map.digest, self._staging.digest)
         return plan if has_map or not stays else None
+
+    def _may_change(self, plan: Membership) -> bool:
+        """Whether every rank has in memory what the plan's map says. All members ask at the same boundary."""
+        group, epm = self._group, self._work.epm
+        assert group is not None and epm is not None
+        if self._config.mode != "serve" or plan.map_digest == epm.expert_map.digest:
+            return True
+        problem = self._slots.staged(group, epm, self._staging.staged(plan.map_digest))
+        if problem:
+            self._say(f"map {plan.map_digest} stays out of force: {problem}")
+            self._staging.reject(plan.map_digest, problem)
+        return not problem
 
     def _change(self, plan: Membership) -> bool:
         """All members saw the same plan at this boundary. False when this rank has left by it."""

@@ -47,6 +47,7 @@ class ServeWork:
             self.epm.module.eval()
             rows, length = self._serving.max_sequences, self._serving.max_context
             self._cache = self.epm.new_cache(num_rows=rows, max_length=length)
+            self.epm.slot_digests()  # now, not when the others wait for them
 
     def _parts(self) -> tuple[ExpertParallelModel, StepCache]:
         assert self.epm is not None and self._cache is not None, "load comes first"

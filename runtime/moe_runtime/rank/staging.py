@@ -60,6 +60,18 @@ class Staging:
             self._staged = None
             return staged
 
+    def staged(self, digest: str) -> StagedSlots | None:
+        """What `take` would give, left where it is."""
+        with self._lock:
+            return self._staged if self._staged is not None and self._staged.expert_map.digest == digest else None
+
+    def reject(self, digest: str, problem: str) -> None:
+        """What is staged is not to be used: it will be staged anew, later."""
+        with self._lock:
+            if self._staged is not None and self._staged.expert_map.digest == digest:
+                self._staged = None
+            self._note(digest, problem)
+
     def _stage(self, expert_map: ExpertMap, epm: ExpertParallelModel) -> None:
         staged, problem = None, ""
         try:
