@@ -1,6 +1,7 @@
 """Bad files read well: every problem is found, named by field, value and line, with the near miss if any."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import yaml
@@ -9,8 +10,9 @@ from cases.documents import BROKEN, GOOD, SERVICE, Broken
 from moe_core.contract.names import child_name
 from moe_core.outcome import InvalidSpec
 from moe_core.spec.job import MoEJobSpec
-from moe_core.spec.kinds import KIND_OF_NAME, MAX_NAME
-from moe_core.spec.load import parse_spec, read_documents
+from moe_core.spec.kinds import KIND_OF_NAME, KINDS, MAX_NAME, ResourceKind
+from moe_core.spec.load import broken_changes, parse_spec, read_documents
+from moe_core.spec.service import MoEServiceSpec
 from moe_core.spec.yaml_text import documents
 
 
@@ -162,3 +164,38 @@ def test_a_spec_from_the_api_server_gives_every_problem() -> None:
         "spec.parallelism.expert",
         "spec.model",
     }
+
+
+SERVICE_NOW: dict[str, Any] = {
+    "model": {"path": "/model"},
+    "parallelism": {"expert": 4},
+    "gateway": {"port": 8000},
+    "template": {"spec": {"image": "a"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"gateway": {"port": 9000}}, "gateway.port cannot be changed"),
+        ({"model": {"path": "/other"}}, "model cannot be changed"),
+        ({"serving": {"maxContext": 64}}, "serving cannot be changed"),
+        ({"experts": {"fallback": "Drop"}}, "experts.fallback cannot be changed"),
+        ({"drills": "Allowed"}, "drills cannot be changed"),
+        ({"template": {"spec": {"image": "b"}}}, "template cannot be changed"),
+        ({"topologyConstraint": {"topologyName": "net", "pack": {"required": "rack"}}}, "topologyConstraint cannot"),
+    ],
+)
+def test_a_change_that_the_api_server_refuses_is_known_without_one(change: dict[str, Any], word: str) -> None:
+    [problem] = broken_changes(MoEServiceSpec, SERVICE_NOW, {**SERVICE_NOW, **change})
+    assert problem.message.startswith(word)
+
+
+def test_what_may_change_may_change() -> None:
+    wider = {**SERVICE_NOW, "parallelism": {"expert": 6}, "gateway": {"port": 8000, "replicas": 3}, "suspend": True}
+    assert broken_changes(MoEServiceSpec, SERVICE_NOW, wider) == []
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.kind)
+def test_every_rule_about_a_change_says_what_it_keeps(kind: ResourceKind) -> None:
+    assert [rule.message for rule in kind.model.rules if ("oldSelf" in rule.cel) != (rule.keeps is not None)] == []

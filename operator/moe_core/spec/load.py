@@ -51,6 +51,16 @@ def parse_spec(model: type[Model], spec: Mapping[str, Any], *, where: str = "spe
     return parsed
 
 
+def broken_changes(model: type[SpecModel], old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Problem]:
+    """What of a change the API server would refuse (`oldSelf`). Raises InvalidSpec when one of the two is none."""
+    before, after = parse_spec(model, old), parse_spec(model, new)
+    return [
+        Problem("spec", rule.keeps(after), rule.message)
+        for rule in model.rules
+        if rule.keeps is not None and rule.keeps(before) != rule.keeps(after)
+    ]
+
+
 def _without_nulls(value: Any) -> Any:
     """A field given as null counts as not given, as the API server has it; a null in a list stays wrong."""
     if isinstance(value, Mapping):

@@ -90,6 +90,14 @@ class MoEServiceSpec(SpecModel):
             unchangeable(field, lever="create another MoEService")
             for field in ("model", "serving", "topologyConstraint", "drills", "template")
         ),
-        Rule("self.experts.fallback == oldSelf.experts.fallback", "experts.fallback cannot be changed"),
-        Rule("self.gateway.port == oldSelf.gateway.port", "gateway.port cannot be changed"),
+        Rule(
+            "self.experts.fallback == oldSelf.experts.fallback",
+            "experts.fallback cannot be changed",
+            keeps=lambda spec: spec.experts.fallback,
+        ),
+        Rule(
+            "self.gateway.port == oldSelf.gateway.port",
+            "gateway.port cannot be changed",
+            keeps=lambda spec: spec.gateway.port,
+        ),
     )

@@ -32,6 +32,9 @@ from moe_core.facts import (
     TargetFact,
     Wish,
 )
+from moe_core.outcome import InvalidSpec
+from moe_core.spec.kinds import KIND_OF_NAME
+from moe_core.spec.load import broken_changes
 from moe_operator.cluster.local_crew import Crew
 from moe_operator.cluster.local_machine import Ports, node_fact
 from moe_operator.cluster.local_model import has_checkpoint, read_model
@@ -100,7 +103,16 @@ class LocalCluster:
     # What a person does: apply, delete, look.
 
     def apply(self, document: Mapping[str, Any]) -> Key:
-        """Create or change a custom resource. The document was validated before."""
+        """Create or change a custom resource. The document was validated before.
+
+        Raises InvalidSpec for a change that an API server would refuse.
+        """
+        meta, kind = document["metadata"], str(document["kind"])
+        there = self._store.get(kind, str(meta.get("namespace") or "default"), str(meta["name"]))
+        if there is not None:
+            problems = broken_changes(KIND_OF_NAME[kind].model, there["spec"], document.get("spec", {}))
+            if problems:
+                raise InvalidSpec(problems)
         thing, changed = self._store.put_resource(document)
         if changed:
             self._mark(thing)
