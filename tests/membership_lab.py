@@ -180,7 +180,7 @@ def say(event: str, /, run: str = "", **values: Any) -> None:
 def program() -> None:
     import torch  # noqa: F401  # what forked processes need is imported here, and no thread is started
 
-    import moe_runtime.host.guard
+    import moe_runtime.host.guard_face
     import moe_runtime.membership.group
     import moe_runtime.membership.keeper  # noqa: F401
 
@@ -219,20 +219,16 @@ def fork(main: Callable[[dict[str, Any], Path], None], order: dict[str, Any]) ->
 
 def guard_main(order: dict[str, Any], folder: Path) -> None:
     from moe_runtime.host.guard import Guard
+    from moe_runtime.host.guard_face import GuardFace
 
     port = int(order["guard_address"].rpartition(":")[2])
-    guard = Guard(
-        pod_uid=order["pod_uid"],
-        token=TOKEN,
-        socket_path=folder / f"{order['pod_uid']}.sock",
-        port=port,
-        silence_s=SILENCE_S,
-        faults_enabled=True,
-    )
+    guard = Guard(pod_uid=order["pod_uid"], socket_path=folder / f"{order['pod_uid']}.sock", silence_s=SILENCE_S)
+    face = GuardFace(guard, token=TOKEN, port=port, faults_enabled=True)
     guard.ended.wait()
     say("ended", uid=order["pod_uid"], reason=guard.reason)
     # Peers may still ask whether it is reaped.
     time.sleep(FAREWELL_S)
+    face.close()
     guard.close()
 
 
@@ -256,6 +252,7 @@ def rank_main(order: dict[str, Any], folder: Path) -> None:
         guard_address=order["guard_address"],
         deadlines=Deadlines(step_ms=STEP_MS, probe_ms=400, agree_ms=2000),
     )
+    heartbeat.settle()
     say("up", uid=uid)
     try:
         Stepper(keeper, order, folder).run()

@@ -60,6 +60,7 @@ class Reference:
             max_new_tokens=tasks.NEW_TOKENS,
             min_new_tokens=tasks.NEW_TOKENS,
             do_sample=False,
+            pad_token_id=0,
             output_logits=True,
             return_dict_in_generate=True,
         )

@@ -16,6 +16,7 @@ from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.errors import GroupFault
 from moe_runtime.experts import slots
 from moe_runtime.membership.group import EpochGroup
+from numerics_families import tiny_model
 
 NUM_LAYERS = 3
 COMMON = {
@@ -114,6 +115,9 @@ def reference_model(family: str) -> torch.nn.Module:
     """The single-process transformers model, with weights large enough that routing and every expert matter."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if family not in FAMILIES:
+        other: torch.nn.Module = tiny_model(family)
+        return other
     torch.manual_seed(0)
     model: torch.nn.Module = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family]})

@@ -1,6 +1,6 @@
 """A tiny pure cluster for tests of the brain: applies actions, moves pods and runtime along. No clock, no I/O."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,10 +21,13 @@ from moe_core.facts import (
     EnsureToken,
     Facts,
     InjectFault,
+    ModelFact,
     NodeFact,
     ObjectFact,
     PodFact,
     PutWish,
+    RefusedAction,
+    ReportMap,
     Wish,
 )
 
@@ -84,19 +87,35 @@ class Sim:
     now: float = 1000.0
     pods: list[PodFact] = field(default_factory=list)
     objects: dict[tuple[str, str], str] = field(default_factory=dict)
+    map_status: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     told: RuntimeWish | None = None
+    registered: set[str] = field(default_factory=set)
+    """uids of the ranks that the coordinator has heard of: none when it has just started."""
+    mute: set[str] = field(default_factory=set)
+    """uids of ranks that are stopped together with their guard: they run, and no coordinator hears of them."""
+    asked: str = ""
+    """uid of the coordinator that the ranks last reported to."""
     members: dict[int, str] = field(default_factory=dict)
     epoch: int = 0
     step_count: int = 0
+    load: tuple[tuple[int, ...], ...] = ()
     owner_deleted: bool = False
     stuck_terminating: bool = False
     uids: int = 0
     ever_bound: list[str] = field(default_factory=list)
     topologies: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+    foreign: tuple[str, ...] = ()
+    model: ModelFact | None = None
     training_done: bool = False
     injected: list[str] = field(default_factory=list)
-    draining: list[str] = field(default_factory=list)
+    draining: set[str] = field(default_factory=set)
+    """uids of members that the told wish does not name; one that is named again is active again."""
+    staging_ticks: int = 0
+    """How long ranks take to bring a new map's slots into memory."""
+    staged: dict[str, int] = field(default_factory=dict)
     map_in_force: ExpertMap | None = None
+    refuses: Callable[[Action], bool] = lambda action: False
+    """What the API server does not accept, with 403."""
 
     @property
     def coordinator_up(self) -> bool:
@@ -113,7 +132,7 @@ class Sim:
             return None
         states = []
         for pod in self.ranks():
-            if pod.phase != "Running" or pod.deleting:
+            if pod.phase != "Running" or pod.deleting or pod.uid not in self.registered:
                 continue
             phase = "Ready" if self.told is None or pod.index in self.told.ranks else "Left"
             if self.members.get(pod.index) == pod.uid:
@@ -126,7 +145,8 @@ class Sim:
             and sorted(self.members) == sorted(self.told.ranks)
         )
         seen = None
-        if self.map_in_force is not None:
+        known = self.map_in_force is not None and any(state.phase in ("Active", "Draining") for state in states)
+        if known and self.map_in_force is not None:
             live = [r for r in self.members if r < self.map_in_force.num_ranks]
             seen = coverage(self.map_in_force, live) if live else Coverage(covered=0, total=1)
         serving = self.wish.kind == "MoEService"
@@ -134,11 +154,12 @@ class Sim:
             version=self.step_count,
             wish_put=self.told.generation if self.told else None,
             wish_generation=self.told.generation if in_force and self.told else None,
-            epoch=self.epoch,
-            map_digest=self.map_in_force.digest if self.map_in_force else "",
+            epoch=self.epoch if known else 0,
+            map_digest=self.map_in_force.digest if known and self.map_in_force else "",
             ranks=tuple(states),
             coverage=seen,
             serving=ServingProgress() if serving else None,
+            load=self.load,
             training=None if serving else TrainingProgress(step=self.epoch, done=self.training_done),
         )
 
@@ -146,8 +167,13 @@ class Sim:
         return Facts(
             nodes=self.nodes,
             pods=tuple(self.pods),
-            objects=tuple(ObjectFact(kind, name, digest) for (kind, name), digest in self.objects.items()),
+            objects=tuple(
+                ObjectFact(kind, name, digest, self.map_status.get(name, {}) if kind == "ExpertMap" else {})
+                for (kind, name), digest in self.objects.items()
+            ),
             topologies=self.topologies,
+            foreign=self.foreign,
+            model=self.model,
             runtime=self.runtime(),
             put_generation=self.told.generation if self.told and self.coordinator_up else None,
         )
@@ -159,8 +185,14 @@ class Sim:
         """One reconcile. With `crash_after` the operator dies after so many actions, before it writes status."""
         self.step_count += 1
         decision = self.decision()
+        refused = []
         for action in decision.actions if crash_after is None else decision.actions[:crash_after]:
-            self.apply(action)
+            if self.refuses(action):
+                refused.append(RefusedAction(action, 403, "exceeded quota: few"))
+            elif not refused:
+                self.apply(action)
+        if refused:
+            decision = decide(self.wish, replace(self.facts(), refused=tuple(refused)), self.now)
         if crash_after is None or crash_after > len(decision.actions):
             self._write_status(decision)
         return decision
@@ -205,6 +237,8 @@ class Sim:
                 self.objects["Secret", action.name] = ""
             case DeleteObject():
                 self.objects.pop((action.kind, action.name), None)
+            case ReportMap():
+                self.map_status[action.name] = action.status
             case DeleteOwner():
                 self.owner_deleted = True
             case PutWish():
@@ -236,18 +270,23 @@ class Sim:
     def _runtime_moves(self) -> None:
         """As the real one: soft state dies with the coordinator, leavers drain, a new map waits for all it names."""
         running = {p.index: p.uid for p in self.ranks() if p.phase == "Running" and not p.deleting}
+        up = next((p.uid for p in self.pods if p.role == ROLE_COORDINATOR and p.phase == "Running"), "")
+        self.registered = set(running.values()) - self.mute if up and up == self.asked else set()
+        self.asked = up
         before = dict(self.members), self.map_in_force
-        self.members = {r: uid for r, uid in self.members.items() if running.get(r) == uid}
+        self.members = {r: uid for r, uid in self.members.items() if running.get(r) == uid and uid not in self.mute}
         if not self.coordinator_up:
             self.told = None
         if self.told is not None:
             wished, wished_map = self.told.ranks, self.told.expert_map
-            leavers = [uid for rank, uid in self.members.items() if rank not in wished]
-            if leavers and leavers != self.draining:
-                self.draining = leavers
-            elif all(rank in running for rank in wished):
-                self.members, self.map_in_force, self.draining = {r: running[r] for r in wished}, wished_map, []
-            elif self.map_in_force is not None and self.map_in_force.digest == wished_map.digest:
+            leavers = {uid for rank, uid in self.members.items() if rank not in wished}
+            has_begun, self.draining = leavers <= self.draining, leavers
+            known_map = self.map_in_force is not None and self.map_in_force.digest == wished_map.digest
+            self.staged[wished_map.digest] = self.staged.get(wished_map.digest, -1) + 1
+            is_staged = known_map or not self.members or self.staged[wished_map.digest] >= self.staging_ticks
+            if has_begun and is_staged and all(running.get(rank) in self.registered for rank in wished):
+                self.members, self.map_in_force, self.draining = {r: running[r] for r in wished}, wished_map, set()
+            elif has_begun and known_map:
                 self.members |= {r: running[r] for r in wished if r in running}
         self.epoch += (self.members, self.map_in_force) != before
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from moe_core.contract.exchange import FaultRequest, RuntimeState, RuntimeWish
 from moe_core.outcome import Reason
 
+FOREIGN = 409
 Kind = Literal["MoEJob", "MoEService", "MoEDrill"]
 
 
@@ -62,11 +63,12 @@ class PodFact:
 
 @dataclass(frozen=True, slots=True)
 class ObjectFact:
-    """An owned object that is not a pod, with the digest of what was last applied."""
+    """An owned object that is not a pod, with the digest of what was last applied; `status` of an ExpertMap only."""
 
     kind: str
     name: str
     digest: str
+    status: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,15 +111,26 @@ class Facts:
     """None while no coordinator answers."""
     put_generation: int | None = None
     """Generation of the wish that the coordinator last took, None when unknown."""
-    drills: tuple[Wish, ...] = ()
+    refused: tuple["RefusedAction", ...] = ()
+    """Actions decided on these very facts that were not accepted; empty before any of them was tried."""
     target: "TargetFact | None" = None
     """For a MoEDrill: what it aims at."""
     local: bool = False
     """The local shell: one machine, addresses are loopback, ports must be given by the shell."""
+    network: "NetworkFact | None" = None
+    """None where no NetworkPolicy is to be made: a machine alone, or an operator that was told not to."""
     default_image: str = ""
     """Image of the runtime for templates that name none."""
     ports: Mapping[str, int] = field(default_factory=dict)
     """Local shell only: free ports by use (coordinator, ray, gateway)."""
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkFact:
+    """Who outside a group must reach its pods."""
+
+    operator_namespace: str
+    metrics_namespaces: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +192,14 @@ class DeleteObject:
 
 
 @dataclass(frozen=True, slots=True)
+class ReportMap:
+    """Write the status of an owned ExpertMap, as a whole."""
+
+    name: str
+    status: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class DeleteOwner:
     """The custom resource itself (ttlSecondsAfterFinished)."""
 
@@ -196,8 +217,34 @@ class InjectFault:
 
 
 Action = (
-    ApplyObject | EnsureToken | CreatePod | BindPod | DeletePod | DeleteObject | DeleteOwner | PutWish | InjectFault
+    ApplyObject
+    | EnsureToken
+    | CreatePod
+    | BindPod
+    | DeletePod
+    | DeleteObject
+    | ReportMap
+    | DeleteOwner
+    | PutWish
+    | InjectFault
 )
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedAction:
+    """An action that the API server or the coordinator does not accept; a retry alone will not help.
+
+    `code` is the HTTP status: 403 forbidden or over quota, 422 invalid, FOREIGN where the object is somebody else's.
+    `message` is the server's own.
+    """
+
+    action: Action
+    code: int
+    message: str
+
+    @property
+    def is_foreign(self) -> bool:
+        return self.code == FOREIGN
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ class Reason(StrEnum):
     COVERAGE_IMPOSSIBLE = "CoverageImpossible"
     TOPOLOGY_NOT_FOUND = "TopologyNotFound"
     FOREIGN_OBJECT = "ForeignObject"
-    REFUSED = "RefusedByServer"
+    REFUSED = "Refused"
     MANAGED_ELSEWHERE = "ManagedElsewhere"
     SUSPENDED = "Suspended"
     NO_FIT = "NoFit"

@@ -11,6 +11,7 @@ from typing import Any
 import typer
 import yaml
 
+from moe_core.decide.times import seconds_of
 from moe_core.spec.kinds import KINDS, Column, ResourceKind
 from moe_core.spec.load import Document
 from moe_operator.cli_files import EXIT_MISSING, read_files
@@ -161,10 +162,33 @@ def _print_table(kind: str, columns: Sequence[Column], things: Sequence[dict[str
     shown = [column for column in columns if wide or not column.wide]
     rows = [[kind.upper(), *(column.name.upper() for column in shown)]]
     for thing in things:
-        rows.append([thing["metadata"]["name"], *(evaluate_path(thing, c.path) or "-" for c in shown)])
+        rows.append([thing["metadata"]["name"], *(_cell(thing, column) for column in shown)])
     widths = [max(len(row[idx]) for row in rows) for idx in range(len(rows[0]))]
     for row in rows:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _cell(thing: dict[str, Any], column: Column) -> str:
+    value = evaluate_path(thing, column.path)
+    if value and column.type == "date":
+        return age(time.time() - (seconds_of(value) or 0.0))
+    return value or "-"
+
+
+def age(seconds: float) -> str:
+    """As kubectl shows it.
+
+    >>> age(47), age(200), age(7300), age(200_000)
+    ('47s', '3m20s', '2h1m', '2d7h')
+    """
+    left = max(0, int(seconds))
+    units = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
+    parts: list[str] = []
+    for unit, size in units:
+        count, left = divmod(left, size)
+        if count or parts or unit == "s":
+            parts.append(f"{count}{unit}")
+    return "".join(part for part in parts[:2] if not (part.startswith("0") and len(parts) > 1))
 
 
 def _objects(run: Path, kind: str) -> list[dict[str, Any]]:

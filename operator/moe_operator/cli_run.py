@@ -63,10 +63,16 @@ def condition(thing: dict[str, Any], kind: str) -> dict[str, Any]:
 
 def outcome_of(thing: dict[str, Any]) -> bool | None:
     """How a resource ended: True well, False badly, None while it goes on."""
-    if condition(thing, "Accepted").get("status") == "False" and condition(thing, "Accepted").get("reason") in (
-        "InvalidSpec",
-        "ModelNotSupported",
-        "CoverageImpossible",
+    has_run = thing.get("status", {}).get("epoch")  # what runs is kept as it was
+    if (
+        not has_run
+        and condition(thing, "Accepted").get("status") == "False"
+        and condition(thing, "Accepted").get("reason")
+        in (
+            "InvalidSpec",
+            "ModelNotSupported",
+            "CoverageImpossible",
+        )
     ):
         return False
     if condition(thing, "Failed").get("status") == "True":

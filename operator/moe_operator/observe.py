@@ -134,7 +134,8 @@ def topology_levels(obj: Object) -> tuple[tuple[str, str], ...]:
 def object_fact(obj: Object) -> ObjectFact:
     metadata = obj["metadata"]
     digest = (metadata.get("annotations") or {}).get(ANNOTATION_SPEC_DIGEST, "")
-    return ObjectFact(kind=obj["kind"], name=metadata["name"], digest=digest)
+    status = obj.get("status") or {} if obj["kind"] == "ExpertMap" else {}
+    return ObjectFact(kind=obj["kind"], name=metadata["name"], digest=digest, status=status)
 
 
 def node_fact(obj: Object) -> NodeFact:

@@ -8,10 +8,12 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 from moe_core.decide import decide
 from moe_core.facts import (
+    FOREIGN,
     Action,
     ApplyObject,
     BindPod,
@@ -25,13 +27,14 @@ from moe_core.facts import (
     Facts,
     InjectFault,
     PutWish,
+    RefusedAction,
+    ReportMap,
     Wish,
 )
-from moe_core.outcome import Reason
 from moe_operator.cluster.protocol import Cluster, Conflict, Foreign, Key, Refused, Unavailable
 from moe_operator.keys import DirtyKeys
 from moe_operator.metrics import Metrics
-from moe_operator.report import merge_conditions
+from moe_operator.report import is_only_counting, merge_conditions
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +43,24 @@ FIRST_RETRY_S = 0.2
 LAST_RETRY_S, LAST_RETRY_OF_UNAVAILABLE_S, LAST_RETRY_OF_CONFLICT_S = 30.0, 5.0, 1.0
 LOOK_AGAIN_S = 1.0
 
-MANY = frozenset({CreatePod, BindPod, DeletePod})
+ON_PODS = frozenset({CreatePod, BindPod, DeletePod})
 
 Brain = Callable[[Wish, Facts, float], Decision]
+Refusal = tuple[Action, Refused | Foreign]
 
 
 class NotAllowed(Exception):
     """This process may not apply now: the lease is not held."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """One look at a key, and what was decided on it."""
+
+    wish: Wish
+    facts: Facts
+    now: float
+    decision: Decision
 
 
 class Reconciler:
@@ -55,6 +69,7 @@ class Reconciler:
     `may_apply` says whether this process holds the lease. It is asked before every single action: without it nothing is
     changed and the key is looked at later. `clock` gives seconds since the Unix epoch. `at_once` actions on pods run
     side by side, and `cycles_at_once` keys: after a take-over all of them want their turn, and the server must bear it.
+    A status in which only counters have moved is written every `calm_s` seconds at most.
     """
 
     def __init__(
@@ -66,6 +81,7 @@ class Reconciler:
         may_apply: Callable[[], bool],
         at_once: int = 1,
         cycles_at_once: int = 16,
+        calm_s: float = 1.0,
         brain: Brain = decide,
     ) -> None:
         self._cluster = cluster
@@ -74,10 +90,11 @@ class Reconciler:
         self._may_apply = may_apply
         self._at_once = at_once
         self._turn = asyncio.Semaphore(cycles_at_once)
+        self._calm_s = calm_s
         self._brain = brain
         self._failures: dict[Key, int] = {}
         self._not_before: dict[Key, float] = {}
-        self._refusals: dict[Key, str] = {}
+        self._written_at: dict[Key, float] = {}
         self._placing = asyncio.Lock()
         self._keys: DirtyKeys | None = None
 
@@ -138,76 +155,100 @@ class Reconciler:
     def _forgive(self, key: Key) -> None:
         self._failures.pop(key, None)
         self._not_before.pop(key, None)
-        self._refusals.pop(key, None)
 
     async def _cycle(self, key: Key) -> float | None:
         seen = await self._decide(key)
         if seen is None:
             self._forgive(key)
+            self._written_at.pop(key, None)
             if self._keys is not None:
                 self._keys.forget(key)
             return None
-        if not any(isinstance(action, BindPod) for action in seen[1].actions):
-            return await self._carry_out(key, *seen)
+        if not any(isinstance(action, BindPod) for action in seen.decision.actions):
+            return await self._carry_out(key, seen)
         # Two gangs that are placed at once would each count on the same free room and both end half placed: one at a
         # time, and on facts that show what the one before has taken.
         async with self._placing:
             seen = await self._decide(key)
-            return await self._carry_out(key, *seen) if seen is not None else None
+            return await self._carry_out(key, seen) if seen is not None else None
 
-    async def _decide(self, key: Key) -> tuple[Wish, Decision, float] | None:
+    async def _decide(self, key: Key) -> _Seen | None:
         observed = await self._cluster.observe(key)
         if observed is None:
             return None
         wish, facts = observed
         now = self._clock()
-        return wish, await asyncio.to_thread(self._brain, wish, facts, now), now
+        return _Seen(wish, facts, now, await asyncio.to_thread(self._brain, wish, facts, now))
 
-    async def _carry_out(self, key: Key, wish: Wish, decision: Decision, now: float) -> float | None:
-        for kind, actions in itertools.groupby(decision.actions, type):
-            await self._carry_out_batch(key, wish, list(actions), at_once=self._at_once if kind in MANY else 1)
+    async def _carry_out(self, key: Key, seen: _Seen) -> float | None:
+        """What is refused becomes a fact of its own, and what is reported is decided with it."""
+        refusals: list[Refusal] = []
+        for kind, group in itertools.groupby(seen.decision.actions, type):
+            if kind in ON_PODS and any(_stops_pods(*refusal) for refusal in refusals):
+                continue
+            actions, at_once = list(group), self._at_once if kind in ON_PODS else 1
+            refusals += await self._carry_out_batch(key, seen.wish, actions, at_once=at_once)
         self._check_lease()
-        await self._report(wish, decision, now)
-        return decision.wake_in
+        if not refusals:
+            if DeleteOwner in map(type, seen.decision.actions):
+                return seen.decision.wake_in
+            return await self._report(key, seen.wish, seen.decision, seen.now)
+        facts = replace(seen.facts, refused=tuple(_fact(action, error) for action, error in refusals))
+        decision = await asyncio.to_thread(self._brain, seen.wish, facts, seen.now)
+        await self._report(key, seen.wish, decision, seen.now)
+        raise refusals[0][1]
 
-    async def _carry_out_batch(self, key: Key, wish: Wish, actions: Sequence[Action], *, at_once: int) -> None:
-        """Actions of one kind, some of them side by side; all that were begun are finished before a failure counts."""
+    async def _carry_out_batch(self, key: Key, wish: Wish, actions: Sequence[Action], *, at_once: int) -> list[Refusal]:
+        """Actions of one kind, some of them side by side, up to the first that are refused.
+
+        All that were begun are finished before a failure counts.
+        """
+        refusals: list[Refusal] = []
         for start in range(0, len(actions), at_once):
-            begun = [self._carry_out_one(key, wish, action) for action in actions[start : start + at_once]]
-            for outcome in await asyncio.gather(*begun, return_exceptions=True):
-                if isinstance(outcome, BaseException):
+            begun = actions[start : start + at_once]
+            tried = [self._carry_out_one(key, wish, action) for action in begun]
+            outcomes = await asyncio.gather(*tried, return_exceptions=True)
+            for action, outcome in zip(begun, outcomes, strict=True):
+                if isinstance(outcome, Refused | Foreign):
+                    refusals.append((action, outcome))
+                elif isinstance(outcome, BaseException):
                     raise outcome
+            if refusals:
+                break
+        return refusals
 
     async def _carry_out_one(self, key: Key, wish: Wish, action: Action) -> None:
         self._check_lease()
         logger.info("%s: %s", key, describe(action))
-        try:
-            await self._apply(wish, action)
-        except Refused as refusal:
-            await self._tell(key, wish, refusal)
-            raise
+        await self._apply(wish, action)
         self._failures.pop(key, None)  # it got further: not the same failure again
 
     def _check_lease(self) -> None:
         if not self._may_apply():
             raise NotAllowed
 
-    async def _tell(self, key: Key, wish: Wish, refusal: Refused) -> None:
-        """The server's own sentence as an event, once until a cycle succeeds: only a person can help."""
-        if self._refusals.get(key) != str(refusal):
-            self._refusals[key] = str(refusal)
-            await self._cluster.emit(wish, Event("Warning", Reason.REFUSED, str(refusal)))
-
-    async def _report(self, wish: Wish, decision: Decision, now: float) -> None:
-        if any(isinstance(action, DeleteOwner) for action in decision.actions):
-            return
+    async def _report(self, key: Key, wish: Wish, decision: Decision, now: float) -> float | None:
+        """Events and the status. Returns the seconds until the next look."""
         old = wish.status.get("conditions", ())
         conditions = merge_conditions(old, decision.conditions, generation=wish.generation, now=now)
         before = {name: value for name, value in wish.status.items() if name != "conditions"}
-        if conditions != list(old) or before != dict(decision.status):
-            await self._cluster.write_status(wish, conditions=conditions, status=decision.status)
-        for event in decision.events:
+        for event in decision.events:  # first: once the status says it, no later cycle would tell it again
+            await self._emit(wish, event)
+        if conditions == list(old) and before == dict(decision.status):
+            return decision.wake_in
+        loop_time = asyncio.get_running_loop().time()
+        wait_s = self._written_at.get(key, -self._calm_s) + self._calm_s - loop_time
+        if wait_s > 0 and is_only_counting(old, conditions, before, decision.status):
+            return wait_s if decision.wake_in is None else min(wait_s, decision.wake_in)
+        await self._cluster.write_status(wish, conditions=conditions, status=decision.status)
+        self._written_at[key] = loop_time
+        return decision.wake_in
+
+    async def _emit(self, wish: Wish, event: Event) -> None:
+        try:
             await self._cluster.emit(wish, event)
+        except Refused as refusal:  # a status matters more, and may still be written
+            logger.warning("%s %s/%s: %s", wish.kind, wish.namespace, wish.name, refusal)
 
     async def _apply(self, wish: Wish, action: Action) -> None:
         match action:
@@ -223,6 +264,8 @@ class Reconciler:
                 await self._cluster.delete_pod(wish, action)
             case DeleteObject():
                 await self._cluster.delete_object(wish, action)
+            case ReportMap():
+                await self._cluster.report_map(wish, action)
             case DeleteOwner():
                 await self._cluster.delete_owner(wish)
             case PutWish():
@@ -231,6 +274,17 @@ class Reconciler:
                 await self._cluster.runtime(wish).inject(action.request)
             case _:
                 assert_never(action)
+
+
+def _stops_pods(action: Action, error: Refused | Foreign) -> bool:
+    """A successor is created only after its predecessor was asked to go, and no pod mounts what is somebody else's."""
+    return type(action) in ON_PODS or isinstance(error, Foreign)
+
+
+def _fact(action: Action, error: Refused | Foreign) -> RefusedAction:
+    if isinstance(error, Refused):
+        return RefusedAction(action, error.code, error.said)
+    return RefusedAction(action, FOREIGN, str(error))
 
 
 def describe(action: Action) -> str:

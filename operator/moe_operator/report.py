@@ -33,3 +33,30 @@ def merge_conditions(
             "lastTransitionTime": timestamp(now) if flipped or before is None else before["lastTransitionTime"],
         }
     return list(merged.values())
+
+
+_COUNTERS = ("training", "serving")
+_COUNTING = ("Complete",)
+"""Fields of a status, and conditions whose message, move with every step."""
+
+
+def is_only_counting(
+    old: Sequence[Mapping[str, Any]],
+    new: Sequence[Mapping[str, Any]],
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+) -> bool:
+    """Whether nothing but counters differs between two statuses: conditions apart, as in merge_conditions.
+
+    >>> is_only_counting([], [], {"epoch": 1, "serving": {"tokensOut": 8}}, {"epoch": 1, "serving": {"tokensOut": 9}})
+    True
+    """
+    return _still(before) == _still(after) and [_said(c) for c in old] == [_said(c) for c in new]
+
+
+def _still(status: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in status.items() if name not in _COUNTERS}
+
+
+def _said(condition: Mapping[str, Any]) -> dict[str, Any]:
+    return {**condition, "message": ""} if condition["type"] in _COUNTING else dict(condition)

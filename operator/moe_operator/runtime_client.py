@@ -5,14 +5,15 @@ A long poll keeps `state` fresh and calls `on_change`; while the coordinator is 
 
 import asyncio
 import contextlib
+import json
 import logging
 from collections.abc import Callable
 
 import aiohttp
 
-from moe_core.contract.exchange import FaultRequest, RuntimeState, RuntimeWish
+from moe_core.contract.exchange import FaultRequest, RuntimeState, RuntimeWish, TrainingProgress
 from moe_core.outcome import InvalidInput
-from moe_operator.cluster.protocol import Conflict, Unavailable
+from moe_operator.cluster.protocol import ClusterError, Conflict, Refused, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -24,12 +25,22 @@ RETRY_S = 0.3
 
 
 class RuntimeClient:
-    """Talks to the coordinator at `url` (http://host:port). `token` is asked for anew at each connection attempt."""
+    """Talks to the coordinator at `url` (http://host:port). `token` is asked for anew at each connection attempt.
 
-    def __init__(self, url: str, *, token: Callable[[], str | None], on_change: Callable[[], None]) -> None:
+    `on_change` is called at once when something may have to be done, and every `calm_s` seconds at most where only
+    counters have moved: ranks report several times a second, and each call leads to a status that is written.
+    """
+
+    def __init__(
+        self, url: str, *, token: Callable[[], str | None], on_change: Callable[[], None], calm_s: float = 1.0
+    ) -> None:
         self._url = url
         self._token = token
         self._on_change = on_change
+        self._calm_s = calm_s
+        self._is_closed = False
+        self._told_at = -float("inf")
+        self._telling: asyncio.TimerHandle | None = None
         self._state: RuntimeState | None = None
         self._put_generation: int | None = None
         self._session: aiohttp.ClientSession | None = None
@@ -45,8 +56,18 @@ class RuntimeClient:
         return self._put_generation
 
     def start(self) -> None:
-        if self._poll is None:
+        if self._poll is None and not self._is_closed:
             self._poll = asyncio.create_task(self._follow(), name=f"poll {self._url}")
+            self._poll.add_done_callback(self._ended)
+
+    def _ended(self, poll: asyncio.Task[None]) -> None:
+        """Told and begun again: a state that nobody refreshes would be believed for ever."""
+        if poll.cancelled() or (error := poll.exception()) is None:
+            return
+        logger.error("coordinator %s: polling failed", self._url, exc_info=error)
+        self._state, self._put_generation, self._poll = None, None, None
+        self._tell()
+        asyncio.get_running_loop().call_later(AWAY_AFTER_S, self.start)
 
     async def first_answer(self) -> None:
         """Wait for it, for a while: a new operator must not take "not asked yet" for "away" and say so."""
@@ -55,6 +76,9 @@ class RuntimeClient:
                 await self._answered.wait()
 
     async def close(self) -> None:
+        self._is_closed = True
+        if self._telling is not None:
+            self._telling.cancel()
         if self._poll is not None:
             self._poll.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -87,10 +111,8 @@ class RuntimeClient:
             async with self._open().request(
                 method, self._url + path, data=body, headers=self._headers(), timeout=aiohttp.ClientTimeout(total=10)
             ) as answer:
-                if answer.status == 409:
-                    raise Conflict(f"coordinator {self._url}{path}: {await answer.text()}")
                 if answer.status >= 400:
-                    raise Unavailable(f"coordinator {self._url}{path}: {answer.status} {await answer.text()}")
+                    raise _error(f"coordinator {self._url}{path}", answer.status, await answer.text())
         except (aiohttp.ClientError, TimeoutError) as error:
             raise Unavailable(f"coordinator {self._url}{path}: {error!r}") from error
 
@@ -107,14 +129,26 @@ class RuntimeClient:
                 if self._state is not None and (hangs or loop.time() - failing_since > AWAY_AFTER_S):
                     logger.warning("coordinator %s is away: %r", self._url, error)
                     self._state, self._put_generation = None, None
-                    self._on_change()
+                    self._tell()
                 await asyncio.sleep(RETRY_S)
                 continue
             version, failing_since = state.version, None
             self._answered.set()
             if state != self._state:
+                is_pressing = self._state is None or _pressing(state) != _pressing(self._state)
                 self._state, self._put_generation = state, state.wish_put
-                self._on_change()
+                self._tell() if is_pressing else self._tell_in_time()
+
+    def _tell(self) -> None:
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
+        self._told_at = asyncio.get_running_loop().time()
+        self._on_change()
+
+    def _tell_in_time(self) -> None:
+        if self._telling is None:
+            self._telling = asyncio.get_running_loop().call_at(self._told_at + self._calm_s, self._tell)
 
     async def _poll_once(self, version: int) -> RuntimeState:
         url = f"{self._url}/v1/state?after={version}&wait_s={POLL_S:g}"
@@ -123,3 +157,23 @@ class RuntimeClient:
             if answer.status != 200:
                 raise Unavailable(f"{answer.status} {await answer.text()}")
             return RuntimeState.parse(await answer.read())
+
+
+def _pressing(state: RuntimeState) -> RuntimeState:
+    """The state without what only counts up."""
+    ranks = tuple(rank.model_copy(update={"tokens": 0, "memory_bytes": 0}) for rank in state.ranks)
+    training = None if state.training is None else TrainingProgress(step=0, done=state.training.done)
+    return state.model_copy(update={"version": 0, "load": (), "serving": None, "training": training, "ranks": ranks})
+
+
+def _error(where: str, status: int, text: str) -> ClusterError:
+    try:
+        said = str(json.loads(text)["error"])
+    except (ValueError, KeyError, TypeError):
+        said = text[:200]
+    message = f"{where}: {status} {said}"
+    if status == 409:
+        return Conflict(message)
+    if status in (408, 429) or status >= 500:
+        return Unavailable(message)
+    return Refused(message, code=status, said=said)

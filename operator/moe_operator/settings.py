@@ -11,6 +11,8 @@ MOERATOR_RESYNC_S              how often everything is compared with a list, as 
 MOERATOR_HTTP_BIND             host:port of /healthz, /readyz and /metrics
 MOERATOR_COORDINATOR_URL       template with {service}, {namespace} and {port}
 MOERATOR_RUNTIME_IMAGE         image of pods whose template names none
+MOERATOR_NETWORK_POLICY        on: NetworkPolicies close each group's pods; the operator must be a pod of its namespace
+MOERATOR_METRICS_NAMESPACES    comma-separated; whose pods may scrape coordinators then
 MOERATOR_LOG_LEVEL, MOERATOR_LOG_FORMAT   DEBUG..ERROR, text or json
 """
 
@@ -53,6 +55,8 @@ class OperatorSettings:
     http_port: int = 8080
     coordinator_url: str = "http://{service}.{namespace}.svc:{port}"
     runtime_image: str = "moerator-runtime:latest"
+    network_policy: bool = False
+    metrics_namespaces: tuple[str, ...] = ()
     log_level: str = "INFO"
     log_format: Literal["text", "json"] = "text"
 
@@ -80,7 +84,7 @@ class OperatorSettings:
         default = cls(identity="default")
         host, port = env.host_port("HTTP_BIND", default.http_host, default.http_port)
         return cls(
-            namespaces=tuple(part.strip() for part in env.text("NAMESPACES", "").split(",") if part.strip()),
+            namespaces=env.names("NAMESPACES"),
             leader_election=env.switch("LEADER_ELECTION", default.leader_election),
             lease_namespace=env.text("OPERATOR_NAMESPACE", _own_namespace()),
             lease_name=env.text("LEASE_NAME", default.lease_name),
@@ -92,6 +96,8 @@ class OperatorSettings:
             http_port=port,
             coordinator_url=env.text("COORDINATOR_URL", default.coordinator_url),
             runtime_image=env.text("RUNTIME_IMAGE", default.runtime_image),
+            network_policy=env.switch("NETWORK_POLICY", default.network_policy),
+            metrics_namespaces=env.names("METRICS_NAMESPACES"),
             log_level=env.choice("LOG_LEVEL", default.log_level, ("DEBUG", "INFO", "WARNING", "ERROR")),
             log_format="json" if env.choice("LOG_FORMAT", "text", ("text", "json")) == "json" else "text",
         )
@@ -103,6 +109,9 @@ class _Environment:
 
     def text(self, name: str, default: str) -> str:
         return self._environ.get(f"MOERATOR_{name}") or default
+
+    def names(self, name: str) -> tuple[str, ...]:
+        return tuple(part.strip() for part in self.text(name, "").split(",") if part.strip())
 
     def choice(self, name: str, default: str, allowed: tuple[str, ...]) -> str:
         value = self.text(name, default)

@@ -12,6 +12,7 @@ from typing import Any
 from moe_core.contract.names import GROUP, VERSION
 from moe_operator.cluster.kubernetes import KubeApi, load_configuration
 from moe_operator.cluster.kubernetes_cache import Cache
+from moe_operator.cluster.kubernetes_elsewhere import Elsewhere
 from moe_operator.cluster.kubernetes_lease import KubernetesLease
 from moe_operator.cluster.kubernetes_resync import Resync
 from moe_operator.cluster.kubernetes_verbs import KubernetesCluster
@@ -31,6 +32,8 @@ START_LIMIT_S = 300.0
 LOOP_LAG_LIMIT_S = 10.0
 CRD_LOOK_S = 2.0
 REQUESTS_AT_ONCE = 8
+CALM_S = 5.0
+"""A status is one write to etcd: a hundred busy objects make twenty a second."""
 
 
 class Shell:
@@ -51,10 +54,22 @@ class Shell:
             distrust=self.cluster.distrust,
         )
         self.trace = WatchTrace(
-            {path for watched in WATCHED for path in watched.paths(settings.namespaces)},
+            {
+                path
+                for watched in WATCHED
+                for path in (*watched.paths(settings.namespaces), *watched.all_paths(settings.namespaces))
+            },
             stalled_after_s=2.5 * settings.watch_timeout_s + 5,
             start_s=START_LIMIT_S,
             on_list=self.resync.soon,
+        )
+        self._elsewhere = Elsewhere(
+            api,
+            self.cache,
+            namespaces=settings.namespaces,
+            timeout_s=settings.watch_timeout_s,
+            trace=self.trace.config,
+            on_relist=self.resync.soon,
         )
         self._lag = LoopLag(limit_s=LOOP_LAG_LIMIT_S)
         self._health = HealthServer(
@@ -75,6 +90,7 @@ class Shell:
             clock=time.time,
             may_apply=lambda: self.remaining_s() > 0,
             at_once=REQUESTS_AT_ONCE,
+            calm_s=CALM_S,
         )
         self._complete = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -105,6 +121,8 @@ class Shell:
         await self._health.start()
         self._begin("loop lag", self._lag.run())
         await self._wait_for_resources()
+        if self.settings.namespaces:
+            self._begin("pods elsewhere", self._elsewhere.run())
         if self.settings.leader_election:
             self._begin("elector", self.elector.run())
         self._begin("reconcile", self._reconcile())

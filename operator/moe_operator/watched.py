@@ -15,9 +15,11 @@ class Watched:
     plural: str
     labels: str = ""
     is_namespaced: bool = True
+    everywhere: bool = False
+    """Of interest in namespaces that are not looked after, too (cluster/kubernetes_elsewhere.py watches those)."""
 
     def paths(self, namespaces: Sequence[str]) -> list[str]:
-        """The collections to look at; no namespaces means all of them.
+        """The collections that kopf watches; no namespaces means all of them.
 
         >>> Watched("", "v1", "pods").paths(["a", "b"])
         ['/api/v1/namespaces/a/pods', '/api/v1/namespaces/b/pods']
@@ -27,6 +29,10 @@ class Watched:
             return [f"{prefix}/{self.plural}"]
         return [f"{prefix}/namespaces/{namespace}/{self.plural}" for namespace in namespaces]
 
+    def all_paths(self, namespaces: Sequence[str]) -> list[str]:
+        """The collections that hold everything of interest."""
+        return self.paths(() if self.everywhere else namespaces)
+
 
 WATCHED = (
     Watched(GROUP, VERSION, "moejobs"),
@@ -35,7 +41,8 @@ WATCHED = (
     Watched(GROUP, VERSION, "expertmaps", LABEL_OWNER_KIND),
     Watched(GROUP, VERSION, "clustertopologies", is_namespaced=False),
     Watched("", "v1", "nodes", is_namespaced=False),
-    Watched("", "v1", "pods"),  # all of them: what others have bound to a node is not free
+    Watched("", "v1", "pods", everywhere=True),  # what others have bound to a node is not free
     Watched("", "v1", "services", LABEL_OWNER_KIND),
     Watched("", "v1", "configmaps", LABEL_OWNER_KIND),
+    Watched("networking.k8s.io", "v1", "networkpolicies", LABEL_OWNER_KIND),
 )

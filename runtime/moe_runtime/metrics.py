@@ -1,4 +1,9 @@
-"""Prometheus metrics, every name in one place. Registries of their own: nothing global, nothing twice."""
+"""Prometheus metrics, every name in one place. Registries of their own: nothing global, nothing twice.
+
+Each name has one source, the coordinator or the gateways, so that sums over all pods of a service are true.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -6,40 +11,36 @@ from prometheus_client.registry import Collector
 
 from moe_core.contract.exchange import RuntimeState
 from moe_core.contract.expert_map import ExpertMap
-from moe_runtime.load import balance_in_force
+from moe_core.experts.measure import Balance, balance
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
 class CoordinatorMetrics:
-    """The state as metrics; the state is the only source, so nothing is counted twice."""
+    """The state as metrics; `tokens_of_rank` counts over all pods that a rank ever had."""
 
-    def render(self, state: RuntimeState, expert_map: ExpertMap | None) -> bytes:
+    def render(self, state: RuntimeState, expert_map: ExpertMap | None, *, tokens_of_rank: Mapping[int, int]) -> bytes:
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(_StateCollector(state, expert_map))
+        registry.register(_StateCollector(state, expert_map, tokens_of_rank))
         return generate_latest(registry)
 
 
 class _StateCollector(Collector):
-    def __init__(self, state: RuntimeState, expert_map: ExpertMap | None) -> None:
-        self._state, self._expert_map = state, expert_map
+    def __init__(self, state: RuntimeState, expert_map: ExpertMap | None, tokens_of_rank: Mapping[int, int]) -> None:
+        self._state, self._expert_map, self._tokens_of_rank = state, expert_map, tokens_of_rank
 
     def collect(self) -> list[Metric]:
         state = self._state
         active = [rank for rank in state.ranks if rank.phase == "Active"]
         tokens = CounterMetricFamily("moe_rank_tokens", "Tokens a rank has put through the model.", labels=["rank"])
-        for rank in state.ranks:
-            tokens.add_metric([str(rank.rank)], rank.tokens)
+        for rank_id, count in self._tokens_of_rank.items():
+            tokens.add_metric([str(rank_id)], count)
         fallback = CounterMetricFamily(
             "moe_fallback_tokens", "Routed picks not answered by a live copy.", labels=["reason"]
         )
-        requests = CounterMetricFamily("moe_requests", "Requests at the gateways, by outcome.", labels=["outcome"])
         if state.serving is not None:
             for reason, count in sorted(state.serving.degraded_tokens.items()):
                 fallback.add_metric([reason], count)
-            requests.add_metric(["ok"], state.serving.requests_ok)
-            requests.add_metric(["failed"], state.serving.requests_failed)
-            requests.add_metric(["replayed"], state.serving.requests_replayed)
         info = GaugeMetricFamily("moe_map_info", "The expert map in force.", labels=["digest"])
         info.add_metric([state.map_digest], 1)
         gauges = [
@@ -51,7 +52,7 @@ class _StateCollector(Collector):
                 GaugeMetricFamily("moe_experts_covered", "(layer, expert) pairs alive.", value=state.coverage.covered),
                 GaugeMetricFamily("moe_experts_total", "(layer, expert) pairs.", value=state.coverage.total),
             ]
-        even = balance_in_force(
+        even = _balance_in_force(
             self._expert_map, state.load, map_digest=state.map_digest, live_ranks=[rank.rank for rank in active]
         )
         if even is not None:
@@ -59,7 +60,18 @@ class _StateCollector(Collector):
                 GaugeMetricFamily("moe_balancedness", "Mean over max of rank load.", value=even.balancedness),
                 GaugeMetricFamily("moe_balancedness_min", "The same of the worst layer.", value=even.balancedness_min),
             ]
-        return [tokens, fallback, requests, info, *gauges]
+        return [tokens, fallback, info, *gauges]
+
+
+def _balance_in_force(
+    expert_map: ExpertMap | None, load_LE: Sequence[Sequence[int]], *, map_digest: str, live_ranks: Collection[int]
+) -> Balance | None:
+    """How evenly the load falls on the active ranks; None without load, or when the map known here is not in force."""
+    if expert_map is None or expert_map.digest != map_digest or not load_LE or not live_ranks:
+        return None
+    if len(load_LE) != expert_map.num_layers or len(load_LE[0]) != expert_map.num_logical_experts:
+        return None
+    return balance(expert_map, load_LE, [rank for rank in live_ranks if rank < expert_map.num_ranks])
 
 
 class GatewayMetrics:
@@ -71,8 +83,8 @@ class GatewayMetrics:
         self.replays = Counter("moe_replays", "Replays on another rank, by cause.", ["cause"], registry=self.registry)
         self.tokens_out = Counter("moe_tokens_out", "Tokens sent to clients.", registry=self.registry)
         self.in_flight = Gauge("moe_requests_in_flight", "Requests being answered.", registry=self.registry)
-        self.epoch = Gauge("moe_epoch", "Newest epoch a rank has told.", registry=self.registry)
-        self.active_ranks = Gauge("moe_active_ranks", "Ranks this gateway would send to.", registry=self.registry)
+        self.epoch = Gauge("moe_gateway_epoch", "Newest epoch a rank has told.", registry=self.registry)
+        self.ranks = Gauge("moe_gateway_ranks", "Ranks this gateway would send to.", registry=self.registry)
 
     def render(self) -> bytes:
         return generate_latest(self.registry)

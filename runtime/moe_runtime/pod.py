@@ -2,7 +2,7 @@
 
     coordinator   Ray head (a child) and the coordinator's HTTP face
     rank          guard of one rank: Ray node (or the shared one), the rank's actor, fencing
-    gateway       Ray node (or the shared one) and the OpenAI face
+    gateway       guard of one gateway: Ray node (or the shared one), the process with the OpenAI face
     node          a bare Ray node that pods of one machine share
 
 Exit codes: 0 after SIGTERM or SIGINT, 2 for a wrong environment, 1 for everything that broke.
@@ -19,22 +19,29 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_core.contract.names import ROLE_COORDINATOR, ROLE_GATEWAY, ROLE_RANK
 from moe_core.outcome import InvalidSpec
-from moe_runtime.gateway.tokenizer import TokenizerMissing
+from moe_runtime.gateway.pod import GatewayEnded, guard_gateway
 from moe_runtime.host import processes
+from moe_runtime.host.head_keeper import HeadKeeper
+from moe_runtime.host.head_store import has_store
 from moe_runtime.host.pod_env import PodEnv, read_pod_env
 from moe_runtime.host.ray_env import (
     OBJECT_STORE_BYTES,
     head_environment,
     head_listens,
+    head_store_dir,
     ray_environment,
     ray_temp_dir,
     uses_shared_node,
 )
 from moe_runtime.host.ray_node import READY_LINE
 from moe_runtime.rank.pod import RankEnded
+
+if TYPE_CHECKING:
+    from moe_runtime.coordinator.head_copies import HeadCopies
 
 _NODE_START_S = 180.0
 """Seen: 7 s for a head, 6 s for a node (2 busy cores, 22 Nov); a cold disk takes ten times that."""
@@ -63,7 +70,7 @@ async def _run_and_end(env: PodEnv, parent_pid: int) -> None:
     try:
         await _run(env, parent_pid)
         code = 0
-    except (PodBroke, RankEnded, TokenizerMissing, OSError) as error:
+    except (PodBroke, RankEnded, GatewayEnded, OSError) as error:
         print(f"moe-pod: {env.role}: {error}", file=sys.stderr, flush=True)
     except BaseException:
         traceback.print_exc()
@@ -110,20 +117,26 @@ def _role(env: PodEnv) -> Callable[[PodEnv], Awaitable[None]]:
 
 
 async def _coordinator(env: PodEnv) -> None:
+    is_newcomer = env.reattach and not has_store(head_store_dir(env))
+    head = None if is_newcomer else start_ray_node(env, head=True)
     from moe_runtime.coordinator.face import serve_coordinator
+    from moe_runtime.coordinator.head_copies import HeadCopies
 
-    head = start_ray_node(env, head=True)
-    serving = asyncio.create_task(serve_coordinator(env))
-    await _first_end(serving, _watch_child(head, "the Ray head"))
+    copies = HeadCopies(head_store_dir(env))
+    await _first_end(serve_coordinator(env, copies), _keep_head(env, copies, head))
+
+
+async def _keep_head(env: PodEnv, copies: "HeadCopies", head: "subprocess.Popen[bytes] | None") -> None:
+    """Start the head, where it has to wait for its store; have it copied from then on."""
+    if head is None:
+        await copies.recover()
+        head = start_ray_node(env, head=True)
+    await _first_end(copies.watch(), _watch_child(head, "the Ray head"))
 
 
 async def _gateway(env: PodEnv) -> None:
     node = await _own_node(env)
-    os.environ.update(ray_environment(env, os.environ))
-    from moe_runtime.gateway.process import serve_gateway
-
-    serving = asyncio.create_task(serve_gateway(env))
-    await _first_end(serving, *([_watch_child(node, "the Ray node")] if node else []))
+    await _first_end(guard_gateway(env), *([_watch_child(node, "the Ray node")] if node else []))
 
 
 async def _rank(env: PodEnv) -> None:
@@ -135,6 +148,7 @@ async def _rank(env: PodEnv) -> None:
 
 
 async def _node(env: PodEnv) -> None:
+    _keep_copy(env)
     await head_listens(env)
     node = start_ray_node(env, head=False)
     await ray_node_ready(env, node)
@@ -145,10 +159,15 @@ async def _node(env: PodEnv) -> None:
 async def _own_node(env: PodEnv) -> "subprocess.Popen[bytes] | None":
     if uses_shared_node(env):
         return None
+    _keep_copy(env)
     await head_listens(env)
     node = start_ray_node(env, head=False)
     await ray_node_ready(env, node)
     return node
+
+
+def _keep_copy(env: PodEnv) -> None:
+    HeadKeeper(env.coordinator_url, token=env.token, pod_uid=env.pod_uid).start()
 
 
 async def _first_end(*parts: Awaitable[None]) -> None:

@@ -1,13 +1,11 @@
 """What ranks and gateways tell the coordinator, and what they get back. Inside the runtime only; JSON, bearer token.
 
-POST /v1/register   RankReport | GatewayReport -> Directive; held back for up to `wait_s` while the directive the caller
-                    has seen is still the newest, so that a change reaches every rank at once
-GET  /v1/members    -> MembersView
+POST /v1/register   RankReport -> Directive; held back for up to `wait_s` while the directive the caller has seen is
+                    still the newest, so that a change reaches every rank at once
+POST /v1/gateways   GatewayReport -> MembersView
 
 The coordinator keeps nothing else: a new one knows everything again after one round of reports.
 """
-
-from typing import Literal
 
 from pydantic import Field
 
@@ -18,7 +16,6 @@ from moe_core.contract.membership import Member, Membership
 
 
 class RankReport(WireModel):
-    kind: Literal["rank"] = "rank"
     member: Member
     phase: RankPhase
     membership: Membership | None = None
@@ -33,14 +30,16 @@ class RankReport(WireModel):
     coverage: Coverage | None = None
     recoveries: tuple[Recovery, ...] = ()
     load: tuple[tuple[int, ...], ...] = ()
+    """[L][E]; empty when there is none newer than what this rank said last."""
     training: TrainingProgress | None = None
     failure: str = ""
+    digest_mismatches: int = 0
+    """Copies of experts that were not what they should be."""
     directive_seen: str = ""
     wait_s: float = 0.0
 
 
 class GatewayReport(WireModel):
-    kind: Literal["gateway"] = "gateway"
     pod_uid: str
     requests_ok: int = 0
     requests_failed: int = 0

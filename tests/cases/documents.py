@@ -104,6 +104,7 @@ class Broken:
 
 
 SHAPE = "spec.model.shape"
+TEMPLATE = "spec.template.spec"
 BROKEN: tuple[Broken, ...] = (
     Broken("MoEJob", "spec.model", REMOVED, ("model",)),
     Broken("MoEJob", "spec.model", {}, ("shape",)),
@@ -149,6 +150,7 @@ BROKEN: tuple[Broken, ...] = (
     Broken("MoEService", "spec.experts.minCopies", 0, ("minCopies", "1")),
     Broken("MoEService", "spec.experts.minCopies", 5, ("experts.minCopies must not exceed parallelism.expert",)),
     Broken("MoEService", "spec.experts.policy", "linear", ("policy", "Linear")),
+    Broken("MoEService", "spec.experts.policy", "DeepSeek", ("policy", "Linear")),
     Broken("MoEService", "spec.experts.redundantPerRank", -1, ("redundantPerRank", "0")),
     Broken("MoEService", "spec.experts.fallback", "Ignore", ("fallback", "Generalist")),
     Broken("MoEService", "spec.serving", {"maxContext": 8}, ("maxContext", "16")),
@@ -164,6 +166,40 @@ BROKEN: tuple[Broken, ...] = (
     Broken("MoEService", "spec.template.spec.schedulingGates", [{"name": "x"}], ("schedulingGates",)),
     Broken("MoEService", "spec.template.spec.tolerations", [{"effect": "Never"}], ("effect",)),
     Broken("MoEService", "spec.template.spec.env", [{"value": "x"}], ("name",)),
+    Broken("MoEService", f"{TEMPLATE}.env", [{"name": "MOERATOR_RANK", "value": "9"}], ("env", "MOERATOR_")),
+    Broken("MoEService", f"{TEMPLATE}.env", [{"name": "A"}, {"name": "A"}], ("env must have distinct names",)),
+    Broken("MoEService", f"{TEMPLATE}.volumes", [{}], ("volumes", "name")),
+    Broken("MoEService", f"{TEMPLATE}.volumes", [{"name": "a"}], ("exactly one of", "persistentVolumeClaim")),
+    Broken("MoEService", f"{TEMPLATE}.volumes", [{"name": ["a"], "emptyDir": {}}], ("name",)),
+    Broken("MoEService", f"{TEMPLATE}.volumes", [{"name": "a", "hostPath": 5}], ("hostPath",)),
+    Broken("MoEService", f"{TEMPLATE}.volumes", [{"name": "a", "persistentVolumeClam": {}}], ("persistentVolumeClam",)),
+    Broken("MoEService", f"{TEMPLATE}.volumes", [{"name": "a", "emptyDir": {}, "nfs": {}}], ("exactly one of",)),
+    Broken("MoEService", f"{TEMPLATE}.volumes", [{"name": "moerator-tmp", "emptyDir": {}}], ("moerator-",)),
+    Broken(
+        "MoEService", f"{TEMPLATE}.volumes", [{"name": "a", "emptyDir": {}}] * 2, ("volumes must have distinct names",)
+    ),
+    Broken("MoEService", f"{TEMPLATE}.volumeMounts", [{"name": "no", "mountPath": "/no"}], ("name volumes of this",)),
+    Broken(
+        "MoEService",
+        TEMPLATE,
+        {"volumes": [{"name": "a", "emptyDir": {}}], "volumeMounts": [{"name": "a", "mountPath": "/tmp"}]},
+        ("distinct paths", "/tmp"),
+    ),
+    Broken("MoEService", "spec.experts.redundant_per_rank", 3, ("redundant_per_rank",)),
+    Broken("MoEService", "spec.model", {"path": "/m", "num_experts": 16, "num_moe_layers": 4}, ("num_experts",)),
+    Broken("MoEService", "metadata.name", "a.b", ("metadata.name",)),
+    Broken("MoEService", "metadata.name", "1abc", ("metadata.name",)),
+    Broken("MoEService", "metadata.name", "a\n", ("name",)),
+    Broken("MoEService", "metadata.name", "", ("name",)),
+    Broken("MoEService", "metadata.labls", {"a": "b"}, ("labls",)),
+    Broken("MoEService", "metadata.labels", 5, ("labels",)),
+    Broken("MoEService", "metadata.labels", {"a": 5}, ("labels",)),
+    Broken("MoEService", "metadata.labels", {"a b": "c"}, ("labels",)),
+    Broken("MoEService", "metadata.labels", {"a": "b c"}, ("labels",)),
+    Broken("MoEService", "metadata.annotations", {"a": 5}, ("annotations",)),
+    Broken("MoEService", "metadata.ownerReferences", 5, ("ownerReferences",)),
+    Broken("MoEService", "metadata.ownerReferences", [5], ("ownerReferences",)),
+    Broken("MoEService", "metadata.ownerReferences", [{"kind": "A"}], ("ownerReferences",)),
     Broken("MoEService", "spec.gatway", {"port": 1}, ("gatway",)),
     Broken("ClusterTopology", "spec.levels", [], ("levels",)),
     Broken("ClusterTopology", "spec.levels.1.name", "zone", ("levels must have distinct names",)),

@@ -23,7 +23,7 @@ from cluster.controlplane.nodes import KubeletControls, Node
 from cluster.controlplane.process import Process, free_port
 from cluster.controlplane.start import ADMIN, ControlPlane
 from cluster.waiting import eventually
-from moe_core.contract.exchange import Coverage, FaultRequest, RankState, RuntimeState, RuntimeWish
+from moe_core.contract.exchange import Coverage, FaultRequest, RankState, RuntimeState, RuntimeWish, TrainingProgress
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MOERATOR = Path(sys.executable).with_name("moerator")
@@ -112,6 +112,9 @@ class Coordinator:
     faults: list[FaultRequest] = field(default_factory=list)
     on_fault: Callable[[str, str], None] = lambda namespace, pod: None
     """Called with the namespace and name of a pod that a drill injures."""
+    forbids_faults: bool = False
+    trained: set[str] = field(default_factory=set)
+    """`namespace/name` of the jobs that have trained to the end."""
 
     def handler(self, api: Api) -> web.Application:
         app = web.Application()
@@ -122,6 +125,8 @@ class Coordinator:
 
     async def _fault(self, api: Api, request: web.Request) -> web.Response:
         _, ranks = await self._admit(api, request)
+        if self.forbids_faults:
+            return web.json_response({"error": "faults are not enabled for this object"}, status=403)
         fault = FaultRequest.parse(await request.read())
         self.faults.append(fault)
         for pod in ranks:
@@ -168,13 +173,14 @@ class Coordinator:
             for p in sorted(ranks, key=rank_of)
         )
         return RuntimeState(
-            version=1 + epoch * 100 + len(self.wishes.get(key, ())) * 10_000 + len(states),
+            version=1 + (key in self.trained) + epoch * 100 + len(self.wishes.get(key, ())) * 10_000 + len(states),
             wish_put=wish.generation if wish else None,
             wish_generation=wish.generation if wish and len(active) == len(wish.ranks) else None,
             epoch=epoch,
             map_digest=wish.expert_map.digest if wish else "",
             ranks=states,
             coverage=Coverage(covered=64, total=64),
+            training=TrainingProgress(step=100, done=True) if key in self.trained else None,
         )
 
     async def _wish(self, api: Api, request: web.Request) -> web.Response:
@@ -257,6 +263,15 @@ def service(name: str = "chat", *, ranks: int = 4, **spec: object) -> Object:
             "template": one_gpu(),
             **spec,
         },
+    }
+
+
+def drill(name: str, *, target: str, rank: int) -> Object:
+    return {
+        "apiVersion": "moerator.dev/v1alpha1",
+        "kind": "MoEDrill",
+        "metadata": {"name": name},
+        "spec": {"target": {"kind": "MoEService", "name": target, "rank": rank}, "fault": {"type": "KillRank"}},
     }
 
 

@@ -26,6 +26,8 @@ VARIANTS = {
     "default": [],
     "two namespaces": ["--set", "namespaces={team-a,team-b}"],
     "standby": ["--set", "replicas=3"],
+    "open network": ["--set", "networkPolicy.enabled=false"],
+    "scraped": ["--set", "networkPolicy.metricsNamespaces={monitoring}"],
     "no metrics": ["--set", "metrics.service=false"],
     "own account": ["--set", "serviceAccount.name=robot,serviceAccount.annotations.cloud/role=a"],
     "placed": ["--set", "nodeSelector.pool=system,priorityClassName=system-cluster-critical,logLevel=debug"],
@@ -115,6 +117,8 @@ def test_what_it_renders_is_taken_by_the_api_server(
         ("namespaces={Team}", "namespaces"),
         ("namespaces={a,a}", "namespaces"),
         ("metrics.service=perhaps", "service"),
+        ("networkPolicy.enabled=maybe", "enabled"),
+        ("networkPolicy.metricsNamespaces={Mon}", "metricsNamespaces"),
         ("image.pullPolicy=Sometimes", "pullPolicy"),
         ("leaseName=", "leaseName"),
     ],
@@ -158,7 +162,7 @@ def test_the_operators_pod_may_run_where_only_restricted_pods_may(offline: Helm,
 
 def test_the_install_says_what_to_do_next(installed: str) -> None:
     assert "STATUS: deployed" in installed
-    assert "kubectl apply -f examples/service-tiny.yaml" in installed
+    assert "kubectl apply -f examples/cluster/service-tiny.yaml" in installed
 
 
 def test_the_install_brings_the_five_kinds_and_a_ready_operator(fresh: ControlPlane, installed: str) -> None:
@@ -178,10 +182,14 @@ MAY = [
     *(f"{verb} moejobs.moerator.dev -A" for verb in ("get", "list", "watch", "delete")),
     *(f"{verb} moedrills.moerator.dev -A" for verb in ("get", "list", "watch")),
     *(f"{verb} clustertopologies.moerator.dev" for verb in ("get", "list", "watch")),
-    *(f"patch {kind}.moerator.dev --subresource=status -A" for kind in ("moejobs", "moeservices", "moedrills")),
+    *(
+        f"patch {kind}.moerator.dev --subresource=status -A"
+        for kind in ("moejobs", "moeservices", "moedrills", "expertmaps")
+    ),
     *(f"{verb} expertmaps.moerator.dev -A" for verb in ("get", "list", "watch", "create", "patch", "delete")),
     *(f"{verb} pods -n team-a" for verb in ("get", "list", "watch", "create", "patch", "delete")),
     *(f"{verb} services -n team-a" for verb in ("get", "create", "patch", "delete")),
+    *(f"{verb} networkpolicies.networking.k8s.io -n team-a" for verb in ("get", "list", "create", "patch", "delete")),
     *(f"{verb} nodes" for verb in ("get", "list", "watch")),
     "create events.events.k8s.io -n team-a",
     f"create leases.coordination.k8s.io -n {NAMESPACE}",

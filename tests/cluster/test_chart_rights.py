@@ -6,7 +6,6 @@ back) goes through a proxy that notes it.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.controlplane.api import Api, Object
+from cluster.controlplane.api import Api
 from cluster.controlplane.faults import Seen, faulty
 from cluster.controlplane.helm import Helm
 from cluster.controlplane.nodes import KubeletControls, Node, kubelets
 from cluster.controlplane.start import ControlPlane
-from cluster.operators import GPU, World, coordinators, job, operator, path_of, service
+from cluster.operators import GPU, Coordinator, World, coordinators, drill, job, operator, path_of, service
 from cluster.waiting import eventually
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("crds")]
@@ -33,6 +32,7 @@ NEVER_USED_HERE = {
     *("update moerator.dev/moejobs/finalizers", "update moerator.dev/moeservices/finalizers"),
     # A newer operator changes or removes what an older one made; a map of many slices shrinks.
     *("patch services", "delete services", "delete moerator.dev/expertmaps"),
+    *(f"{verb} networking.k8s.io/networkpolicies" for verb in ("patch", "delete")),
 }
 
 
@@ -100,17 +100,16 @@ def as_reading(right: str) -> str:
     return f"read {resource}" if verb in ("get", "list", "watch") else right
 
 
-async def live_a_whole_life(world: World, nodes: KubeletControls) -> None:
+async def live_a_whole_life(world: World, nodes: KubeletControls, coordinator: Coordinator) -> None:
     await world.apply(job("study", ranks=2, ttlSecondsAfterFinished=1))
     await world.until_running(2)
     nodes.fail_pod(world.namespace, "study-job-rank-1-1")
-    replaced = await world.until_pods(
+    await world.until_pods(
         lambda pods: [pod["metadata"]["name"] for pod in pods] == ["study-job-rank-0-1", "study-job-rank-1-2"],
         what="a replacement",
     )
     await world.until_running(2)
-    for pod in replaced:
-        await asyncio.to_thread(nodes.complete_pod, world.namespace, pod["metadata"]["name"])
+    coordinator.trained.add(f"{world.namespace}/study")
     await eventually(lambda: world.find("moejobs", "study"), lambda seen: seen is None, what="its time to live")
 
     await world.apply(service("chat", ranks=2))
@@ -118,13 +117,7 @@ async def live_a_whole_life(world: World, nodes: KubeletControls) -> None:
     await world.apply(service("chat", ranks=3))
     await world.until_running(3)
     await world.until_condition("moeservices", "chat", "Ready", "True", reason="AllActive")
-    drill: Object = {
-        "apiVersion": "moerator.dev/v1alpha1",
-        "kind": "MoEDrill",
-        "metadata": {"name": "lose-a-rank"},
-        "spec": {"target": {"kind": "MoEService", "name": "absent", "rank": 0}, "fault": {"type": "KillRank"}},
-    }
-    await world.apply(drill)
+    await world.apply(drill("lose-a-rank", target="absent", rank=0))
     await eventually(
         lambda: world.find("moedrills", "lose-a-rank"),
         lambda seen: bool(seen and seen.get("status", {}).get("conditions")),
@@ -144,7 +137,7 @@ async def test_the_operator_needs_all_of_the_charts_rights_and_no_other(
         environment |= {"MOERATOR_COORDINATOR_URL": coordinator.url, "MOERATOR_RESYNC_S": "5"}
         environment.pop("MOERATOR_HTTP_BIND")
         with operator(cluster, kubeconfig=proxy.kubeconfig, name="rights", **environment) as running:
-            await live_a_whole_life(World(api, namespace), nodes)
+            await live_a_whole_life(World(api, namespace), nodes, coordinator)
             running.process.terminate()
         refused = {used(seen) for seen in proxy.seen if seen.status == 403}
         assert refused == set()

@@ -6,6 +6,7 @@ are simulated, and a small server answers where a coordinator would.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from cluster.controlplane.nodes import kubelets
 from cluster.controlplane.start import ControlPlane
 from cluster.operators import (
+    GPU,
     Coordinator,
     Operator,
     Room,
@@ -155,4 +157,28 @@ async def test_two_gangs_that_want_the_same_room_never_hold_half_each(
     loser = ({"left", "right"} - winners).pop()
     await world.until_condition("moejobs", loser, "Placed", "False", reason="NoFit")
     await world.api.delete(path_of("moejobs", world.namespace, winners.pop()))
+    await world.until_running(4)
+
+
+async def test_what_another_namespace_takes_of_a_node_is_not_free(
+    cluster: ControlPlane, world: World, room: Room, running: Operator
+) -> None:
+    neighbour = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": f"neighbour-{room.name('a')}"},
+        "spec": {
+            "nodeName": room.name("a"),
+            "containers": [
+                {"name": "main", "image": "none", "resources": {"requests": {GPU: "2"}, "limits": {GPU: "2"}}}
+            ],
+        },
+    }
+    await world.api.create(path_of("pods", "default"), neighbour)
+    await asyncio.sleep(1)
+    await world.apply(job(ranks=4))
+    placed = await world.until_condition("moejobs", "tiny", "Placed", "False", reason="NoFit")
+    assert "in use 2" in placed["message"]
+    assert all(map(is_gated, await world.pods()))
+    await world.api.delete(path_of("pods", "default", f"neighbour-{room.name('a')}"), grace_s=0)
     await world.until_running(4)

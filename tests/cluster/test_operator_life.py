@@ -19,6 +19,7 @@ from cluster.operators import (
     Room,
     World,
     by_rank,
+    drill,
     is_running,
     job,
     operator,
@@ -91,6 +92,43 @@ async def test_children_that_are_deleted_or_changed_come_back_as_they_were(
 CHILDREN = (("configmaps", "chat-svc-config"), ("services", "chat-svc-coordinator"), ("expertmaps", "chat-svc-map"))
 
 
+async def test_the_expert_map_says_what_is_applied_and_what_it_covers(
+    cluster: ControlPlane, world: World, room: Room, coordinator: Coordinator
+) -> None:
+    with operator(cluster, world.namespace, MOERATOR_COORDINATOR_URL=coordinator.url):
+        await world.apply(service(ranks=2))
+        seen = await eventually(
+            lambda: world.find("expertmaps", "chat-svc-map"),
+            lambda seen: bool(seen and seen.get("status", {}).get("appliedDigest")),
+            what="the status of the map",
+        )
+    assert seen is not None
+    assert seen["status"].pop("epoch") >= 1
+    assert seen["status"] == {
+        **{"appliedDigest": seen["spec"]["digest"]},
+        **{"coveredExperts": 64, "totalExperts": 64, "coveragePercent": 100},
+    }
+    table = cluster.kubectl("get", "emap", "-n", world.namespace).splitlines()
+    assert table[0].split() == ["NAME", "GENERATION", "DIGEST", "APPLIED", "COVERAGE%", "AGE"]
+    assert table[1].split()[2:5] == [seen["spec"]["digest"], seen["spec"]["digest"], "100"]
+
+
+async def test_network_policies_close_a_group_and_go_when_the_operator_is_told_so(
+    cluster: ControlPlane, world: World, room: Room, coordinator: Coordinator
+) -> None:
+    options = {"MOERATOR_COORDINATOR_URL": coordinator.url}
+    with operator(cluster, world.namespace, MOERATOR_NETWORK_POLICY="on", **options) as first:
+        await world.apply(service(ranks=2))
+        await world.until_condition("moeservices", "chat", "Ready", "True")
+        await asyncio.to_thread(first.process.terminate)
+    path = f"/apis/networking.k8s.io/v1/namespaces/{world.namespace}/networkpolicies"
+    made = {policy["metadata"]["name"]: policy for policy in (await world.api.get(path))["items"]}
+    assert sorted(made) == ["chat-svc-network", "chat-svc-network-coordinator", "chat-svc-network-gateway"]
+    assert made["chat-svc-network-gateway"]["spec"]["ingress"] == [{"ports": [{"protocol": "TCP", "port": 8000}]}]
+    with operator(cluster, world.namespace, **options):
+        await eventually(lambda: world.api.get(path), lambda listing: listing["items"] == [], what="no policy")
+
+
 async def test_a_service_is_scaled_out_and_in_by_kubectl_scale(
     cluster: ControlPlane, world: World, room: Room, coordinator: Coordinator
 ) -> None:
@@ -134,13 +172,7 @@ async def test_a_drill_kills_a_rank_once_and_tells_how_it_went(
     with operator(cluster, world.namespace, MOERATOR_COORDINATOR_URL=coordinator.url):
         await world.apply(service(ranks=2, drills="Allowed"))
         await world.until_condition("moeservices", "chat", "Ready", "True")
-        drill = {
-            "apiVersion": "moerator.dev/v1alpha1",
-            "kind": "MoEDrill",
-            "metadata": {"name": "ouch"},
-            "spec": {"target": {"kind": "MoEService", "name": "chat", "rank": 1}, "fault": {"type": "KillRank"}},
-        }
-        await world.apply(drill)
+        await world.apply(drill("ouch", target="chat", rank=1))
         verdict = await world.until_condition("moedrills", "ouch", "Complete", "True", timeout_s=60)
     assert verdict["reason"] == "DrillPassed", verdict["message"]
     mine = [fault for fault in coordinator.faults if fault.fault == "kill"]

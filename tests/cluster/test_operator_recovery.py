@@ -23,9 +23,10 @@ from cluster.operators import (
     Room,
     World,
     by_rank,
-    condition,
+    drill,
     is_running,
     job,
+    one_gpu,
     operator,
     path_of,
     service,
@@ -190,7 +191,7 @@ async def test_a_foreign_object_with_a_childs_name_is_refused_by_name_and_left_a
 
         await world.api.delete(path_of(plural, world.namespace, name), grace_s=0)
         await world.until_running(2)
-        assert condition(await world.find("moejobs", "tiny"), "Accepted")["status"] == "True"
+        await world.until_condition("moejobs", "tiny", "Accepted", "True")
 
 
 async def test_what_the_server_does_not_accept_is_told_in_its_own_words(
@@ -208,13 +209,44 @@ async def test_what_the_server_does_not_accept_is_told_in_its_own_words(
         events = f"/apis/events.k8s.io/v1/namespaces/{world.namespace}/events"
         told = await eventually(
             lambda: world.api.get(events),
-            lambda listing: any(e["reason"] == "RefusedByServer" for e in listing["items"]),
+            lambda listing: any(e["reason"] == "Refused" for e in listing["items"]),
             what="the event",
         )
-        note = next(e["note"] for e in told["items"] if e["reason"] == "RefusedByServer")
+        note = next(e["note"] for e in told["items"] if e["reason"] == "Refused")
         assert re.search(r"exceeded quota: few.*limited: pods=1", note)
+        placed = await world.until_condition("moejobs", "tiny", "Placed", "False", reason="Refused")
+        assert "exceeded quota: few" in placed["message"]
+        await world.until_condition("moejobs", "tiny", "Progressing", "False", reason="Refused")
         await world.api.delete(f"/api/v1/namespaces/{world.namespace}/resourcequotas/{made['metadata']['name']}")
         await world.until_running(2, timeout_s=60)
+        await world.until_condition("moejobs", "tiny", "Placed", "True")
+
+
+async def test_a_pod_template_that_the_server_calls_invalid_takes_the_acceptance_back(
+    cluster: ControlPlane, world: World, room: Room
+) -> None:
+    template = one_gpu()
+    template["spec"]["resources"]["limits"]["cpu"] = "500m"  # less than is requested: only a pod's own rules forbid it
+    with operator(cluster, world.namespace):
+        await world.apply(job(ranks=2, template=template))
+        told = await world.until_condition("moejobs", "tiny", "Accepted", "False", reason="Refused")
+        assert re.search(r"Pod tiny-job-rank-0-1 was refused: 422 .*must be less than or equal", told["message"])
+        assert await world.pods() == []
+
+
+async def test_a_drill_that_the_coordinator_refuses_ends_at_once(
+    cluster: ControlPlane, world: World, room: Room, coordinator: Coordinator
+) -> None:
+    coordinator.forbids_faults = True
+    with operator(cluster, world.namespace, MOERATOR_COORDINATOR_URL=coordinator.url):
+        await world.apply(service(ranks=2, drills="Allowed"))
+        await world.until_condition("moeservices", "chat", "Ready", "True")
+        await world.apply(drill("ouch", target="chat", rank=1))
+        told = await world.until_condition("moedrills", "ouch", "Complete", "True", timeout_s=10)
+    coordinator.forbids_faults = False
+    assert told["reason"] == "Refused"
+    assert told["message"].endswith("refused the fault: 403 faults are not enabled for this object")
+    assert [fault for fault in coordinator.faults if fault.fault == "kill"] == []
 
 
 async def test_an_operator_whose_watch_stalls_says_so_on_healthz(
@@ -230,7 +262,7 @@ async def test_an_operator_whose_watch_stalls_says_so_on_healthz(
             what="503",
             timeout_s=40,
         )
-        assert re.search(r"the watch of /api/v1/namespaces/\S+/pods was last answered \d+ s ago", seen[1])
+        assert re.search(r"the watch of /api/v1/\S*pods was last answered \d+ s ago", seen[1])
         stalled.times = 0
 
 

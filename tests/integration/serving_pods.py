@@ -138,8 +138,8 @@ class Pods:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def start(self, role: str, name: str, *, rank: int | None = None) -> Pod:
-        """Start a pod, or start it again on the folder it had."""
+    def start(self, role: str, name: str, *, rank: int | None = None, reattach: bool = False) -> Pod:
+        """Start a pod, or start it again on the folder it had. `reattach`: a coordinator that replaces a lost one."""
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         env = {k: v for k, v in os.environ.items() if not k.startswith(("MOERATOR_", "RAY_"))}
@@ -156,6 +156,8 @@ class Pods:
         }
         if rank is not None:
             env["MOERATOR_RANK"] = str(rank)
+        if reattach:
+            env["MOERATOR_REATTACH"] = "1"
         with (folder / "pod.log").open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "moe_runtime.pod"], env=env, stdout=log, stderr=subprocess.STDOUT

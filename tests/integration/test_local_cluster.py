@@ -20,6 +20,8 @@ from moe_core.contract.names import (
     LABEL_ROLE,
 )
 from moe_core.facts import ApplyObject, BindPod, CreatePod, DeletePod, EnsureToken, PodFact, Wish
+from moe_core.outcome import InvalidSpec
+from moe_operator.cluster import local_pods
 from moe_operator.cluster.local import LocalCluster
 from moe_operator.cluster.local_pods import LocalPod
 from moe_operator.cluster.protocol import Conflict, Foreign, Key
@@ -271,3 +273,45 @@ async def test_used_room_counts_other_owners_only(cluster: LocalCluster) -> None
     assert foreign is not None
     assert own[1].nodes[0].used == {}
     assert foreign[1].nodes[0].used["memory"] == 64 * 2**20
+
+
+async def test_a_pod_whose_first_process_is_stopped_ends_all_the_same(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_pods, "END_WITHIN_S", 0.5)
+    pod = await start(cluster, "tiny-svc-rank-0-0", "rank", restartPolicy="Never")
+    await until(lambda: bool(runs(pod)))
+    [program] = runs(pod)
+    assert pod.pid is not None
+    os.kill(pod.pid, signal.SIGSTOP)
+    wish, _ = await observed(cluster)
+    await cluster.delete_pod(wish, DeletePod(pod.name, pod.uid))
+    await until(lambda: pod.name not in [left.name for left in cluster.pods()])
+    await until(lambda: not is_alive(program))
+
+
+async def test_a_shell_closes_though_a_first_process_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_pods, "END_WITHIN_S", 0.5)
+    async with LocalCluster(program=STAND_IN) as cluster:
+        cluster.apply(service())
+        pod = await start(cluster, "tiny-svc-rank-0-0", "rank", restartPolicy="Never")
+        await until(lambda: bool(runs(pod)))
+        [program] = runs(pod)
+        assert pod.pid is not None
+        os.kill(pod.pid, signal.SIGSTOP)
+    assert not is_alive(program)
+
+
+async def test_a_volume_that_makes_no_sense_fails_the_pod_and_says_so(cluster: LocalCluster) -> None:
+    pod = await start(cluster, "tiny-svc-rank-0-0", "rank", restartPolicy="Never", volumes=[{}])
+    await until(lambda: pod.phase == "Failed")
+    assert "its manifest cannot be run: KeyError('name')" in pod.message
+
+
+async def test_a_change_that_no_api_server_takes_is_refused_here_too(cluster: LocalCluster) -> None:
+    with pytest.raises(InvalidSpec, match="model cannot be changed"):
+        cluster.apply(service(model={"path": "elsewhere"}))
+    thing = cluster.resource(KEY)
+    assert thing is not None and thing["spec"]["model"] == {"path": "nowhere"}
+    cluster.apply(service(suspend=True))
+    assert thing["spec"]["suspend"] is True

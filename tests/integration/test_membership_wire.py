@@ -1,5 +1,6 @@
 """The wire and the guard between real processes: deadlines hold, tokens count, and who is fenced is gone."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from moe_runtime.host.guard import Guard
+from moe_runtime.host.guard_face import GuardFace
 from moe_runtime.membership.wire import BrokenCall, Json, LineServer, RefusedCall, SilentCall, ask, ask_many
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(30)]
@@ -20,7 +22,10 @@ RANK = """
 import sys, time
 from pathlib import Path
 from moe_runtime.host.heartbeat import Heartbeat
-Heartbeat(Path(sys.argv[1]), pod_uid="p0")
+heart = Heartbeat(Path(sys.argv[1]), pod_uid="p0")
+if "loading" not in sys.argv:
+    heart.settle()
+    time.sleep(0.6)
 print("beating", flush=True)
 time.sleep(60)
 """
@@ -44,16 +49,32 @@ def frozen_address() -> Iterator[str]:
 
 @pytest.fixture
 def guard(tmp_path: Path) -> Iterator[Guard]:
-    made = Guard(pod_uid="p0", token=TOKEN, socket_path=tmp_path / "g.sock", silence_s=1.0, faults_enabled=True)
+    made = Guard(pod_uid="p0", socket_path=tmp_path / "g.sock", silence_s=1.0, loading_silence_s=2.5)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def face(guard: Guard) -> Iterator[GuardFace]:
+    made = GuardFace(guard, token=TOKEN, faults_enabled=True)
     yield made
     made.close()
 
 
 @pytest.fixture
 def rank(guard: Guard) -> Iterator[subprocess.Popen[str]]:
+    with started(guard) as process:
+        yield process
+
+
+@contextlib.contextmanager
+def started(guard: Guard, *words: str) -> Iterator[subprocess.Popen[str]]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(
-        [sys.executable, "-c", RANK, str(guard.socket_path)], env=environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", RANK, str(guard.socket_path), *words],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "beating\n"
@@ -69,8 +90,8 @@ def until(holds: Callable[[], bool], timeout_s: float = 5.0) -> None:
         time.sleep(0.01)
 
 
-def tell(guard: Guard, **request: str) -> Json:
-    return ask(guard.address, {"to": "p0", **request}, token=TOKEN, timeout_ms=6000)
+def tell(face: GuardFace, **request: str) -> Json:
+    return ask(face.address, {"to": "p0", **request}, token=TOKEN, timeout_ms=6000)
 
 
 def test_a_question_is_answered(server: LineServer) -> None:
@@ -111,26 +132,46 @@ def test_garbage_does_not_stop_the_server(server: LineServer) -> None:
     assert ask(server.address, {"say": "still"}, token=TOKEN, timeout_ms=1000) == {"said": "still"}
 
 
-def test_a_fence_answers_reaped_once_the_process_is_gone(guard: Guard, rank: "subprocess.Popen[str]") -> None:
-    assert tell(guard, op="fence", reason="a test")["state"] == "reaped"
+def test_a_fence_answers_reaped_once_the_process_is_gone(
+    guard: Guard, face: GuardFace, rank: "subprocess.Popen[str]"
+) -> None:
+    assert tell(face, op="fence", reason="a test")["state"] == "reaped"
     assert rank.wait(timeout=1) == -signal.SIGKILL
     assert guard.ended.is_set()
 
 
 def test_a_stopped_rank_is_fenced_for_its_silence(guard: Guard, rank: "subprocess.Popen[str]") -> None:
-    tell(guard, op="fault", fault="hang")
+    guard.inject("hang")
     assert guard.ended.wait(5)
     assert "silent for" in guard.reason
     assert rank.wait(timeout=1) == -signal.SIGKILL
 
 
-def test_a_beating_rank_is_left_alone(guard: Guard, rank: "subprocess.Popen[str]") -> None:
+def test_a_rank_that_still_loads_may_be_silent_for_longer_but_not_for_good(guard: Guard) -> None:
+    with started(guard, "loading") as loading:
+        guard.inject("hang")
+        assert not guard.ended.wait(1.7)
+        assert guard.ended.wait(5)
+        assert "while it was loading" in guard.reason
+        assert loading.wait(timeout=1) == -signal.SIGKILL
+
+
+def test_time_in_which_the_guard_did_not_run_either_is_no_silence(guard: Guard, rank: "subprocess.Popen[str]") -> None:
+    rank.send_signal(signal.SIGSTOP)
+    with guard._lock:  # holds the watching thread, as a machine that stands still would
+        time.sleep(1.5)
+    rank.send_signal(signal.SIGCONT)
+    assert not guard.ended.wait(0.5)
+    assert guard.state == "alive"
+
+
+def test_a_beating_rank_is_left_alone(guard: Guard, face: GuardFace, rank: "subprocess.Popen[str]") -> None:
     assert not guard.ended.wait(1.6)
-    assert tell(guard, op="status")["pid"] == rank.pid
+    assert tell(face, op="status")["pid"] == rank.pid
 
 
 def test_a_rank_that_exits_in_a_drill_is_seen_as_ended(guard: Guard, rank: "subprocess.Popen[str]") -> None:
-    tell(guard, op="fault", fault="exit")
+    guard.inject("exit")
     assert rank.wait(timeout=5) == 1
     assert guard.ended.wait(2)
 
@@ -141,28 +182,28 @@ def test_a_rank_ends_itself_when_its_guard_is_gone(guard: Guard, rank: "subproce
 
 
 def test_a_rank_that_comes_after_its_fence_is_ended_at_once(guard: Guard) -> None:
-    assert tell(guard, op="fence", reason="too late")["state"] == "absent"
+    assert guard.fence("too late") == "absent"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     late = subprocess.Popen([sys.executable, "-c", RANK, str(guard.socket_path)], env=environment)
     assert late.wait(timeout=10) == -signal.SIGKILL
 
 
-def test_faults_are_forbidden_unless_enabled(tmp_path: Path) -> None:
-    guard = Guard(pod_uid="p0", token=TOKEN, socket_path=tmp_path / "g.sock")
+def test_faults_are_forbidden_unless_enabled(guard: Guard) -> None:
+    face = GuardFace(guard, token=TOKEN)
     try:
         with pytest.raises(BrokenCall, match="forbidden"):
-            tell(guard, op="fault", fault="kill")
+            tell(face, op="fault", fault="kill")
     finally:
-        guard.close()
+        face.close()
 
 
-def test_a_guard_answers_only_for_its_own_pod(guard: Guard) -> None:
+def test_a_guard_answers_only_for_its_own_pod(face: GuardFace) -> None:
     with pytest.raises(BrokenCall, match="this guards p0"):
-        ask(guard.address, {"op": "fence", "to": "p1"}, token=TOKEN, timeout_ms=1000)
+        ask(face.address, {"op": "fence", "to": "p1"}, token=TOKEN, timeout_ms=1000)
 
 
-def test_the_guard_imports_neither_torch_nor_ray() -> None:
+def test_guards_import_neither_torch_nor_ray() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    code = "import sys, moe_runtime.host.guard, moe_runtime.host.heartbeat; print({'torch', 'ray'} & set(sys.modules))"
+    code = "import sys, moe_runtime.gateway.pod, moe_runtime.rank.pod; print({'torch', 'ray'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

@@ -122,10 +122,11 @@ def test_binding_a_map_whose_slots_are_not_loaded_is_refused() -> None:
 @pytest.mark.parametrize(
     ("family", "why"),
     [
-        ("qwen3_next", "linear_attention keep a state"),
-        ("jamba", "linear_attention keep a state"),
+        ("unlimited_ocr_text", "no causal language model"),
+        ("jamba", "2 layers of 4 experts has 1 layers of 4; give a checkpoint"),
+        ("zaya", "num_experts_per_tok=1"),
         ("llama", "marks no module with ep_dispatch_experts"),
-        ("ernie4_5_vl_moe", "composite"),
+        ("ernie4_5_vl_moe", "composite and needs more numbers"),
         ("no_such_family", "transformers knows no such model type"),
         ("deepseek_v3", "latent attention needs more numbers than a shape has"),
     ],

@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 from aiohttp import web
 
-from moe_core.contract.exchange import RuntimeState, RuntimeWish
+from moe_core.contract.exchange import RuntimeState, RuntimeWish, ServingProgress
 from moe_core.contract.expert_map import ExpertMap
 from moe_operator import runtime_client
-from moe_operator.cluster.protocol import Conflict, Unavailable
+from moe_operator.cluster.protocol import Conflict, Refused, Unavailable
 from moe_operator.runtime_client import RuntimeClient
 
 pytestmark = pytest.mark.integration
@@ -57,7 +57,9 @@ class Coordinator:
         return web.Response(status=self.status, text=self.state.canonical())
 
     async def _wish(self, request: web.Request) -> web.Response:
-        return web.Response(status=self.status if self.status != 200 else 204)
+        if self.status == 200:
+            return web.Response(status=204)
+        return web.json_response({"error": "not so"}, status=self.status)
 
 
 @pytest.fixture
@@ -113,6 +115,23 @@ async def test_a_failure_is_no_absence_and_many_are(coordinator: Coordinator, cl
     assert client.put_generation is None
 
 
+async def test_counters_are_told_now_and_then_and_a_lost_rank_at_once(coordinator: Coordinator) -> None:
+    told: list[int] = []
+    client = RuntimeClient(coordinator.url, token=lambda: "x", on_change=lambda: told.append(1), calm_s=0.5)
+    client.start()
+    try:
+        await client.first_answer()
+        for version in range(8, 16):
+            coordinator.state = RuntimeState(version=version, epoch=1, serving=ServingProgress(tokens_out=version))
+            await until(lambda: client.state == coordinator.state)
+        assert len(told) == 1
+        await until(lambda: len(told) == 2)
+        coordinator.state = RuntimeState(version=20, epoch=2)
+        await until(lambda: len(told) == 3)
+    finally:
+        await client.close()
+
+
 async def test_an_older_wish_is_a_conflict_and_a_refusal_is_told(
     coordinator: Coordinator, client: RuntimeClient
 ) -> None:
@@ -124,6 +143,10 @@ async def test_an_older_wish_is_a_conflict_and_a_refusal_is_told(
     coordinator.status = 500
     with pytest.raises(Unavailable, match="500"):
         await client.put_wish(WISH)
+    coordinator.status = 403
+    with pytest.raises(Refused, match="403 not so") as refused:
+        await client.put_wish(WISH)
+    assert (refused.value.code, refused.value.said) == (403, "not so")
 
 
 async def test_without_a_token_nothing_is_sent(coordinator: Coordinator) -> None:

@@ -1,7 +1,7 @@
 """One process trains, stops, goes on and publishes: what needs no second rank."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -9,6 +9,7 @@ import torch
 
 import train_tasks
 from gloo_ranks import run_ranks
+from moe_runtime.errors import GroupFault
 from moe_runtime.train.checkpoint import SUMMARY, read_summary
 from moe_runtime.train.evaluate import evaluate_checkpoint, parse_lost
 from moe_runtime.train.loop import MAX_SKIPPED, Diverged, Trainer
@@ -41,6 +42,60 @@ def test_a_new_process_goes_on_where_the_snapshot_was(begin: Callable[..., Train
     second = begin()
     assert second.restore() == 6
     assert _steps(second, 2) == losses[6:]
+
+
+class OtherRank:
+    """A group of two of which only this rank runs: the other one answers what a test says, or as this one."""
+
+    size, position, ranks = 2, 0, (0, 1)
+
+    def __init__(self, *answers: list[int]) -> None:
+        self.answers = list(answers)
+
+    def all_gather_ints(self, row: Sequence[int], *, timeout_ms: int | None = None) -> list[list[int]]:
+        return [list(row), self.answers.pop(0) if self.answers else list(row)]
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> None:
+        raise NotImplementedError
+
+    def all_to_all(self, rows: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def test_a_rank_replaced_during_the_first_snapshot_does_not_end_the_run(begin: Callable[..., Trainer]) -> None:
+    survivor = begin()
+    survivor._stale = False  # it was in the run's first snapshot when the other one died
+    survivor.bind(OtherRank([0, 1]))
+    assert survivor.restore() == 0
+    assert complete_steps(survivor.output, survivor._identity) == [0]
+
+
+def test_a_fault_in_the_first_snapshot_leaves_the_rank_to_begin_again(begin: Callable[..., Trainer]) -> None:
+    class Dies(OtherRank):
+        def all_gather_ints(self, row: Sequence[int], *, timeout_ms: int | None = None) -> list[list[int]]:
+            if len(row) == 8:  # the snapshot's digests
+                raise GroupFault("all_gather: connection reset")
+            return super().all_gather_ints(row)
+
+    survivor = begin()
+    survivor.bind(Dies())
+    with pytest.raises(GroupFault):
+        survivor.restore()
+    survivor.bind(OtherRank([0, 1]))
+    assert survivor.restore() == 0
+
+
+def test_a_checkpoint_that_one_rank_sees_first_ends_the_run_for_all(begin: Callable[..., Trainer]) -> None:
+    first = begin(max_steps=1)
+    first.restore()
+    _steps(first, 1)
+    first.finish()
+    late = begin(max_steps=1)
+    late.bind(OtherRank([0, 1], [1]))
+    found, looks = late._published_by_this_run(), iter((None, None))
+    late._published_by_this_run = lambda: next(looks, found)  # type: ignore[method-assign]  # a cached directory
+    assert late.restore() == 1
+    assert late.finished
 
 
 def test_a_damaged_snapshot_is_passed_over(begin: Callable[..., Trainer]) -> None:
@@ -171,6 +226,14 @@ def test_a_run_of_such_steps_ends_the_run_with_its_lever(begin: Callable[..., Tr
         trainer._commit({}, norm=math.inf, share=1.0)
     with pytest.raises(Diverged, match=r"training\.learningRate"):
         trainer._commit({}, norm=math.inf, share=1.0)
+
+
+def test_a_good_step_between_them_begins_the_count_anew(begin: Callable[..., Trainer]) -> None:
+    trainer = begin()
+    still = {name: torch.zeros_like(p) for name, p in trainer.epm.module.named_parameters()}
+    for norm in (math.inf, 1.0) * (MAX_SKIPPED + 1):
+        trainer._commit(still, norm=norm, share=1.0)
+    assert trainer._skipped == 0
 
 
 def test_time_bounds_the_run_when_it_is_nearer(begin: Callable[..., Trainer]) -> None:

@@ -1,5 +1,6 @@
 """A MoEService in pods that really run: installed by helm, applied with kubectl, asked through its Service."""
 
+import contextlib
 import json
 import sys
 import time
@@ -35,6 +36,7 @@ def service(model: Path) -> dict[str, Any]:
         "spec": {
             "model": {"path": "/models/tiny", "numExperts": NUM_EXPERTS, "numMoeLayers": NUM_LAYERS},
             "parallelism": {"expert": RANKS},
+            "drills": "Allowed",
             "experts": {"redundantPerRank": NUM_EXPERTS // RANKS, "minCopies": 2},
             "template": {
                 "spec": {
@@ -137,35 +139,108 @@ def test_a_completion_comes_through_the_service(serving: Node) -> None:
     assert complete(serving) == complete(serving)
 
 
+@contextlib.contextmanager
+def steady_requests(node: Node, *, clients: int = 2) -> Iterator[list[str]]:
+    """Clients that ask one after the other within the block; gives the answers so far. A failed request raises."""
+    ended: Future[None] = Future()
+    answers: list[str] = []
+    stop = time.monotonic() + 400
+
+    def ask() -> None:
+        while not ended.done() and time.monotonic() < stop:
+            answers.append(complete(node))
+
+    with ThreadPoolExecutor(clients) as pool:
+        asking = [pool.submit(ask) for _ in range(clients)]
+        try:
+            yield answers
+        finally:
+            ended.set_result(None)
+        for task in asking:
+            task.result()
+
+
+def rank_pods(node: Node, rank: int) -> list[str]:
+    return names(node, f"moerator.dev/owner-name=tiny,moerator.dev/rank={rank}")
+
+
+def lives(node: Node) -> dict[str, tuple[str, int]]:
+    """name -> (uid, restarts) of every pod of the service."""
+    shown = node.cluster.kubectl("get", "pods", "-l", "moerator.dev/owner-name=tiny", "-o", "json")
+    pods = [(pod["metadata"], pod["status"].get("containerStatuses", [])) for pod in json.loads(shown)["items"]]
+    return {meta["name"]: (meta["uid"], sum(c["restartCount"] for c in containers)) for meta, containers in pods}
+
+
+def coordinator_pod(node: Node) -> str:
+    """The newest: one that was asked to go may still be ending."""
+    return names(node, "moerator.dev/owner-name=tiny,moerator.dev/role=coordinator")[-1]
+
+
+AT_ONCE = ("--wait=false", "--grace-period=0", "--force")
+
+
 def test_requests_go_on_while_a_deleted_rank_is_replaced(serving: Node) -> None:
     undisturbed = complete(serving)
-    [victim] = names(serving, "moerator.dev/owner-name=tiny,moerator.dev/rank=0")
-    stop = time.monotonic() + 300
-    answers: list[str] = []
-
-    def ask_until(done: Future[None]) -> None:
-        while not done.done() and time.monotonic() < stop:
-            answers.append(complete(serving))
-
-    done: Future[None] = Future()
-    with ThreadPoolExecutor(2) as pool:
-        asking = [pool.submit(ask_until, done) for _ in range(2)]
-        try:
-            serving.cluster.kubectl("delete", victim, "--wait=false", "--grace-period=0", "--force")
-            until(
-                lambda: (
-                    names(serving, "moerator.dev/owner-name=tiny,moerator.dev/rank=0") not in ([], [victim])
-                    and condition(serving, "Ready") == "True"
-                ),
-                within_s=240,
-                what=lambda: picture(serving),
-            )
-        finally:
-            done.set_result(None)
-        for task in asking:
-            task.result()  # a failed request raises here
+    [victim] = rank_pods(serving, 0)
+    with steady_requests(serving) as answers:
+        serving.cluster.kubectl("delete", victim, *AT_ONCE)
+        until(
+            lambda: rank_pods(serving, 0) not in ([], [victim]) and condition(serving, "Ready") == "True",
+            within_s=240,
+            what=lambda: picture(serving),
+        )
     assert len(answers) > 2
     assert set(answers) == {undisturbed}, "every expert had a live copy, so every answer is exact"
+
+
+@pytest.mark.parametrize(("how", "rank"), [(AT_ONCE, 1), (("--wait=false",), 2)], ids=["at once", "with grace"])
+def test_a_coordinators_pod_and_a_rank_deleted_together_cost_no_request_and_no_other_pod(
+    serving: Node, how: tuple[str, ...], rank: int
+) -> None:
+    undisturbed = complete(serving)
+    coordinator, [victim], before = coordinator_pod(serving), rank_pods(serving, rank), lives(serving)
+    kept = {name: life for name, life in before.items() if f"pod/{name}" not in (coordinator, victim)}
+    assert len(kept) == 4, "two ranks, two gateways"
+    with steady_requests(serving) as answers:
+        began = time.monotonic()
+        serving.cluster.kubectl("delete", victim, coordinator, *how)
+        until(
+            lambda: (
+                rank_pods(serving, rank) not in ([], [victim])
+                and "the Ray head's store" in serving.cluster.run_kubectl("logs", coordinator_pod(serving)).stdout
+                and condition(serving, "Ready") == "True"
+            ),
+            within_s=240,
+            what=lambda: picture(serving),
+        )
+        after = lives(serving)
+        whole_s = time.monotonic() - began
+        answered = len(answers)
+        until(lambda: len(answers) > answered + 6, within_s=60, what=lambda: picture(serving))
+    log = serving.cluster.kubectl("logs", coordinator_pod(serving))
+    print(f"Ready again after {whole_s:.0f} s, {len(answers)} requests, none failed;", log.strip().replace("\n", "; "))
+    assert set(answers) == {undisturbed}, "every expert had a live copy, so every answer is exact"
+    assert {name: life for name, life in after.items() if name in kept} == kept, picture(serving)
+    assert "the Ray head's store is copy" in log
+
+
+def test_a_drill_applied_with_kubectl_passes(serving: Node) -> None:
+    drill = {
+        "apiVersion": "moerator.dev/v1alpha1",
+        "kind": "MoEDrill",
+        "metadata": {"name": "kill-rank-2"},
+        "spec": {"target": {"kind": "MoEService", "name": "tiny", "rank": 2}, "fault": {"type": "KillRank"}},
+    }
+
+    def shown(path: str) -> str:
+        return serving.cluster.kubectl("get", "moedrill", "kill-rank-2", "-o", f"jsonpath={path}")
+
+    with steady_requests(serving):
+        serving.cluster.kubectl("apply", "-f", "-", stdin=json.dumps(drill))
+        until(lambda: shown("{.status.verdict}"), within_s=240, what=lambda: picture(serving))
+    assert shown("{.status.verdict}") == "Passed", shown("{.status}")
+    assert shown("{.status.requestsFailed}") == "0"
+    assert float(shown("{.status.detectedSeconds}")) < float(shown("{.status.restoredSeconds}"))
 
 
 def test_a_pod_of_the_group_has_no_api_token(serving: Node) -> None:

@@ -8,16 +8,34 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_core.decide import decide
-from moe_core.facts import BindPod, Decision, DeletePod, Facts, PodFact
+from moe_core.facts import ApplyObject, BindPod, CreatePod, Decision, DeletePod, Facts, PodFact, PutWish
 from simcluster import Sim, edit, gpu_nodes, gpu_template, job_spec, make, service_spec
 
 KINDS = st.sampled_from(["MoEJob", "MoEService"])
-EVENTS = ("kill", "delete", "vanish", "node-gone", "node-back", "coordinator", "resize", "tick", "gateway")
+EVENTS = (
+    "kill",
+    "delete",
+    "vanish",
+    "node-gone",
+    "node-back",
+    "coordinator",
+    "resize",
+    "tick",
+    "gateway",
+    "refuse",
+    "forget",
+    "topology",
+    "stray",
+    "impossible",
+)
+TOPOLOGY = {"net": (("host", "kubernetes.io/hostname"),)}
+CONSTRAINT = {"topologyName": "net", "pack": {"preferred": "host"}}
 
 
 def start(kind: str, ranks: int, nodes: int) -> Sim:
     spec = job_spec if kind == "MoEJob" else service_spec
-    return make(kind, spec(ranks, template=gpu_template()), gpu_nodes(nodes))
+    wanted = spec(ranks, template=gpu_template(), topologyConstraint=CONSTRAINT)
+    return make(kind, wanted, gpu_nodes(nodes), topologies=TOPOLOGY)
 
 
 def check(sim: Sim) -> None:
@@ -43,7 +61,7 @@ def step(sim: Sim, crash_after: int | None) -> None:
     check(sim)
 
 
-def happen(sim: Sim, event: str, chance: random.Random) -> None:
+def happen(sim: Sim, event: str, chance: random.Random) -> None:  # noqa: PLR0912 - one arm per event
     ranks = [p for p in sim.ranks() if not p.gated and not p.deleting]
     match event:
         case "kill" if ranks:
@@ -59,7 +77,19 @@ def happen(sim: Sim, event: str, chance: random.Random) -> None:
         case "node-back":
             sim.nodes = gpu_nodes(9)
         case "coordinator" | "gateway":
-            sim.pods = [replace(p, phase="Failed") if p.role == event else p for p in sim.pods]
+            ended = [replace(p, phase="Failed") for p in sim.pods if p.role == event]
+            sim.pods = [p for p in sim.pods if p.role != event] + (ended if chance.random() < 0.5 else [])
+        case "forget":  # a status that was never written
+            sim.wish = replace(sim.wish, status={})
+        case "refuse":
+            kind = chance.choice([ApplyObject, BindPod, CreatePod, DeletePod, PutWish])
+            sim.refuses = lambda action: isinstance(action, kind)
+        case "topology":  # what would not be accepted any more is kept healthy all the same
+            sim.topologies = {} if sim.topologies else TOPOLOGY
+        case "stray":
+            sim.foreign = () if sim.foreign else ("Pod/tiny-svc-rank-9-9",)
+        case "impossible" if sim.wish.kind == "MoEService":
+            edit(sim, experts={"redundantPerRank": 0, "minCopies": 2})
         case "resize" if sim.wish.kind == "MoEService":
             edit(sim, parallelism={"expert": chance.randint(1, 6)})
         case _:
@@ -73,19 +103,25 @@ def test_whatever_happens_and_wherever_the_operator_dies_the_group_comes_back_wh
 ) -> None:
     chance = random.Random(seed)
     sim = start(kind, 4, 9)
+    sim.staging_ticks = chance.randint(0, 4)
     for event in events:
         for _ in range(chance.randint(0, 3)):
             step(sim, chance.choice([None, 0, 1, 2, 5, 9]))
             sim.tick()
         happen(sim, event, chance)
     sim.nodes = gpu_nodes(9)
+    sim.refuses = lambda action: False
+    if not sim.wish.status.get("epoch"):  # nothing has run that could be kept
+        sim.topologies, sim.foreign = TOPOLOGY, ()
+        edit(sim, **({} if kind == "MoEJob" else {"experts": {"redundantPerRank": 2}}))
     for _ in range(25):  # back-off may take its time
         step(sim, chance.choice([None, None, 1, 3]))
         sim.tick(30)
     sim.settle()
     check(sim)
     assert sim.condition("Ready") == ("True", "AllActive")
-    size = sim.wish.spec["parallelism"]["expert"]
+    is_accepted = sim.condition("Accepted")[0] == "True"
+    size = sim.wish.spec["parallelism"]["expert"] if is_accepted else sim.wish.status["memory"]["wishRanks"]
     assert sorted(sim.members) == list(range(size))
     assert sorted(p.index for p in sim.ranks()) == list(range(size))
 

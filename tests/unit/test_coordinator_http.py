@@ -16,6 +16,7 @@ from moe_core.contract.runtime_config import ModelSource, RuntimeConfig, Serving
 from moe_runtime.coordinator import face
 from moe_runtime.coordinator.book import Book
 from moe_runtime.coordinator.face import CoordinatorFace
+from moe_runtime.coordinator.head_copies import HeadCopies
 from moe_runtime.host.pod_env import PodEnv
 from moe_runtime.registration import Directive, GatewayReport, MembersView, RankReport
 
@@ -65,13 +66,14 @@ async def client() -> AsyncIterator[TestClient[Any, Any]]:
 
 
 def client_of(*, faults_enabled: bool) -> TestClient[Any, Any]:
-    face = CoordinatorFace(environment(faults_enabled=faults_enabled), Book(lambda: 1000.0, is_serving=True))
+    book, copies = Book(lambda: 1000.0, is_serving=True), HeadCopies(Path("/nowhere"))  # whose clock stands still
+    face = CoordinatorFace(environment(faults_enabled=faults_enabled), book, copies)
     return TestClient(TestServer(face.app()), headers={"Authorization": f"Bearer {TOKEN}"})
 
 
 async def test_without_the_token_only_health_and_metrics_answer(client: TestClient[Any, Any]) -> None:
     wrong = {"Authorization": "Bearer wrong"}
-    for method, path in [("PUT", "/v1/wish"), ("GET", "/v1/state"), ("POST", "/v1/register"), ("GET", "/v1/members")]:
+    for method, path in [("PUT", "/v1/wish"), ("GET", "/v1/state"), ("POST", "/v1/register"), ("POST", "/v1/gateways")]:
         assert (await client.request(method, path, headers=wrong)).status == 401
     assert (await client.get("/healthz", headers=wrong)).status == 200
     assert (await client.get("/metrics", headers=wrong)).status == 200
@@ -91,8 +93,9 @@ async def test_a_bad_wish_is_refused_with_its_field(client: TestClient[Any, Any]
     assert "RuntimeWish" in (await answer.json())["error"]
 
 
-async def test_a_bad_report_is_refused(client: TestClient[Any, Any]) -> None:
-    assert (await client.post("/v1/register", data='{"phase": "Dancing"}')).status == 400
+@pytest.mark.parametrize("path", ["/v1/register", "/v1/gateways"])
+async def test_a_bad_report_is_refused(client: TestClient[Any, Any], path: str) -> None:
+    assert (await client.post(path, data='{"phase": "Dancing"}')).status == 400
 
 
 async def test_a_waiting_operator_hears_of_a_rank_at_once(client: TestClient[Any, Any]) -> None:
@@ -119,10 +122,9 @@ async def test_without_news_a_report_is_answered_by_nothing(client: TestClient[A
 
 
 async def test_a_gateway_reports_its_counts_and_gets_the_members(client: TestClient[Any, Any]) -> None:
-    answer = await client.post("/v1/register", data=GatewayReport(pod_uid="g", requests_ok=4).canonical())
+    answer = await client.post("/v1/gateways", data=GatewayReport(pod_uid="g", requests_ok=4).canonical())
     assert MembersView.parse(await answer.read()).ranks == ()
     assert (await (await client.get("/v1/state")).json())["serving"]["requests_ok"] == 4
-    assert 'moe_requests_total{outcome="ok"} 4.0' in await (await client.get("/metrics")).text()
 
 
 async def test_faults_are_forbidden_unless_enabled() -> None:
@@ -159,3 +161,15 @@ async def test_metrics_tell_how_evenly_the_load_falls(client: TestClient[Any, An
     assert "moe_balancedness 1.0" in lines
     assert "moe_active_ranks 1.0" in lines
     assert "moe_epoch 3.0" in lines
+
+
+async def test_a_report_without_news_wakes_nobody(
+    client: TestClient[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rung: list[str] = []
+    await client.post("/v1/register", data=REPORT.canonical())
+    monkeypatch.setattr(face._Bell, "ring", lambda _: rung.append("once"))
+    await client.post("/v1/register", data=REPORT.model_copy(update={"tokens": 5, "memory_bytes": 7}).canonical())
+    assert rung == []
+    await client.post("/v1/register", data=REPORT.model_copy(update={"phase": "Ready"}).canonical())
+    assert rung != []

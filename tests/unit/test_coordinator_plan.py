@@ -5,7 +5,7 @@ import pytest
 from moe_core.contract.exchange import Coverage, Recovery, RuntimeWish
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.membership import Member, Membership
-from moe_runtime.coordinator.book import FORM_AFTER_S, HEARD_WITHIN_S, Book, StaleWish
+from moe_runtime.coordinator.book import COUNTS_EVERY_S, FORM_AFTER_S, HEARD_WITHIN_S, Book, StaleWish
 from moe_runtime.coordinator.plan import committed_membership, next_directive, runtime_state
 from moe_runtime.registration import GatewayReport, RankReport
 
@@ -126,10 +126,10 @@ def test_the_newest_epoch_counts_and_only_a_member_may_tell_it() -> None:
 def test_the_wish_is_in_force_when_members_and_map_are_as_wished() -> None:
     both = epoch(4, member(0), member(1))
     whole = by_uid(active(0, both), active(1, both))
-    state = runtime_state(1, WISH, whole, {}, {}, is_serving=True)
+    state = runtime_state(1, WISH, whole)
     assert (state.wish_generation, state.epoch, state.map_digest) == (3, 4, MAP.digest)
     alone = by_uid(active(0, epoch(5, member(0))))
-    assert runtime_state(1, WISH, alone, {}, {}, is_serving=True).wish_generation is None
+    assert runtime_state(1, WISH, alone).wish_generation is None
 
 
 def test_one_fault_seen_by_several_ranks_is_one_recovery() -> None:
@@ -141,7 +141,7 @@ def test_one_fault_seen_by_several_ranks_is_one_recovery() -> None:
         )
 
     reports = [active(rank, both).model_copy(update={"recoveries": seen(1.0 + rank, 5.0 + rank)}) for rank in (0, 1)]
-    (recovery,) = runtime_state(1, WISH, by_uid(*reports), {}, {}, is_serving=True).recoveries
+    (recovery,) = runtime_state(1, WISH, by_uid(*reports)).recoveries
     assert (recovery.detected_at, recovery.resumed_at, recovery.lost_ranks) == (1.0, 6.0, (2,))
 
 
@@ -154,9 +154,15 @@ class Clock:
 
 
 def book(clock: Clock) -> Book:
-    book = Book(clock, is_serving=True)
+    book = Book(clock, is_serving=True, first_version=int(clock.now * 1000))
     book.put_wish(WISH)
     return book
+
+
+def passes(known: Book, clock: Clock, seconds: float) -> None:
+    for _ in range(round(4 * seconds)):
+        clock.now += 0.25
+        known.tick()
 
 
 def test_an_older_wish_is_refused_and_the_same_one_taken_again() -> None:
@@ -183,7 +189,9 @@ def test_a_silent_candidate_is_forgotten_and_a_silent_member_is_not() -> None:
     both = epoch(4, member(0), member(1))
     known.note_rank(active(1, both))
     known.note_rank(ready(1, "spare"))
-    clock.now += HEARD_WITHIN_S + 1
+    passes(known, clock, HEARD_WITHIN_S - 1)
+    known.note_rank(active(0, both))
+    passes(known, clock, 2)
     known.note_rank(active(0, both))
     assert [r.pod_uid for r in known.state().ranks] == ["p0"]
     assert known.guard_address("spare") is None
@@ -194,7 +202,7 @@ def test_a_rank_that_died_leaves_its_degraded_tokens_counted() -> None:
     clock = Clock()
     known = book(clock)
     known.note_rank(ready(1).model_copy(update={"degraded_tokens": {"drop": 5}}))
-    clock.now += HEARD_WITHIN_S + 1
+    passes(known, clock, HEARD_WITHIN_S + 1)
     known.note_rank(ready(0).model_copy(update={"degraded_tokens": {"drop": 2}}))
     known.note_gateway(GatewayReport(pod_uid="g", requests_ok=3))
     serving = known.state().serving
@@ -208,12 +216,74 @@ def test_a_new_book_forms_nothing_before_it_has_listened() -> None:
     known.note_rank(ready(0))
     known.note_rank(ready(1))
     assert known.directive().plan is None
-    clock.now += FORM_AFTER_S
+    passes(known, clock, FORM_AFTER_S)
     assert known.directive().plan is not None
+
+
+def test_a_new_coordinator_counts_epochs_on_from_what_the_operator_remembers() -> None:
+    clock = Clock()
+    known = book(clock)
+    known.put_wish(WISH.model_copy(update={"newest_epoch": 7}))
+    known.note_rank(ready(0))
+    known.note_rank(ready(1))
+    passes(known, clock, FORM_AFTER_S)
+    plan = known.directive().plan
+    assert plan is not None
+    assert plan.epoch == 8
+
+
+def test_time_in_which_the_coordinator_stood_still_is_no_silence_of_its_ranks() -> None:
+    clock = Clock()
+    known = book(clock)
+    both = epoch(4, member(0), member(1))
+    for rank in (0, 1):
+        known.note_rank(active(rank, both))
+    clock.now += 60.0
+    known.tick()
+    assert (known.state().epoch, len(known.state().ranks), known.directive().is_first) == (4, 2, False)
+
+
+def test_counts_alone_make_a_new_state_once_a_second_and_news_at_once() -> None:
+    clock = Clock()
+    known = book(clock)
+    both = epoch(4, member(0), member(1))
+    known.note_rank(active(0, both))
+    version = known.state().version
+    known.note_rank(active(0, both).model_copy(update={"tokens": 9}))
+    assert known.state().version == version
+    passes(known, clock, COUNTS_EVERY_S)
+    assert (known.state().version, known.state().ranks[0].tokens) == (version + 1, 9)
+    known.note_rank(active(1, both))
+    assert known.state().version == version + 2
+
+
+def test_the_directive_is_planned_again_only_when_what_it_is_made_of_changed() -> None:
+    clock = Clock()
+    known = book(clock)
+    known.note_rank(ready(0))
+    passes(known, clock, FORM_AFTER_S)
+    before = known.directive()
+    known.note_rank(ready(0).model_copy(update={"tokens": 9, "memory_bytes": 5}))
+    passes(known, clock, 1)
+    assert known.directive() is before
+    known.note_rank(ready(1))
+    assert known.directive().plan is not None
+
+
+def test_the_load_is_summed_over_living_ranks_and_a_report_without_one_keeps_the_last() -> None:
+    clock = Clock()
+    known = book(clock)
+    both = epoch(4, member(0), member(1))
+    known.note_rank(active(0, both).model_copy(update={"load": ((1, 2),)}))
+    known.note_rank(active(1, both).model_copy(update={"load": ((3, 4),)}))
+    known.note_rank(active(0, both))
+    assert known.state().load == ((4, 6),)
+    known.put_wish(WISH.model_copy(update={"dead_pod_uids": ("p1",)}))
+    assert known.state().load == ((1, 2),)
 
 
 def test_coverage_is_told_by_a_member_of_the_newest_epoch() -> None:
     both = epoch(4, member(0), member(1))
     told = Coverage(covered=3, total=4)
     reports = by_uid(active(0, both), active(1, both).model_copy(update={"coverage": told}))
-    assert runtime_state(1, WISH, reports, {}, {}, is_serving=True).coverage == told
+    assert runtime_state(1, WISH, reports).coverage == told

@@ -1,12 +1,14 @@
 """Refusals come before any pod exists, with a typed reason and a sentence that helps."""
 
+import copy
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from moe_core.decide import decide
 from moe_core.facts import Facts, ModelFact, PodFact, Wish
-from simcluster import Sim, edit, gpu_nodes, job_spec, make, service_spec
+from simcluster import Sim, edit, gpu_nodes, gpu_template, job_spec, make, service_spec
 
 LEVELS = (("block", "net/block"), ("rack", "net/rack"))
 
@@ -46,6 +48,24 @@ def test_an_unsupported_model_says_what_the_shell_found() -> None:
         "ModelNotSupported",
         "llama is a dense family: it has no experts",
     )
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        (
+            "llama",
+            "model family llama is not supported: transformers 5.23 has no text model with an expert-parallel plan",
+        ),
+        ("deepseek_v3", "model family deepseek_v3 is not supported: it needs more numbers than a shape has"),
+    ],
+)
+def test_a_job_of_a_family_that_cannot_run_is_refused_before_any_pod(family: str, why: str) -> None:
+    spec = copy.deepcopy(job_spec())
+    spec["model"]["shape"]["family"] = family
+    reason, message = refused("MoEJob", spec)
+    assert reason == "ModelNotSupported"
+    assert why in message
 
 
 def test_a_claim_against_the_checkpoint_is_refused() -> None:
@@ -94,12 +114,6 @@ def test_a_name_too_long_for_its_pods_is_refused() -> None:
     assert decide(wish, Facts(), 0.0).conditions[0].reason == "InvalidSpec"
 
 
-def test_policy_deepseek_needs_equal_ranks() -> None:
-    reason, message = refused("MoEService", service_spec(3, experts={"policy": "DeepSeek"}))
-    assert reason == "CoverageImpossible"
-    assert "equal" in message
-
-
 def test_a_refusal_is_told_once_and_counted_for_its_generation() -> None:
     sim = make("MoEJob", job_spec(0))
     assert [e.type for e in sim.step().events] == ["Warning"]
@@ -116,6 +130,12 @@ def test_another_controllers_object_is_left_alone() -> None:
     theirs = {"conditions": [{"type": "Accepted", "status": "True", "reason": "Theirs", "message": ""}]}
     sim.wish = replace(sim.wish, status=theirs)
     assert sim.step().conditions == ()
+
+
+def test_more_slots_than_an_expert_map_holds_are_refused_before_they_are_planned() -> None:
+    reason, message = refused("MoEService", service_spec(1024, redundant=4096))
+    assert reason == "InvalidSpec"
+    assert "spec.experts.redundantPerRank" in message and "4194320 slots per layer, at most 16384" in message
 
 
 def test_our_own_manager_name_is_ours() -> None:
@@ -144,6 +164,81 @@ def test_an_edit_to_a_size_that_cannot_cover_is_refused_and_the_old_size_is_kept
     edit(sim, parallelism={"expert": 4})
     sim.settle()
     assert sim.condition("Accepted") == ("True", "Accepted")
+
+
+def without_topologies(sim: Sim) -> None:
+    sim.topologies = {}
+
+
+def with_a_stray_pod(sim: Sim) -> None:
+    sim.foreign = ("Pod/tiny-svc-rank-9-9",)
+
+
+def without_its_model(sim: Sim) -> None:
+    sim.model = ModelFact(0, 0, "", problem="config.json is not JSON")
+
+
+def with_another_checkpoint_in_its_folder(sim: Sim) -> None:
+    sim.model = ModelFact(8, 4, "mixtral")
+
+
+def with_levels_the_other_way_round(sim: Sim) -> None:
+    edit(sim, topologyConstraint={"topologyName": "net", "pack": {"required": "net", "preferred": "rack"}})
+    sim.topologies = {"net": (("rack", "rack"), ("net", "net"))}
+
+
+def with_more_copies_than_slots(sim: Sim) -> None:
+    edit(sim, experts={"minCopies": 2, "redundantPerRank": 1})
+
+
+def with_more_slots_than_a_map_holds(sim: Sim) -> None:
+    edit(sim, parallelism={"expert": 1000}, experts={"redundantPerRank": 1000})
+
+
+@pytest.mark.parametrize(
+    ("happens", "reason"),
+    [
+        (without_topologies, "TopologyNotFound"),
+        (with_a_stray_pod, "ForeignObject"),
+        (without_its_model, "ModelNotSupported"),
+        (with_another_checkpoint_in_its_folder, "InvalidSpec"),
+        (with_levels_the_other_way_round, "InvalidSpec"),
+        (with_more_copies_than_slots, "CoverageImpossible"),
+        (with_more_slots_than_a_map_holds, "InvalidSpec"),
+    ],
+)
+def test_a_service_that_would_not_be_accepted_any_more_is_kept_healthy(
+    happens: Callable[[Sim], None], reason: str
+) -> None:
+    constraint = {"topologyName": "net", "pack": {"preferred": "rack"}}
+    nodes = [replace(node, labels={**node.labels, "net": "a", "rack": "r1"}) for node in gpu_nodes(6)]
+    sim = make(
+        "MoEService",
+        service_spec(template=gpu_template(), topologyConstraint=constraint),
+        nodes,
+        topologies={"net": (("net", "net"), ("rack", "rack"))},
+    )
+    sim.settle()
+    digest = sim.told.expert_map.digest if sim.told else ""
+    happens(sim)
+    sim.kill(2)
+    sim.tick()
+    sim.step()
+    assert sim.condition("Accepted") == ("False", reason)
+    assert sim.condition("Ready")[0] == "False", "a rank is lost and Ready knows"
+    sim.settle()
+    assert sorted(sim.members) == [0, 1, 2, 3]
+    assert sim.condition("Ready") == ("True", "AllActive")
+    assert sim.condition("Accepted") == ("False", reason)
+    assert sim.told is not None
+    assert sim.told.expert_map.digest == digest, "the map that runs is kept"
+
+
+def test_a_refused_edit_that_cannot_even_be_read_makes_nobody_call_it_ready() -> None:
+    sim = running_service(service_spec())
+    edit(sim, template={"spec": {"resources": {"requests": {"cpu": "lots"}}}})
+    sim.step()
+    assert sim.condition("Ready") == ("Unknown", "InvalidSpec")
 
 
 def test_a_refused_edit_leaves_the_pods_alone() -> None:

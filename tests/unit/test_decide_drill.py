@@ -3,9 +3,14 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from moe_core.contract.exchange import Recovery, RuntimeState, ServingProgress
 from moe_core.decide import decide
-from moe_core.facts import Decision, Facts, InjectFault, TargetFact, Wish
+from moe_core.drills.verdict import Injection, Seen, look
+from moe_core.facts import Decision, Facts, InjectFault, RefusedAction, TargetFact, Wish
 from simcluster import Sim, gpu_nodes, gpu_template, make, service_spec
 
 
@@ -25,12 +30,16 @@ class Drill:
             return None
         return state.model_copy(update={"recoveries": self.recoveries, "serving": self.serving})
 
-    def step(self, *, crash: bool = False) -> Decision:
+    def step(self, *, crash: bool = False, refusing: tuple[int, str] | None = None) -> Decision:
         wish = Wish("MoEDrill", "default", "d", "drill", 1, self.spec, self.status)
         target = TargetFact(self.target.wish, tuple(self.target.pods), self.runtime())
         decision = decide(wish, Facts(target=target), self.target.now)
-        for action in decision.actions:
-            self.target.apply(action)
+        if refusing is not None:
+            refused = tuple(RefusedAction(action, *refusing) for action in decision.actions)
+            decision = decide(wish, Facts(target=target, refused=refused), self.target.now)
+        else:
+            for action in decision.actions:
+                self.target.apply(action)
         if not crash:
             conditions = {c["type"]: c for c in self.status.get("conditions", ())}
             for c in decision.conditions:
@@ -123,6 +132,19 @@ def test_failed_requests_fail_the_drill() -> None:
     assert (found.status["requestsFailed"], found.status["tokensDegraded"]) == (2, 40)
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 5), max_size=6), st.integers(0, 6), st.integers(0, 9))
+def test_a_coordinator_that_starts_anew_hides_no_failure(rises: list[int], restart_at: int, before: int) -> None:
+    injection, seen, count = Injection(2, "u", at=0.0, armed_at=0.0), Seen(last=(before, 0)), before
+    for step, rise in enumerate(rises):
+        count = rise if step == restart_at else count + rise
+        if step == restart_at:  # it is heard once before anything new fails
+            seen = look(injection, seen, RuntimeState(version=0, serving=ServingProgress()), num_ranks=4, now=1.0)
+        serving = ServingProgress(requests_failed=count)
+        seen = look(injection, seen, RuntimeState(version=step, serving=serving), num_ranks=4, now=1.0)
+    assert seen.requests_failed == sum(rises)
+
+
 def test_a_target_that_does_not_come_back_in_time_fails_the_drill() -> None:
     found = drill()
     injure(found)
@@ -155,6 +177,57 @@ def test_a_target_that_does_not_exist_is_said() -> None:
     decision = decide(wish, Facts(), 0.0)
     assert decision.conditions[0].reason == "TargetNotFound"
     assert decision.wake_in is not None
+    late = decide(wish, Facts(), 60.0)
+    assert [(c.type, c.status) for c in late.conditions if c.reason == "TargetNotFound"] == [
+        *(("Accepted", "False"), ("Injected", "False"), ("Complete", "True"), ("Failed", "True")),
+    ]
+    assert late.status["verdict"] == "Failed"
+
+
+@pytest.mark.parametrize(
+    ("code", "said"), [(403, "faults are not enabled"), (401, "wrong token"), (404, "no rank has registered")]
+)
+def test_a_drill_whose_fault_is_refused_ends_at_once_and_says_why(code: int, said: str) -> None:
+    found = drill()
+    found.step()
+    found.step(refusing=(code, said))
+    assert found.condition("Complete") == found.condition("Failed") == ("True", "Refused")
+    assert found.condition("Injected") == ("False", "Refused")
+    assert found.status["verdict"] == "Failed"
+    assert found.status["message"] == (
+        f"nothing was injured: the coordinator of MoEService tiny refused the fault: {code} {said}"
+    )
+    assert found.step().actions == ()
+
+
+def test_a_drill_whose_target_goes_before_the_fault_was_sent_ends_at_once() -> None:
+    found = drill()
+    found.step()
+    found.target.kill(2)
+    found.target.settle()
+    assert found.step().actions == ()
+    assert found.condition("Failed") == ("True", "TargetNotFound")
+
+
+def test_a_fault_that_no_coordinator_takes_is_given_up() -> None:
+    found = drill()
+    found.step()
+    found.target.now += 31
+    assert found.step().actions == ()
+    assert found.condition("Failed") == ("True", "CoordinatorAway")
+
+
+def test_a_refused_repetition_of_a_fault_that_took_ends_nothing() -> None:
+    found = drill()
+    found.step()
+    found.step(crash=True)
+    at = found.target.now
+    found.recoveries = (
+        Recovery(epoch=2, lost_ranks=(2,), detected_at=at, agreed_at=at, rebuilt_at=at, resumed_at=at + 0.5),
+    )
+    found.step(refusing=(404, "no rank has registered with that uid"))
+    assert found.condition("Injected") == ("True", "DrillInjected")
+    assert found.condition("Complete")[0] == "False"
 
 
 def test_a_hang_is_sent_as_a_hang() -> None:

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from moe_core.contract import runtime_config
+from moe_core.contract.names import OWN_ENV, OWN_MOUNTS, OWN_VOLUMES
 from moe_core.contract.runtime_config import RuntimeConfig, TrainingConfig
 from moe_core.decide import decide
 from moe_core.decide.accept import Accepted, accept
-from moe_core.facts import Action, ApplyObject, BindPod, CreatePod, Facts, NodeFact, Wish
+from moe_core.facts import Action, ApplyObject, BindPod, CreatePod, Facts, NetworkFact, NodeFact, Wish
 from moe_core.manifests.objects import MAX_SLICE_BYTES, wanted_objects
 from moe_core.spec.job import Training
 from simcluster import gpu_nodes, job_spec, make, service_spec
@@ -24,7 +25,7 @@ TEMPLATE = {
         "imagePullPolicy": "IfNotPresent",
         "imagePullSecrets": ["pull"],
         "resources": {"requests": {"cpu": "4", "memory": "16Gi"}, "limits": {"nvidia.com/gpu": 1}},
-        "env": [{"name": "NCCL_DEBUG", "value": "WARN"}, {"name": "MOERATOR_RANK", "value": "9"}],
+        "env": [{"name": "NCCL_DEBUG", "value": "WARN"}],
         "volumes": [{"name": "models", "persistentVolumeClaim": {"claimName": "models"}}],
         "volumeMounts": [{"name": "models", "mountPath": "/model", "readOnly": True}],
         "nodeSelector": {"pool": "gpu"},
@@ -113,12 +114,20 @@ def test_only_ranks_are_gated_counted_and_never_restarted_in_place() -> None:
     assert policies == {"coordinator": "Always", "gateway": "Always", "rank": "Never"}
 
 
-def test_a_users_label_or_variable_cannot_take_the_place_of_ours() -> None:
+def test_a_users_label_cannot_take_the_place_of_ours() -> None:
     rank = pods()["rank"]
     assert rank["metadata"]["labels"]["moerator.dev/role"] == "rank"
     assert rank["metadata"]["labels"]["team"] == "research"
-    env = {e["name"]: e.get("value") for e in rank["spec"]["containers"][0]["env"]}
-    assert env["MOERATOR_RANK"] == "0"
+
+
+@pytest.mark.parametrize("role", ["coordinator", "rank", "gateway"])
+def test_what_a_template_may_not_name_is_all_that_pods_have_of_ours(role: str) -> None:
+    spec = pods()[role]["spec"]
+    [container] = spec["containers"]
+    theirs = {"models", "/model", "NCCL_DEBUG", "HOME"}
+    assert {v["name"] for v in spec["volumes"] if not v["name"].startswith(OWN_VOLUMES)} <= theirs
+    assert {e["name"] for e in container["env"] if not e["name"].startswith(OWN_ENV)} <= theirs
+    assert {m["mountPath"] for m in container["volumeMounts"]} - theirs == set(OWN_MOUNTS)
 
 
 @pytest.mark.parametrize("role", ["coordinator", "rank", "gateway"])
@@ -188,6 +197,34 @@ def test_no_training_field_is_accepted_and_then_ignored() -> None:
         snapshot_every_steps=13,
         output_path="/out",
     )
+
+
+def policies(kind: str, spec: dict[str, Any]) -> dict[str, Any]:
+    network = NetworkFact("moerator-system", ("monitoring",))
+    accepted = accept(Wish(kind, "d", "tiny", "u", 1, spec), Facts(network=network))  # type: ignore[arg-type]
+    assert isinstance(accepted, Accepted)
+    wanted = wanted_objects(accepted.plan, accepted.plan.expert_map(4))
+    return {obj.name: obj.manifest for obj in wanted if obj.kind == "NetworkPolicy"}
+
+
+def test_network_policies_are_as_the_golden_file_says() -> None:
+    golden("network-policies", {**policies("MoEService", service_spec()), **policies("MoEJob", job_spec())})
+
+
+def test_only_the_gateways_take_connections_from_anywhere_and_nobody_but_the_group_reaches_a_rank() -> None:
+    for name, policy in policies("MoEService", service_spec()).items():
+        pods, [rule] = policy["spec"]["podSelector"]["matchLabels"], policy["spec"]["ingress"]
+        assert pods["moerator.dev/owner-name"] == "tiny"
+        assert ("from" in rule) == (pods.get("moerator.dev/role") != "gateway"), name
+        assert ("ports" in rule) == ("moerator.dev/role" in pods), name
+        assert policy["spec"]["policyTypes"] == ["Ingress"]
+
+
+def test_policies_go_when_they_are_not_wanted_any_more() -> None:
+    sim = make("MoEService", service_spec(), gpu_nodes(4))
+    sim.objects["NetworkPolicy", "tiny-svc-network"] = "old"
+    sim.step()
+    assert not [name for kind, name in sim.objects if kind == "NetworkPolicy"]
 
 
 def test_a_big_map_is_sliced_by_layer_and_no_slice_is_too_big_for_etcd() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from moe_core.contract.exchange import RankState, RuntimeState
+from moe_core.contract.runtime_config import ENV_REATTACH
 from moe_core.decide import decide
 from moe_core.facts import BindPod, CreatePod, DeletePod, NodeFact, PutWish, Taint
 from simcluster import Sim, edit, gpu_nodes, gpu_template, make, service_spec
@@ -16,8 +17,9 @@ def service(ranks: int = 4, nodes: int = 6, **more: Any) -> Sim:
     return make("MoEService", service_spec(ranks, template=gpu_template(), **more), gpu_nodes(nodes))
 
 
-def running(ranks: int = 4, nodes: int = 6, **more: Any) -> Sim:
+def running(ranks: int = 4, nodes: int = 6, *, staging_ticks: int = 0, **more: Any) -> Sim:
     sim = service(ranks, nodes, **more)
+    sim.staging_ticks = staging_ticks
     sim.settle()
     assert sim.condition("Ready") == ("True", "AllActive")
     return sim
@@ -284,12 +286,21 @@ def test_shrinking_waits_while_no_coordinator_answers() -> None:
 
 
 def test_growing_again_before_the_leaver_is_gone_keeps_it() -> None:
-    sim = running()
+    sim = running(staging_ticks=10)
     uid = sim.live(3)[0].uid
     edit(sim, parallelism={"expert": 3})
+    for _ in range(3):
+        sim.step()
+        sim.tick()
+    state = sim.runtime()
+    assert state is not None
+    assert [(rank.rank, rank.phase) for rank in state.ranks if rank.phase != "Active"] == [(3, "Draining")]
+    assert sim.condition("Ready") == ("False", "Resizing")
     edit(sim, parallelism={"expert": 4})
     sim.settle()
     assert sim.live(3)[0].uid == uid
+    assert sim.condition("Ready") == ("True", "AllActive")
+    assert sim.wish.status["restarts"] == 0
 
 
 def test_shrinking_and_growing_counts_no_restart() -> None:
@@ -333,6 +344,7 @@ def test_a_lost_coordinator_is_replaced_and_told_the_wish_again_under_no_older_g
     sim.settle()
     assert sim.told is not None
     assert sim.told.generation >= generation
+    assert sim.told.newest_epoch == sim.wish.status["epoch"] > 0, "a new coordinator counts on from there"
     assert sim.condition("Ready") == ("True", "AllActive")
 
 
@@ -342,6 +354,22 @@ def test_coordinator_and_rank_lost_together_both_come_back() -> None:
     sim.pods = [replace(p, phase="Failed") if p.role == "coordinator" else p for p in sim.pods]
     sim.settle()
     assert sim.condition("Ready") == ("True", "AllActive")
+
+
+def reattaches(pod: CreatePod) -> bool:
+    return {"name": ENV_REATTACH, "value": "1"} in pod.manifest["spec"]["containers"][0]["env"]
+
+
+def test_only_a_coordinator_that_replaces_one_among_running_pods_is_told_to_reattach() -> None:
+    first = service()
+    created = [a for _ in range(6) for a in first.step().actions if isinstance(a, CreatePod)]
+    assert {a.role for a in created} == {"rank", "coordinator", "gateway"}
+    assert not any(reattaches(a) for a in created)
+
+    sim = running()
+    sim.pods = [p for p in sim.pods if p.role != "coordinator" and p.index != 1]
+    again = [a for a in sim.step().actions if isinstance(a, CreatePod)]
+    assert [(a.role, reattaches(a)) for a in again if a.role != "gateway"] == [("rank", False), ("coordinator", True)]
 
 
 def test_a_killed_pod_is_vouched_dead_to_the_coordinator() -> None:
@@ -433,3 +461,51 @@ def test_events_come_on_transitions_only() -> None:
     assert "RankReplaced" in reasons
     sim.step()
     assert "RankReplaced" not in [event.reason for event in sim.step().events]
+
+
+def forgotten(*, coordinator: str) -> Sim:
+    """A group that serves, whose status was never written; a rank is lost and finds no room; a minute has passed."""
+    sim = running(4, nodes=4)
+    sim.wish = replace(sim.wish, status={})
+    sim.pods = [pod for pod in sim.pods if pod.index != 3 or pod.role != "rank"]
+    sim.nodes = sim.nodes[:3]
+    if coordinator != "answers":
+        sim.pods = [pod for pod in sim.pods if pod.role != "coordinator"]
+    sim.step()
+    sim.now += 100
+    if coordinator == "has just started":
+        sim.tick()
+        state = sim.runtime()
+        assert state is not None and state.epoch == 0, "it has heard of no rank yet"
+    return sim
+
+
+@pytest.mark.parametrize("coordinator", ["answers", "is away", "has just started"])
+def test_a_group_that_serves_is_never_taken_for_one_that_was_half_started(coordinator: str) -> None:
+    sim = forgotten(coordinator=coordinator)
+    members = set(sim.members.values())
+    assert len(members) >= 3
+    deleted = {action.uid for action in sim.step().actions if isinstance(action, DeletePod)}
+    assert not deleted & members
+
+
+@pytest.mark.parametrize("coordinator", ["answers", "is away", "has just started"])
+def test_no_member_beyond_the_wished_size_is_deleted_on_a_forgotten_status(coordinator: str) -> None:
+    sim = forgotten(coordinator=coordinator)
+    edit(sim, parallelism={"expert": 2})
+    deleted = {action.uid for action in sim.step().actions if isinstance(action, DeletePod)}
+    assert not deleted & set(sim.members.values())
+
+
+def test_members_whose_pods_are_gone_are_vouched_for_though_nobody_saw_them_die() -> None:
+    sim = running()
+    state = sim.runtime()
+    assert state is not None
+    left = next(rank for rank in state.ranks if rank.rank == 1)
+    seen = state.model_copy(
+        update={"ranks": (left,), "member_uids": tuple(rank.pod_uid for rank in state.ranks), "wish_put": None}
+    )
+    sim.pods = [pod for pod in sim.pods if pod.role != "rank" or pod.index == 1]
+    facts = replace(sim.facts(), runtime=seen, put_generation=None)
+    [put] = [action for action in decide(sim.wish, facts, sim.now).actions if isinstance(action, PutWish)]
+    assert set(put.wish.dead_pod_uids) == set(seen.member_uids) - {left.pod_uid}

@@ -38,7 +38,7 @@ class ThreadGroup:
         self._board.barrier.wait()
         return received
 
-    def all_gather_ints(self, row: Sequence[int]) -> list[list[int]]:
+    def all_gather_ints(self, row: Sequence[int], *, timeout_ms: int | None = None) -> list[list[int]]:
         raise AssertionError("dispatch asks for no control exchange")
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ import torch
 
 from moe_core.outcome import InvalidInput
 from moe_runtime.engine.attention import attention_masks
-from moe_runtime.engine.cache import SlotKVCache
+from moe_runtime.engine.cache import OwnStateCache, SlotKVCache
 
 
 def keys(value: float, *, rows: int, queries: int) -> torch.Tensor:
@@ -107,3 +107,40 @@ def test_an_idle_rank_writes_into_the_spare_row_only() -> None:
     cache.commit()
     assert cache.lengths == [1, 0, 0]
     assert cache.layers[0].keys[:3, 0, 0, 0].tolist() == [1.0, 0.0, 0.0]
+
+
+def own_state_step(cache: OwnStateCache, row: int, positions: list[int]) -> list[int]:
+    """A family whose state is the positions that it has read."""
+    cache.begin([row], torch.tensor([positions]))
+    state = cache.take(row, first_position=positions[0]) or []
+    state += positions
+    cache.put(row, state)
+    return list(state)
+
+
+def test_a_familys_own_state_is_kept_by_a_commit_and_untouched_by_a_rollback() -> None:
+    cache = OwnStateCache(num_rows=2, max_length=8)
+    own_state_step(cache, 1, [0, 1])
+    cache.commit()
+    assert own_state_step(cache, 1, [2]) == [0, 1, 2]
+    cache.rollback()
+    assert cache.lengths == [0, 2]
+    assert own_state_step(cache, 1, [2, 3]) == [0, 1, 2, 3]
+    cache.commit()
+    assert cache.lengths == [0, 4]
+
+
+def test_a_freed_row_takes_no_state_of_the_sequence_before() -> None:
+    cache = OwnStateCache(num_rows=1, max_length=8)
+    own_state_step(cache, 0, [0, 1])
+    cache.commit()
+    cache.free(0)
+    assert own_state_step(cache, 0, [0]) == [0]
+
+
+def test_state_that_cannot_be_cropped_cannot_go_back() -> None:
+    cache = OwnStateCache(num_rows=1, max_length=8)
+    own_state_step(cache, 0, [0, 1, 2])
+    cache.commit()
+    with pytest.raises(InvalidInput, match="row 0 holds 3 tokens and cannot go back to position 1"):
+        cache.begin([0], torch.tensor([[1]]))

@@ -34,6 +34,8 @@ def test_prompts_may_be_text_texts_tokens_or_lists_of_tokens(prompt: Any, prompt
         ({"prompt": []}, "prompt"),
         ({"prompt": ["a", 1]}, "prompt"),
         ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [[1]] * 129}, "prompt"),
+        ({"prompt": ["a", "b"], "n": 65}, "prompt"),
         ({"model": ""}, "model"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": "5"}, "max_tokens"),

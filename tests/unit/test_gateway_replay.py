@@ -1,12 +1,12 @@
 """Replay over ranks that die, hang, move and refuse: no token lost, none twice."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 
 from moe_runtime.engine.scheduler import GenerationRequest
-from moe_runtime.gateway import replay
+from moe_runtime.gateway import ranks, replay
 from moe_runtime.gateway.ranks import RankDirectory
 from moe_runtime.gateway.replay import (
     AllBusy,
@@ -28,6 +28,7 @@ Script = Callable[[int], Poll | None]
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(ranks, "_SUSPECT_S", 0.0)
 
 
 class FakeRanks:
@@ -73,15 +74,25 @@ def at(position: int, error: Exception) -> Callable[[int], Poll | None]:
     return script
 
 
+def ends_for(times: int, end: str) -> Script:
+    """A rank whose first visits end so at once; later ones go as usual."""
+    visits = iter(range(times))
+
+    def script(_: int) -> Poll | None:
+        return poll(end=end) if next(visits, None) is not None else None
+
+    return script
+
+
 async def collect(
-    ranks: FakeRanks, *, uids: tuple[str, ...] = ("a", "b"), max_tokens: int = 9
+    fakes: FakeRanks, *, uids: Sequence[str] = ("a", "b"), max_tokens: int = 9
 ) -> tuple[list[int], Trace]:
     directory = RankDirectory()
     directory.tell(1, [(i, uid) for i, uid in enumerate(uids)])
     trace = Trace()
     tokens: list[int] = []
     sampling = Sampling(max_tokens, 0.0, 1.0, 0, frozenset())
-    async for part in generate(directory, ranks, sequence_id="s", prompt=PROMPT, sampling=sampling, trace=trace):
+    async for part in generate(directory, fakes, sequence_id="s", prompt=PROMPT, sampling=sampling, trace=trace):
         tokens += part
     return tokens, trace
 
@@ -90,10 +101,10 @@ WHOLE = list(range(2, 11))
 
 
 async def test_an_undisturbed_sequence_stays_on_one_rank() -> None:
-    ranks = FakeRanks({})
-    tokens, trace = await collect(ranks)
-    assert (tokens, trace.replays, trace.finish_reason, ranks.visited) == (WHOLE, [], "length", ["a"])
-    assert ranks.cancelled == []
+    fakes = FakeRanks({})
+    tokens, trace = await collect(fakes)
+    assert (tokens, trace.replays, trace.finish_reason, fakes.visited) == (WHOLE, [], "length", ["a"])
+    assert fakes.cancelled == []
 
 
 @pytest.mark.parametrize(
@@ -105,23 +116,23 @@ async def test_an_undisturbed_sequence_stays_on_one_rank() -> None:
     ],
 )
 async def test_a_lost_rank_costs_no_token(fault: Exception, cause: str) -> None:
-    ranks = FakeRanks({"a": at(4, fault)})
-    tokens, trace = await collect(ranks)
+    fakes = FakeRanks({"a": at(4, fault)})
+    tokens, trace = await collect(fakes)
     assert tokens == WHOLE
     assert trace.replays == [cause]
-    assert ranks.visited == ["a", "b"]
+    assert fakes.visited == ["a", "b"]
 
 
 async def test_a_rank_that_hands_its_requests_back_costs_no_token() -> None:
-    ranks = FakeRanks({"a": lambda done: poll(end="moved") if done >= 2 else None})
-    tokens, trace = await collect(ranks)
+    fakes = FakeRanks({"a": lambda done: poll(end="moved") if done >= 2 else None})
+    tokens, trace = await collect(fakes)
     assert (tokens, trace.replays) == (WHOLE, ["moved"])
 
 
 async def test_a_hung_rank_is_told_to_forget() -> None:
-    ranks = FakeRanks({"a": at(4, RankUnreachable("silent"))})
-    await collect(ranks)
-    assert ranks.cancelled == [("a", "s.0")]
+    fakes = FakeRanks({"a": at(4, RankUnreachable("silent"))})
+    await collect(fakes)
+    assert fakes.cancelled == [("a", "s.0")]
 
 
 async def test_losing_only_the_last_word_needs_no_replay() -> None:
@@ -142,11 +153,42 @@ async def test_a_busy_rank_is_passed_over_and_all_busy_is_said() -> None:
         await collect(FakeRanks({**busy, "b": lambda _: poll(end="overloaded")}))
 
 
+async def test_a_stream_waits_for_room_however_often_the_others_are_full() -> None:
+    fakes = FakeRanks({"a": at(4, RankUnreachable("gone", is_gone=True)), "b": ends_for(500, "overloaded")})
+    tokens, trace = await collect(fakes)
+    assert (tokens, trace.replays, trace.finish_reason) == (WHOLE, ["died"], "length")
+
+
+async def test_a_request_that_was_taken_once_is_not_told_that_all_are_busy() -> None:
+    fakes = FakeRanks({"a": at(0, RankUnreachable("gone", is_gone=True)), "b": ends_for(3, "overloaded")})
+    tokens, trace = await collect(fakes)
+    assert (tokens, trace.replays) == (WHOLE, ["died"])
+
+
+async def test_any_number_of_full_ranks_is_busy_and_no_failure() -> None:
+    uids = [f"r{i}" for i in range(100)]
+    with pytest.raises(AllBusy):
+        await collect(FakeRanks({uid: lambda _: poll(end="overloaded") for uid in uids}), uids=uids)
+
+
+async def test_ranks_that_take_nothing_for_a_while_are_waited_for_and_are_no_replays() -> None:
+    fakes = FakeRanks({uid: ends_for(100, "moved") for uid in ("a", "b")})
+    tokens, trace = await collect(fakes)
+    assert (tokens, trace.replays) == (WHOLE, [])
+
+
+async def test_waiting_for_room_ends_with_the_patience_for_a_next_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "NO_PROGRESS_S", 0.05)
+    fakes = FakeRanks({"a": at(4, RankUnreachable("gone", is_gone=True)), "b": lambda _: poll(end="overloaded")})
+    with pytest.raises(NoRankLeft, match="1 replay"):
+        await collect(fakes)
+
+
 async def test_a_refusal_is_not_tried_elsewhere() -> None:
-    ranks = FakeRanks({"a": lambda _: poll(end="refused")})
+    fakes = FakeRanks({"a": lambda _: poll(end="refused")})
     with pytest.raises(RequestRefused):
-        await collect(ranks)
-    assert ranks.visited == ["a"]
+        await collect(fakes)
+    assert fakes.visited == ["a"]
 
 
 async def test_without_any_rank_it_gives_up_after_its_patience(monkeypatch: pytest.MonkeyPatch) -> None:

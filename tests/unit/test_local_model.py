@@ -30,6 +30,39 @@ from moe_operator.cluster.local_model import read_model
             64,
             2,
         ),
+        ({"model_type": "lfm2_moe", "num_experts": 8, "num_hidden_layers": 6, "num_dense_layers": 2}, 8, 4),
+        (
+            {
+                "model_type": "jamba",
+                "num_experts": 16,
+                "num_hidden_layers": 8,
+                "expert_layer_period": 2,
+                "expert_layer_offset": 1,
+            },
+            16,
+            4,
+        ),
+        (
+            {
+                "model_type": "nemotron_h",
+                "n_routed_experts": 8,
+                "layers_block_type": ["mamba", "moe", "attention", "moe"],
+            },
+            8,
+            2,
+        ),
+        (
+            {
+                "model_type": "ernie4_5_moe",
+                "moe_num_experts": 8,
+                "num_hidden_layers": 6,
+                "moe_layer_start_index": 1,
+                "moe_layer_end_index": 4,
+                "moe_layer_interval": 2,
+            },
+            8,
+            2,
+        ),
     ],
 )
 def test_experts_and_layers_are_found_under_each_familys_names(
@@ -46,7 +79,25 @@ def test_a_folder_without_weights_is_no_model(tmp_path: Path) -> None:
     assert read_model(tmp_path) is None
 
 
-@pytest.mark.parametrize(("text", "word"), [("{", "config.json"), ("[]", "no JSON object"), ("{}", "not an MoE model")])
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("{", "config.json"),
+        ("[]", "no JSON object"),
+        ("{}", "not an MoE model"),
+        ('{"num_experts": "many"}', "num_experts must be a whole number up to 65536 (got 'many')"),
+        ('{"num_experts": -3}', "num_experts must be"),
+        ('{"num_experts": 8, "num_hidden_layers": 1000000000}', "num_hidden_layers must be"),
+        ('{"num_experts": 8, "num_hidden_layers": 4, "mlp_only_layers": 5}', "config.json"),
+        ('{"text_config": 5}', "config.json"),
+        (
+            '{"model_type": "llama4", "num_local_experts": 8, "num_hidden_layers": 4}',
+            "model family llama4 is not supported",
+        ),
+        ('{"model_type": "unlimited_ocr", "num_experts": 8}', "no request could be replayed"),
+        ('{"model_type": "mixtral", "num_local_experts": 8, "quantization_config": {"bits": 4}}', "quantised"),
+    ],
+)
 def test_a_config_that_cannot_be_served_says_why(tmp_path: Path, text: str, word: str) -> None:
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "config.json").write_text(text)

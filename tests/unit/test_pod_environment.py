@@ -55,6 +55,8 @@ def test_a_good_environment_is_read_whole(environ: dict[str, str]) -> None:
     assert env.token == "a-token-that-is-long-enough"
     assert env.coordinator_url == "http://127.0.0.1:7310"
     assert env.ray_address == "127.0.0.1:6379"
+    assert not env.reattach
+    assert read_pod_env({**environ, "MOERATOR_REATTACH": "1"}).reattach
 
 
 def test_an_empty_environment_names_every_variable() -> None:

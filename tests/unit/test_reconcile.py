@@ -18,12 +18,13 @@ from moe_core.facts import (
     EnsureToken,
     Event,
     Facts,
+    ReportMap,
     Wish,
 )
 from moe_core.outcome import Reason
-from moe_operator.cluster.protocol import Conflict, Key, Refused, RuntimeFace, Unavailable
+from moe_operator.cluster.protocol import Conflict, Foreign, Key, Refused, RuntimeFace, Unavailable
 from moe_operator.metrics import Metrics
-from moe_operator.reconcile import LAST_RETRY_S, Reconciler
+from moe_operator.reconcile import LAST_RETRY_S, Reconciler, describe
 
 KEY = Key("MoEJob", "default", "tiny")
 WISH = Wish("MoEJob", "default", "tiny", "uid-1", generation=2, spec={})
@@ -80,6 +81,9 @@ class FakeCluster:
     async def delete_object(self, wish: Wish, action: DeleteObject) -> None:
         await self._verb("delete-object", action.name)
 
+    async def report_map(self, wish: Wish, action: ReportMap) -> None:
+        await self._verb("report-map", action.name)
+
     async def delete_owner(self, wish: Wish) -> None:
         await self._verb("delete-owner")
 
@@ -112,12 +116,12 @@ def reconciler(
     )
 
 
-async def test_actions_come_in_order_then_one_status_then_events() -> None:
+async def test_actions_come_in_order_then_events_then_one_status() -> None:
     cluster = FakeCluster()
     event = Event("Normal", Reason.PLACED, "placed")
     work = reconciler(cluster, EnsureToken("t"), create("p"), conditions=(READY,), status={"epoch": 1}, events=(event,))
     assert await work.reconcile(KEY) is None
-    assert cluster.done == ["observe", "token t", "create p", "status", "event placed"]
+    assert cluster.done == ["observe", "token t", "create p", "event placed", "status"]
 
 
 async def test_a_status_that_says_the_same_is_not_written_again() -> None:
@@ -126,6 +130,28 @@ async def test_a_status_that_says_the_same_is_not_written_again() -> None:
     await work.reconcile(KEY)
     await work.reconcile(KEY)
     assert cluster.done == ["observe", "status", "observe"]
+
+
+async def test_a_status_that_only_counts_on_is_written_now_and_then_and_any_other_at_once() -> None:
+    cluster = FakeCluster()
+    status: dict[str, Any] = {"epoch": 1, "training": {"step": 1}}
+    work = Reconciler(
+        cluster,
+        metrics=Metrics(),
+        clock=lambda: 0.0,
+        may_apply=lambda: True,
+        calm_s=60,
+        brain=lambda wish, facts, now: Decision(conditions=(READY,), status=dict(status)),
+    )
+    await work.reconcile(KEY)
+    status["training"] = {"step": 2}
+    wake_in = await work.reconcile(KEY)
+    assert wake_in is not None and 59 < wake_in <= 60
+    assert cluster.done == ["observe", "status", "observe"]
+    status["epoch"] = 2
+    assert await work.reconcile(KEY) is None
+    assert cluster.done[-1] == "status"
+    assert cluster.wish is not None and cluster.wish.status["training"] == {"step": 2}
 
 
 async def test_without_the_lease_nothing_is_even_observed() -> None:
@@ -204,12 +230,52 @@ async def retried(work: Reconciler) -> float:
     return wait
 
 
-async def test_a_refusal_is_told_once_in_the_servers_words() -> None:
-    cluster = FakeCluster(faults={"create": [Refused("exceeded quota"), Refused("exceeded quota")]})
-    work = reconciler(cluster, create("p"))
+async def test_what_is_refused_is_decided_on_again_and_reported() -> None:
+    told: list[tuple[str, int, str]] = []
+
+    def brain(wish: Wish, facts: Facts, now: float) -> Decision:
+        told.extend((describe(one.action), one.code, one.message) for one in facts.refused)
+        conditions = (Condition("Progressing", "False", Reason.REFUSED, "quota"),) if facts.refused else ()
+        return Decision(actions=(create("p"), EnsureToken("t"), BindPod("q", "uid", "a")), conditions=conditions)
+
+    refused = Refused("POST /pods: 403 exceeded quota", code=403, said="exceeded quota")
+    cluster = FakeCluster(faults={"create": [refused]})
+    work = Reconciler(cluster, metrics=Metrics(), clock=lambda: 0.0, may_apply=lambda: True, brain=brain)
+    assert await retried(work) > 0
+    assert told == [("CreatePod p", 403, "exceeded quota")]
+    assert cluster.done == ["observe", "observe", "token t", "status"], "no pod is touched behind a refused one"
+    assert cluster.wish is not None and cluster.wish.status["conditions"][0]["reason"] == "Refused"
+
+
+async def test_an_object_of_somebody_else_is_a_fact_too() -> None:
+    seen: list[bool] = []
+
+    def brain(wish: Wish, facts: Facts, now: float) -> Decision:
+        seen.extend(one.is_foreign for one in facts.refused)
+        return Decision(actions=(EnsureToken("t"), create("p")))
+
+    cluster = FakeCluster(faults={"token": [Foreign("Secret t exists and has no owner")]})
+    work = Reconciler(cluster, metrics=Metrics(), clock=lambda: 0.0, may_apply=lambda: True, brain=brain)
     await retried(work)
+    assert seen == [True]
+    assert cluster.done == ["observe"], "no pod mounts somebody else's Secret"
+
+
+async def test_an_event_that_could_not_be_told_is_told_again_and_one_that_is_refused_stops_no_status() -> None:
+    event = Event("Normal", Reason.PLACED, "placed")
+    cluster = FakeCluster(faults={"event": [Unavailable("too many"), Refused("no right")]})
+    work = reconciler(cluster, conditions=(READY,), status={"epoch": 1}, events=(event,))
     await retried(work)
-    assert cluster.done == ["observe", "event exceeded quota", "observe"]
+    assert cluster.done == ["observe"]
+    work._not_before.clear()
+    await work.reconcile(KEY)
+    assert cluster.done == ["observe", "observe", "status"]
+
+
+async def test_an_owner_whose_deletion_is_refused_says_so() -> None:
+    cluster = FakeCluster(faults={"delete-owner": [Refused("a finalizer")]})
+    await retried(reconciler(cluster, DeleteOwner("uid-1"), conditions=(READY,)))
+    assert cluster.done == ["observe", "status"]
 
 
 async def test_an_object_that_breaks_the_brain_is_counted_and_tried_again() -> None:

@@ -23,6 +23,8 @@ class RuntimeWish(WireModel):
     expert_map: ExpertMap
     dead_pod_uids: tuple[str, ...] = ()
     """Pods proven gone (process reaped, or removed by the API server): the coordinator may vouch for it."""
+    newest_epoch: int = Field(default=0, ge=0)
+    """The newest epoch the operator remembers: a coordinator that starts beside no living rank counts on from it."""
 
 
 RankPhase = Literal["Starting", "Loading", "Ready", "Active", "Draining", "Left", "Failed"]
@@ -91,6 +93,8 @@ class RuntimeState(WireModel):
     epoch: int = 0
     map_digest: str = ""
     ranks: tuple[RankState, ...] = ()
+    member_uids: tuple[str, ...] = ()
+    """Pods of the committed members, those that do not report among them."""
     coverage: Coverage | None = None
     training: TrainingProgress | None = None
     serving: ServingProgress | None = None

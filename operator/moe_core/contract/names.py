@@ -21,6 +21,16 @@ COORDINATOR_PORT = 7310
 GATEWAY_PORT = 8000
 RAY_PORT = 6379
 
+CONFIG_DIR = "/etc/moerator/config"
+TOKEN_DIR = "/etc/moerator/token"
+STATE_DIR = "/var/lib/moerator"
+OWN_MOUNTS = (CONFIG_DIR, TOKEN_DIR, STATE_DIR, "/tmp", "/dev/shm")
+"""Where every pod has a volume of ours: its root is read-only."""
+OWN_VOLUMES = "moerator-"
+"""How the names of these volumes begin."""
+OWN_ENV = "MOERATOR_"
+"""How the names of our environment variables begin."""
+
 _SHORT_KIND = {"MoEJob": "job", "MoEService": "svc"}
 
 

@@ -18,6 +18,7 @@ ENV_POD_UID = "MOERATOR_POD_UID"
 ENV_POD_IP = "MOERATOR_POD_IP"  # 127.0.0.1 in the local shell
 ENV_CONFIG = "MOERATOR_CONFIG"  # path of the RuntimeConfig JSON
 ENV_TOKEN_FILE = "MOERATOR_TOKEN_FILE"  # path of the bearer token of the control faces; Ray's token is derived from it
+ENV_REATTACH = "MOERATOR_REATTACH"  # role=coordinator: "1" when it replaces one and pods of the group may live
 ENV_STATE_DIR = "MOERATOR_STATE_DIR"  # scratch that outlives a container restart (Ray's embedded store)
 ENV_SHARED_RAY = "MOERATOR_SHARED_RAY"  # local shell: "1" when pods of ranks share one Ray node that already runs
 

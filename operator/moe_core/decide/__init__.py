@@ -2,9 +2,10 @@
 
 Pure and level-triggered: the same wish, facts and moment give the same decision, whatever happened before; what must be
 remembered lies in the resource's own status (memory.py). Read in this order: accept (is it possible), crew (who
-lives), gang, place and helpers (pods), follow (what the group is told), cycle (all of it once), job and service.
+lives), gang, place and helpers (pods), follow (what the group is told), maps, cycle (all of it once), job and service.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from moe_core.decide.accept import Accepted, Refusal, accept
@@ -12,6 +13,7 @@ from moe_core.decide.cycle import everything_goes
 from moe_core.decide.drill import decide_drill
 from moe_core.decide.job import after_the_end, decide_job
 from moe_core.decide.memory import Memory, condition_in, is_true
+from moe_core.decide.refusals import with_refusals
 from moe_core.decide.report import events_of
 from moe_core.decide.service import at_rest, decide_service
 from moe_core.facts import Action, Condition, Decision, Facts, Wish
@@ -22,12 +24,16 @@ MANAGER = "moerator.dev/operator"
 __all__ = ["MANAGER", "decide"]
 
 
-def decide(wish: Wish, facts: Facts, now: float) -> Decision:  # noqa: PLR0911 - one way out per kind of wish
+def decide(wish: Wish, facts: Facts, now: float) -> Decision:
     """What to do now. Never raises for anything a user wrote: a bad wish is refused by a condition."""
+    if wish.kind == "MoEDrill" and not wish.deleting:
+        return decide_drill(wish, facts, now)
+    return with_refusals(wish, facts, _decide(wish, facts, now))
+
+
+def _decide(wish: Wish, facts: Facts, now: float) -> Decision:
     if wish.deleting:  # in a cluster the garbage collector follows the owner references
         return Decision(actions=tuple(everything_goes(facts)) if facts.local else (), status=_kept(wish))
-    if wish.kind == "MoEDrill":
-        return decide_drill(wish, facts, now)
     manager = wish.spec.get("managedBy")
     if isinstance(manager, str) and manager != MANAGER:
         return _left_alone(wish, manager)
@@ -55,22 +61,53 @@ def _left_alone(wish: Wish, manager: str) -> Decision:
 
 
 def _refused(wish: Wish, refusal: Refusal, facts: Facts, now: float) -> Decision:
-    """Nothing is created. What already runs is left as it is: an edit that is refused must not hurt."""
+    """Nothing new is created. A group that has formed is kept as it was accepted, and kept healthy."""
     told = Condition("Accepted", "False", refusal.reason, refusal.message)
     memory = Memory.of(wish.status)
-    if wish.kind == "MoEService" and refusal.reason == Reason.COVERAGE_IMPOSSIBLE and memory.wish_ranks:
-        before = replace(wish, spec={**wish.spec, "parallelism": {"expert": memory.wish_ranks}})
-        accepted = accept(before, facts)
-        if isinstance(accepted, Accepted):  # the size that runs is kept, and kept healthy
-            return decide_service(wish, accepted, facts, now, refused=told)
-    conditions = [told]
-    if condition_in(wish.status, "Ready") is None:
-        conditions.append(Condition("Ready", "False", refusal.reason, refusal.message))
-    status = {**_kept(wish), "observedGeneration": wish.generation, "message": refusal.message}
-    actions: list[Action] = []
     if wish.spec.get("suspend") is True:  # stopping needs no acceptance
-        actions = everything_goes(facts)
-        status = {**status, "epoch": 0, "memory": at_rest(memory, facts, now).as_status()}
+        status = {"epoch": 0, "memory": at_rest(memory, facts, now).as_status()}
+        return _put_off(wish, told, status, actions=everything_goes(facts))
+    for before in _as_it_was(wish, memory) if memory.epoch else ():
+        accepted = accept(before, _as_they_were(before, facts, memory))
+        if isinstance(accepted, Accepted):
+            go_on = decide_job if wish.kind == "MoEJob" else decide_service
+            return go_on(wish, accepted, facts, now, refused=told)
+    return _put_off(wish, told, {})
+
+
+def _as_it_was(wish: Wish, memory: Memory) -> Iterator[Wish]:
+    """The wish with the model that was accepted, then also with the size and the copies that run."""
+    spec = dict(wish.spec)
+    if isinstance(spec.get("model"), Mapping) and wish.kind == "MoEService" and memory.num_experts:
+        spec["model"] = {**spec["model"], "numExperts": memory.num_experts, "numMoeLayers": memory.num_layers}
+    yield replace(wish, spec=spec)
+    if memory.wish_ranks:
+        spec["parallelism"] = {"expert": memory.wish_ranks}
+    if wish.kind == "MoEService":
+        experts = spec.get("experts")
+        ran = {"redundantPerRank": memory.redundant_per_rank, "minCopies": 1}
+        spec["experts"] = {**experts, **ran} if isinstance(experts, Mapping) else ran
+    yield replace(wish, spec=spec)
+
+
+def _as_they_were(wish: Wish, facts: Facts, memory: Memory) -> Facts:
+    """The facts with what was accepted before in place of what has changed without anybody's edit."""
+    constraint = wish.spec.get("topologyConstraint")
+    if isinstance(constraint, Mapping) and memory.levels:
+        facts = replace(facts, topologies={**facts.topologies, str(constraint.get("topologyName")): memory.levels})
+    if wish.kind == "MoEService":
+        facts = replace(facts, model=None)
+    return replace(facts, foreign=(), refused=tuple(one for one in facts.refused if not one.is_foreign))
+
+
+def _put_off(wish: Wish, told: Condition, status: Mapping[str, object], *, actions: Sequence[Action] = ()) -> Decision:
+    """What is there stays as it is, and nobody says that it is well."""
+    before = condition_in(wish.status, "Ready")
+    unknown = before is not None and before.get("status") != "False"
+    ready = Condition("Ready", "Unknown" if unknown else "False", told.reason, told.message)
     return Decision(
-        actions=tuple(actions), conditions=tuple(conditions), status=status, events=events_of(wish.status, [told])
+        actions=tuple(actions),
+        conditions=(told, ready),
+        status={**_kept(wish), "observedGeneration": wish.generation, "message": told.message, **status},
+        events=events_of(wish.status, [told]),
     )

@@ -1,7 +1,10 @@
 """From a wish to a Plan, or to the reason why not. A refusal comes before any pod exists."""
 
+import re
 from dataclasses import dataclass
 
+from moe_core.contract.families import why_refused
+from moe_core.decide.refusals import foreign_names
 from moe_core.experts.assign import even_slots
 from moe_core.facts import Facts, Wish
 from moe_core.manifests.config import job_config, service_config
@@ -9,7 +12,7 @@ from moe_core.manifests.plan import Plan
 from moe_core.outcome import InvalidInput, InvalidSpec, Reason
 from moe_core.spec.common import PodTemplate, TopologyConstraint
 from moe_core.spec.job import MoEJobSpec
-from moe_core.spec.kinds import MAX_NAME
+from moe_core.spec.kinds import MAX_NAME, NAME_PATTERN
 from moe_core.spec.load import parse_spec
 from moe_core.spec.service import MoEServiceSpec
 from moe_core.topology.quantity import request_of
@@ -18,6 +21,8 @@ from moe_core.topology.shape import Pack
 from moe_core.topology.tree import depth_of
 
 MAX_PROBLEMS_TOLD = 5
+MAX_SLOTS = 16384
+"""Per layer, over all ranks: what an ExpertMap can hold, and what is planned in a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,9 @@ def accept(wish: Wish, facts: Facts) -> Accepted | Refusal:  # noqa: PLR0911 - e
     if len(wish.name) > MAX_NAME:
         told = f"metadata.name: must have at most {MAX_NAME} characters: pods are named after it (got {len(wish.name)})"
         return Refusal(Reason.INVALID_SPEC, told)
+    if re.fullmatch(NAME_PATTERN, wish.name) is None:  # an API server with older CRDs lets it through
+        told = f"metadata.name: must match {NAME_PATTERN}: Services are named after it (got {wish.name!r})"
+        return Refusal(Reason.INVALID_SPEC, told)
     try:
         spec = _parse(wish)
     except InvalidSpec as invalid:
@@ -55,8 +63,9 @@ def accept(wish: Wish, facts: Facts) -> Accepted | Refusal:  # noqa: PLR0911 - e
         needs = _needs(spec.template)
     except InvalidInput as error:
         return Refusal(Reason.INVALID_SPEC, f"spec.template.spec.resources: {error}")
-    if facts.foreign:
-        names = ", ".join(sorted(facts.foreign))
+    foreign = foreign_names(facts)
+    if foreign:
+        names = ", ".join(foreign)
         return Refusal(Reason.FOREIGN_OBJECT, f"{names} exists and belongs to somebody else; delete it or rename this")
     plan = _plan(wish, spec, facts, shape, pack, needs)
     refused = _coverage(plan, spec)
@@ -73,6 +82,9 @@ def _experts_of(spec: MoEJobSpec | MoEServiceSpec, facts: Facts) -> tuple[int, i
     if facts.model is not None and facts.model.problem:
         return Refusal(Reason.MODEL_NOT_SUPPORTED, facts.model.problem)
     if isinstance(spec, MoEJobSpec):
+        refused = why_refused(spec.model.shape.family, from_shape=True)
+        if refused is not None:
+            return Refusal(Reason.MODEL_NOT_SUPPORTED, f"spec.model.shape.family: {refused}")
         if facts.model is not None:
             return facts.model.num_experts, facts.model.num_moe_layers
         return spec.model.shape.num_experts, spec.model.shape.num_hidden_layers
@@ -152,7 +164,7 @@ def _plan(  # noqa: PLR0917
         num_experts=shape[0],
         num_layers=shape[1],
         redundant_per_rank=serving.experts.redundant_per_rank if serving else 0,
-        policy="deepseek" if serving and serving.experts.policy == "DeepSeek" else "linear",
+        policy="linear",  # the only one in the schema: the others need a load, and none is planned with yet
         max_restarts=spec.failure_policy.max_restarts,
         num_gateways=serving.gateway.replicas if serving else 0,
         template=spec.template,
@@ -160,12 +172,20 @@ def _plan(  # noqa: PLR0917
         pack=pack,
         config=job_config(wish, spec, facts) if isinstance(spec, MoEJobSpec) else service_config(wish, spec, facts),
         default_image=facts.default_image,
+        network=facts.network,
     )
 
 
 def _coverage(plan: Plan, spec: MoEJobSpec | MoEServiceSpec) -> Refusal | None:
     """A size whose slots cannot hold what the spec promises is refused."""
     min_copies = spec.experts.min_copies if isinstance(spec, MoEServiceSpec) else 1
+    per_layer = plan.num_experts + plan.num_ranks * plan.redundant_per_rank
+    if per_layer > MAX_SLOTS:
+        told = (
+            f"spec.experts.redundantPerRank: {plan.redundant_per_rank} on each of {plan.num_ranks} ranks and "
+            f"{plan.num_experts} experts make {per_layer} slots per layer, at most {MAX_SLOTS} are possible"
+        )
+        return Refusal(Reason.INVALID_SPEC, told)
     slots = even_slots(plan.num_experts, plan.num_ranks, redundant_per_rank=plan.redundant_per_rank)
     useful = sum(min(count, plan.num_experts) for count in slots)
     wanted = plan.num_experts * min_copies
@@ -176,10 +196,7 @@ def _coverage(plan: Plan, spec: MoEJobSpec | MoEServiceSpec) -> Refusal | None:
             f"need {wanted}; raise experts.redundantPerRank by {lacking} or parallelism.expert"
         )
         return Refusal(Reason.COVERAGE_IMPOSSIBLE, told)
-    try:
-        least = plan.least_copies(plan.num_ranks)
-    except InvalidInput as error:
-        return Refusal(Reason.COVERAGE_IMPOSSIBLE, f"policy {plan.policy}: {error}")
+    least = plan.least_copies(plan.num_ranks)
     if least >= min_copies:
         return None
     told = f"{plan.num_ranks} ranks can give some experts only {least} of {min_copies} copies; raise parallelism.expert"

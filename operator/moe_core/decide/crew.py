@@ -1,6 +1,6 @@
 """The pods of one owner as they are: who lives, who is dead and why, who is leaving. No decision is taken here."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moe_core.contract.exchange import RankState, RuntimeState
@@ -41,10 +41,10 @@ class Seat:
         return self.live is not None and not self.live.gated and self.live.node is not None
 
 
-def seats(facts: Facts, now: float, role: str) -> dict[int, Seat]:
-    """Every index of this role that has any pod, in order."""
+def seats(facts: Facts, now: float, role: str, *, silent: Mapping[str, str] | None = None) -> dict[int, Seat]:
+    """Every index of this role that has any pod, in order. `silent`: uid -> why, of ranks to be taken for dead."""
     nodes = {node.name: node for node in facts.nodes}
-    failed = _failed_uids(facts.runtime) if role == ROLE_RANK else {}
+    failed = {**_failed_uids(facts.runtime), **(silent or {})} if role == ROLE_RANK else {}
     by_index: dict[int, list[PodFact]] = {}
     for pod in sorted(facts.pods, key=lambda p: (p.index, p.incarnation, p.uid)):
         if pod.role == role:
@@ -118,13 +118,23 @@ def active_uids(runtime: RuntimeState | None) -> frozenset[str]:
     return frozenset(uid for uid, state in states_of(runtime).items() if state.phase == "Active")
 
 
+def may_take_part(pod: PodFact, runtime: RuntimeState | None) -> bool:
+    """Whether this pod may be in a group that no status remembers: it runs, and no coordinator has heard of it.
+
+    One that is away cannot say, one that has just started does not know yet.
+    """
+    return not pod.gated and pod.phase != "Pending" and pod.uid not in states_of(runtime)
+
+
 def proven_dead(facts: Facts) -> tuple[str, ...]:
     """uids of rank pods of which no process can be left: reaped, or removed from the API.
 
-    A pod on a lost node is not proven dead: its process may well go on without us.
+    A pod on a lost node is not proven dead: its process may well go on without us. Nobody has to have seen a pod die:
+    survivors tell whom they miss, and whoever is missing among the pods is gone.
     """
     pods = {pod.uid: pod for pod in facts.pods}
     uids = [pod.uid for pod in facts.pods if pod.role == ROLE_RANK and pod.phase in ("Failed", "Succeeded")]
     if facts.runtime is not None:
-        uids += [state.pod_uid for state in facts.runtime.ranks if state.pod_uid not in pods]
+        known = (*(state.pod_uid for state in facts.runtime.ranks), *facts.runtime.member_uids)
+        uids += [uid for uid in known if uid not in pods]
     return tuple(sorted(set(uids)))

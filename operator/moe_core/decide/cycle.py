@@ -4,13 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moe_core.contract.names import ROLE_COORDINATOR, ROLE_GATEWAY, ROLE_RANK
-from moe_core.decide.crew import Seat, seats
+from moe_core.decide.crew import Seat, may_take_part, seats
 from moe_core.decide.follow import Following, follow, release_leavers
 from moe_core.decide.gang import Steps, fill, remember
 from moe_core.decide.helpers import tend
+from moe_core.decide.maps import report_maps
 from moe_core.decide.memory import Memory, condition_in
 from moe_core.decide.place import bind
 from moe_core.decide.report import Counts, count
+from moe_core.decide.silence import listen
 from moe_core.facts import Action, Condition, DeleteObject, DeletePod, EnsureToken, Event, Facts, Wish
 from moe_core.manifests.objects import wanted_objects
 from moe_core.manifests.plan import Plan
@@ -39,21 +41,22 @@ class Cycle:
         return self.filled.restarts + len(self.filled.replaced)
 
 
-def run_cycle(plan: Plan, memory: Memory, facts: Facts, now: float, *, keep_finished: bool = False) -> Cycle:
+def run_cycle(plan: Plan, memory: Memory, facts: Facts, now: float) -> Cycle:
     """Everything but completion and suspension."""
     epoch = max(memory.epoch, facts.runtime.epoch if facts.runtime is not None else 0)
     memory = replace(memory, epoch=epoch)
     formed = epoch > 0
-    ranks, gateways = seats(facts, now, ROLE_RANK), seats(facts, now, ROLE_GATEWAY)
+    silence = listen(memory, facts, now, num_ranks=plan.num_ranks)
+    ranks, gateways = seats(facts, now, ROLE_RANK, silent=silence.dead), seats(facts, now, ROLE_GATEWAY)
     coordinator = seats(facts, now, ROLE_COORDINATOR)
     following = follow(plan, memory, facts, ranks)
 
     seen, base = remember(plan.num_ranks, memory, ranks, planned=False)
-    filled = fill(plan, now, ranks=ranks, seen=seen, base=base, keep_finished=keep_finished)
+    filled = fill(plan, now, ranks=ranks, seen=seen, base=base)
     ran = min(memory.wish_ranks or plan.num_ranks, plan.num_ranks) if formed else 0
     bound = bind(plan, facts, ranks=ranks, helpers=[*coordinator.values(), *gateways.values()], formed=ran)
     helpers, helper_waking = _helpers(plan, ranks, coordinator, gateways, now, starting=bool(bound.actions) or formed)
-    stranded = _stranded(ranks, now) if bound.no_fit is not None and not formed else None
+    stranded = _stranded(ranks, facts, now) if bound.no_fit is not None and not formed else None
     if stranded is not None and stranded <= 0:
         undone = [seat.live for _, seat in sorted(ranks.items()) if seat.live is not None and seat.is_placed]
         bound.undo = [DeletePod(pod.name, pod.uid) for pod in undone]
@@ -66,6 +69,7 @@ def run_cycle(plan: Plan, memory: Memory, facts: Facts, now: float, *, keep_fini
         *helpers,
         *following.actions,
         *release_leavers(plan, facts, following, ranks, formed=formed),
+        *report_maps(plan.expert_map(following.num_ranks), facts, now),
     )
     memory = replace(
         memory,
@@ -76,6 +80,12 @@ def run_cycle(plan: Plan, memory: Memory, facts: Facts, now: float, *, keep_fini
         wish_ranks=following.num_ranks if facts.runtime is not None else memory.wish_ranks,
         dead_pod_uids=following.dead_pod_uids,
         started_at=memory.started_at if memory.started_at is not None else now,
+        heard=silence.heard,
+        silent_since=silence.since,
+        num_experts=plan.num_experts,
+        num_layers=plan.num_layers,
+        redundant_per_rank=plan.redundant_per_rank,
+        levels=plan.pack.levels,
     )
     return Cycle(
         actions=actions,
@@ -91,18 +101,20 @@ def run_cycle(plan: Plan, memory: Memory, facts: Facts, now: float, *, keep_fini
         no_fit=bound.no_fit,
         following=following,
         formed=formed,
-        waking=(*filled.waking, *helper_waking, *([] if stranded is None else [max(stranded, 0.05)])),
+        waking=(*filled.waking, *helper_waking, *silence.waking, *([] if stranded is None else [max(stranded, 0.05)])),
     )
 
 
-def _stranded(ranks: Mapping[int, Seat], now: float) -> float | None:
-    """Seconds until a half started gang is undone, None if nothing of it is placed.
+def _stranded(ranks: Mapping[int, Seat], facts: Facts, now: float) -> float | None:
+    """Seconds until a half started gang is undone, None if nothing of it is placed or it may serve already.
 
     A part of it was started (the operator died between two bindings, or a node went away at once) and the rest finds no
     room: it gives its room back and waits as a whole, so that two such gangs can never wait for each other.
     """
-    placed = [seat.live.created_at for seat in ranks.values() if seat.live is not None and seat.is_placed]
-    return min(placed) + STRANDED_S - now if placed else None
+    placed = [seat.live for seat in ranks.values() if seat.live is not None and seat.is_placed]
+    if not placed or any(may_take_part(pod, facts.runtime) for pod in placed):
+        return None
+    return min(pod.created_at for pod in placed) + STRANDED_S - now
 
 
 def _helpers(
@@ -117,7 +129,9 @@ def _helpers(
     """Coordinator and gateways start with the ranks, not before: a gang that waits for room must not hold any."""
     if not (starting or coordinator or any(seat.is_placed for seat in ranks.values())):
         return [], []
-    first, waking = tend(plan, ROLE_COORDINATOR, 1, coordinator, now)
+    others = [*ranks.values(), *gateways.values()]
+    runs = any(seat.live is not None and seat.live.phase == "Running" for seat in others)
+    first, waking = tend(plan, ROLE_COORDINATOR, 1, coordinator, now, reattach=runs)
     second, more = tend(plan, ROLE_GATEWAY, plan.num_gateways, gateways, now)
     return [*first, *second], [*waking, *more]
 
@@ -129,7 +143,7 @@ def _objects(plan: Plan, facts: Facts, num_ranks: int) -> list[Action]:
     actions: list[Action] = [] if ("Secret", plan.child("token")) in have else [EnsureToken(plan.child("token"))]
     actions += [obj for obj in wanted if have.get((obj.kind, obj.name)) != obj.digest]
     names = [(obj.kind, obj.name) for obj in wanted]
-    stale = sorted(key for key in have if key[0] in ("ExpertMap", "Service") and key not in names)
+    stale = sorted(key for key in have if key[0] in ("ExpertMap", "NetworkPolicy", "Service") and key not in names)
     return [*actions, *(DeleteObject(kind, name) for kind, name in stale)]
 
 
@@ -146,10 +160,18 @@ def placed_condition(plan: Plan, cycle: Cycle) -> Condition:
     return Condition("Placed", "False", Reason.PLACING, told)
 
 
+def progressing(cycle: Cycle, ready: Condition) -> Condition:
+    if ready.reason in (Reason.ALL_ACTIVE, Reason.RUNTIME_FAILED, Reason.BUDGET_EXHAUSTED, Reason.COORDINATOR_AWAY):
+        return Condition("Progressing", "False", Reason.STABLE, "nothing to do")
+    if cycle.no_fit is not None:
+        return Condition("Progressing", "False", Reason.NO_FIT, "waiting for room")
+    return Condition("Progressing", "True", ready.reason, ready.message)
+
+
 def is_forming(wish: Wish, cycle: Cycle) -> bool:
     """The first epoch is there and its ranks report one after the other; nobody was lost since the start."""
     before = condition_in(wish.status, "Ready") or {}
-    early = before.get("reason") in (None, Reason.STARTING, Reason.FORMING, Reason.NO_FIT)
+    early = before.get("reason") in (None, Reason.STARTING, Reason.FORMING, Reason.NO_FIT, Reason.REFUSED)
     return early and not cycle.filled.lost and cycle.counts.allocated == cycle.counts.desired
 
 

@@ -22,6 +22,10 @@ from moe_core.spec.others import MoEDrillSpec
 
 LOOK_AGAIN_S = 0.5
 RESEND_AFTER_S = 5.0
+LOOK_FOR_TARGET_S = 5.0
+ACCEPT_WITHIN_S = 30.0
+SEND_WITHIN_S = 30.0
+"""A coordinator that is replaced answers again well before that."""
 _FAULT: Mapping[str, Literal["kill", "hang"]] = {"KillRank": "kill", "HangRank": "hang"}
 
 
@@ -33,19 +37,21 @@ def decide_drill(wish: Wish, facts: Facts, now: float) -> Decision:
         spec = parse_spec(MoEDrillSpec, wish.spec)
     except InvalidSpec as invalid:
         told = "; ".join(str(problem) for problem in invalid.problems)
-        return _refused(wish, kept, Reason.INVALID_SPEC, told)
+        return _not_injected(wish, kept, Reason.INVALID_SPEC, told)
     injection = _injection(kept)
     if injection is None:
         return _arm(wish, spec, facts.target, kept, now)
-    return _watch(wish, spec, facts.target, injection, kept, now)
+    return _watch(wish, spec, facts, injection, kept, now)
 
 
-def _refused(wish: Wish, kept: Mapping[str, Any], reason: Reason, told: str, wake_in: float | None = None) -> Decision:
+def _refused(wish: Wish, kept: Mapping[str, Any], reason: Reason, told: str, now: float) -> Decision:
+    """Looked at again for a while: drill and target may be applied in any order."""
+    if now - wish.created_at > ACCEPT_WITHIN_S:
+        return _not_injected(wish, kept, reason, told)
     conditions = (Condition("Accepted", "False", reason, told), Condition("Complete", "False", reason, told))
     status = {**kept, "observedGeneration": wish.generation, "message": told}
-    return Decision(
-        conditions=conditions, status=status, events=events_of(wish.status, conditions[:1]), wake_in=wake_in
-    )
+    events = events_of(wish.status, conditions[:1])
+    return Decision(conditions=conditions, status=status, events=events, wake_in=LOOK_FOR_TARGET_S)
 
 
 def _pending(wish: Wish, kept: Mapping[str, Any], reason: Reason, told: str) -> Decision:
@@ -62,18 +68,15 @@ def _arm(wish: Wish, spec: MoEDrillSpec, target: TargetFact | None, kept: Mappin
     """Choose the pod and write it down; nothing is injured yet."""
     name = f"{spec.target.kind} {spec.target.name}"
     if target is None:
-        return _refused(wish, kept, Reason.TARGET_NOT_FOUND, f"{name} does not exist in {wish.namespace}", 5.0)
+        return _refused(wish, kept, Reason.TARGET_NOT_FOUND, f"{name} does not exist in {wish.namespace}", now)
     if target.wish.spec.get("drills") != "Allowed":
-        return _refused(wish, kept, Reason.DRILLS_FORBIDDEN, f"{name} does not say drills: Allowed", 5.0)
+        return _refused(wish, kept, Reason.DRILLS_FORBIDDEN, f"{name} does not say drills: Allowed", now)
     pod = _pod(target, spec.target.rank)
     if pod is None or pod.uid not in active_uids(target.runtime):
         return _pending(wish, kept, Reason.TARGET_NOT_READY, f"{name} has no active rank {spec.target.rank}")
     if not is_true(target.wish.status, "Ready"):
         return _pending(wish, kept, Reason.TARGET_NOT_READY, f"{name} is not Ready; a drill starts from a whole group")
-    failed, degraded = totals(target.runtime)
-    injection = Injection(
-        spec.target.rank, pod.uid, at=now, armed_at=now, requests_failed=failed, tokens_degraded=degraded
-    )
+    injection = Injection(spec.target.rank, pod.uid, at=now, armed_at=now)
     told = f"about to injure {pod.name} by {spec.fault.type}"
     conditions = (
         Condition("Accepted", "True", Reason.ACCEPTED, "the target allows drills"),
@@ -82,7 +85,7 @@ def _arm(wish: Wish, spec: MoEDrillSpec, target: TargetFact | None, kept: Mappin
     )
     return Decision(
         conditions=conditions,
-        status=_status(wish, kept, injection, Seen(), told, sent=False),
+        status=_status(wish, kept, injection, Seen(last=totals(target.runtime)), told, sent=False),
         events=events_of(wish.status, conditions[:1]),
         wake_in=0.05,
     )
@@ -91,12 +94,13 @@ def _arm(wish: Wish, spec: MoEDrillSpec, target: TargetFact | None, kept: Mappin
 def _watch(  # noqa: PLR0917
     wish: Wish,
     spec: MoEDrillSpec,
-    target: TargetFact | None,
+    facts: Facts,
     injection: Injection,
     kept: Mapping[str, Any],
     now: float,
 ) -> Decision:
     """Send the fault (the time counts from here), then look until there is a verdict."""
+    target = facts.target
     name = f"{spec.target.kind} {spec.target.name}"
     sent = kept["memory"].get("sent") is True
     if not sent:
@@ -104,6 +108,10 @@ def _watch(  # noqa: PLR0917
     seen = _seen(kept)
     if target is not None:
         seen = look(injection, seen, target.runtime, num_ranks=_num_ranks(target), now=now)
+    if not sent and seen.detected_s is None:  # else an operator that died had sent it
+        hindered = _hindered(name, facts, injection, now)
+        if hindered is not None:
+            return _not_injected(wish, kept, *hindered)
     verdict = judge(injection, seen, Slo(spec.slo.max_requests_failed, spec.slo.restored_within_seconds), now=now)
     actions: list[Action] = []
     lost = now - injection.at > RESEND_AFTER_S and seen.detected_s is None and _is_untouched(target, injection)
@@ -117,6 +125,34 @@ def _watch(  # noqa: PLR0917
         events=events_of(wish.status, conditions),
         wake_in=LOOK_AGAIN_S if verdict is None else None,
     )
+
+
+def _hindered(name: str, facts: Facts, injection: Injection, now: float) -> tuple[Reason, str] | None:
+    """Why the fault cannot be sent, None while it can."""
+    target = facts.target
+    if target is None:
+        return Reason.TARGET_NOT_FOUND, f"{name} was deleted before the fault was sent"
+    for one in facts.refused:
+        return Reason.REFUSED, f"the coordinator of {name} refused the fault: {one.code} {one.message}"
+    if target.runtime is not None and all(pod.uid != injection.pod_uid or pod.deleting for pod in target.pods):
+        return Reason.TARGET_NOT_FOUND, f"the pod of rank {injection.rank} of {name} went before the fault was sent"
+    waited = now - injection.armed_at
+    if waited > SEND_WITHIN_S:
+        return Reason.COORDINATOR_AWAY, f"no coordinator of {name} took the fault in {waited:.0f} s"
+    return None
+
+
+def _not_injected(wish: Wish, kept: Mapping[str, Any], reason: Reason, why: str) -> Decision:
+    """The end of a drill that has hurt nobody, and so has shown nothing."""
+    told = f"nothing was injured: {why}"
+    conditions = (
+        Condition("Accepted", "False" if _injection(kept) is None else "True", reason, why),
+        Condition("Injected", "False", reason, told),
+        Condition("Complete", "True", reason, told),
+        Condition("Failed", "True", reason, told),
+    )
+    status = {**kept, "observedGeneration": wish.generation, "message": told, "verdict": "Failed"}
+    return Decision(conditions=conditions, status=status, events=events_of(wish.status, conditions))
 
 
 def _conditions(told: str, verdict: Verdict | None) -> tuple[Condition, ...]:
@@ -160,12 +196,12 @@ def _injection(kept: Mapping[str, Any]) -> Injection | None:
         pod_uid=str(memory["podUid"]),
         at=int(memory["atMilliseconds"]) / 1000,
         armed_at=int(memory["armedMilliseconds"]) / 1000,
-        requests_failed=int(memory["requestsFailedBefore"]),
-        tokens_degraded=int(memory["tokensDegradedBefore"]),
     )
 
 
 def _seen(kept: Mapping[str, Any]) -> Seen:
+    memory = kept["memory"]
+
     def seconds(key: str) -> float | None:
         return float(kept[key]) if key in kept else None
 
@@ -175,6 +211,7 @@ def _seen(kept: Mapping[str, Any]) -> Seen:
         restored_s=seconds("restoredSeconds"),
         requests_failed=int(kept.get("requestsFailed", 0)),
         tokens_degraded=int(kept.get("tokensDegraded", 0)),
+        last=(int(memory["lastRequestsFailed"]), int(memory["lastTokensDegraded"])),
     )
 
 
@@ -200,8 +237,8 @@ def _status(
             "podUid": injection.pod_uid,
             "atMilliseconds": round(injection.at * 1000),
             "armedMilliseconds": round(injection.armed_at * 1000),
-            "requestsFailedBefore": injection.requests_failed,
-            "tokensDegradedBefore": injection.tokens_degraded,
+            "lastRequestsFailed": seen.last[0],
+            "lastTokensDegraded": seen.last[1],
             "sent": sent,
         },
     }

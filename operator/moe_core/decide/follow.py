@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from moe_core.contract.base import digest_of
 from moe_core.contract.exchange import RuntimeState, RuntimeWish
-from moe_core.decide.crew import Seat, proven_dead, states_of
+from moe_core.decide.crew import Seat, may_take_part, proven_dead, states_of
 from moe_core.decide.memory import MAX_DEAD_PODS, Memory
 from moe_core.facts import Action, DeletePod, Facts, PutWish
 from moe_core.manifests.plan import Plan
@@ -67,7 +67,13 @@ def follow(plan: Plan, memory: Memory, facts: Facts, ranks: Mapping[int, Seat]) 
     if digest != memory.wish_digest or generation == 0 or heard_of > generation:
         # the last: a wish was put, and the status that should remember it was never written
         generation = max(generation, heard_of) + 1
-    wish = RuntimeWish(generation=generation, ranks=tuple(range(size)), expert_map=expert_map, dead_pod_uids=dead)
+    wish = RuntimeWish(
+        generation=generation,
+        ranks=tuple(range(size)),
+        expert_map=expert_map,
+        dead_pod_uids=dead,
+        newest_epoch=memory.epoch,
+    )
     heard = facts.put_generation == generation
     return Following(
         num_ranks=size,
@@ -96,8 +102,7 @@ def release_leavers(
         if pod is None:
             continue
         state = states.get(pod.uid)
-        # Without a coordinator's word a running pod may be a member, whatever an unwritten status has forgotten.
-        never_in = pod.gated or (not formed and (facts.runtime is not None or pod.phase == "Pending"))
+        never_in = pod.gated or not (formed or may_take_part(pod, facts.runtime))
         out = state is not None and state.phase in _OUT
         settled = following.in_force(facts.runtime) and (state is None or state.phase not in _MEMBER)
         if never_in or (told and (out or settled)):

@@ -60,16 +60,16 @@ def fill(
     ranks: Mapping[int, Seat],
     seen: Sequence[int],
     base: Sequence[int],
-    keep_finished: bool,
 ) -> Steps:
-    """Create what is missing and clear what is dead. `keep_finished`: a rank that ended well stays as it is (jobs)."""
+    """Create what is missing and clear what is dead.
+
+    A rank that ended well is as dead as any: the end of a job is told by the runtime, its ranks wait until they go.
+    """
     steps = Steps()
     steps.restarts = sum(max(0, s - b - 1) for s, b in zip(seen, base, strict=True))
     left = plan.max_restarts - steps.restarts
     for rank in range(plan.num_ranks):
         seat = ranks.get(rank, Seat(ROLE_RANK, rank, None))
-        if keep_finished and _finished(seat):
-            continue
         if seat.live is not None:
             steps.actions += _clear(seat)
             if seat.suspect_until is not None:
@@ -96,10 +96,6 @@ def fill(
         steps.actions += _clear(seat, but_running=True)
         steps.replaced.append((rank, seen[rank] + 1, why))
     return steps
-
-
-def _finished(seat: Seat) -> bool:
-    return seat.live is None and seat.newest is not None and seat.newest.phase == "Succeeded"
 
 
 def _why_lost(seat: Seat) -> str:

@@ -10,8 +10,10 @@ from moe_core.manifests.plan import Plan
 from moe_core.manifests.pods import create_pod
 
 
-def tend(plan: Plan, role: str, count: int, seats: Mapping[int, Seat], now: float) -> tuple[list[Action], list[float]]:
-    """Actions, and seconds after which to look again."""
+def tend(
+    plan: Plan, role: str, count: int, seats: Mapping[int, Seat], now: float, *, reattach: bool = False
+) -> tuple[list[Action], list[float]]:
+    """Actions, and seconds after which to look again. `reattach`: others of the group run already."""
     assert role in (ROLE_COORDINATOR, ROLE_GATEWAY), role
     actions: list[Action] = []
     waking: list[float] = []
@@ -23,7 +25,7 @@ def tend(plan: Plan, role: str, count: int, seats: Mapping[int, Seat], now: floa
             if wait > 0:
                 waking.append(wait)
                 continue
-            actions.append(create_pod(plan, role, index=index, incarnation=seat.highest + 1))
+            actions.append(create_pod(plan, role, index=index, incarnation=seat.highest + 1, reattach=reattach))
         elif seat.suspect_until is not None:
             waking.append(seat.suspect_until - now)
         actions += [DeletePod(pod.name, pod.uid) for pod, _ in seat.dead]

@@ -9,6 +9,7 @@ from moe_core.decide.cycle import (
     everything_goes,
     is_forming,
     placed_condition,
+    progressing,
     run_cycle,
     soonest,
     starting_note,
@@ -21,8 +22,14 @@ from moe_core.outcome import InvalidSpec, Reason
 from moe_core.spec.job import MoEJobSpec
 from moe_core.spec.load import parse_spec
 
+_TRAINING = Condition("Progressing", "True", Reason.RUNNING, "training")
+_OVER = Condition("Progressing", "False", Reason.STABLE, "nothing to do")
 
-def decide_job(wish: Wish, accepted: Accepted, facts: Facts, now: float) -> Decision:
+
+def decide_job(
+    wish: Wish, accepted: Accepted, facts: Facts, now: float, *, refused: Condition | None = None
+) -> Decision:
+    """`refused` is the Accepted condition of a job that runs and would not be accepted now."""
     spec = accepted.spec
     assert isinstance(spec, MoEJobSpec), type(spec)
     memory = Memory.of(wish.status)
@@ -31,19 +38,20 @@ def decide_job(wish: Wish, accepted: Accepted, facts: Facts, now: float) -> Deci
     over = _outcome(spec, memory, facts, now)
     if over is not None:
         return _end(wish, accepted, memory, facts, now, over)
-    cycle = run_cycle(accepted.plan, memory, facts, now, keep_finished=True)
+    cycle = run_cycle(accepted.plan, memory, facts, now)
     if cycle.filled.exhausted:
         lost = "; ".join(f"rank {rank}: {why}" for rank, why in sorted(cycle.filled.lost.items()))
         told = f"{cycle.filled.restarts} of {accepted.plan.max_restarts} restarts used; {lost}"
         return _end(wish, accepted, memory, facts, now, Condition("Failed", "True", Reason.BUDGET_EXHAUSTED, told))
     ready = _ready(wish, cycle, facts)
     conditions = (
-        Condition("Accepted", "True", Reason.ACCEPTED, accepted.note),
+        refused or Condition("Accepted", "True", Reason.ACCEPTED, accepted.note),
         Condition("Suspended", "False", Reason.RUNNING, "not suspended"),
         placed_condition(accepted.plan, cycle),
         ready,
         Condition("Complete", "False", Reason.RUNNING, _progress(facts) or "not done yet"),
         Condition("Failed", "False", Reason.RUNNING, "has not failed"),
+        _TRAINING if ready.status == "True" else progressing(cycle, ready),
     )
     waking = [*cycle.waking]
     if spec.active_deadline_seconds is not None and cycle.memory.started_at is not None:
@@ -67,9 +75,6 @@ def _outcome(spec: MoEJobSpec, memory: Memory, facts: Facts, now: float) -> Cond
         return Condition("Complete", "True", Reason.COMPLETED, told)
     if runtime is not None and runtime.failure:
         return Condition("Failed", "True", Reason.RUNTIME_FAILED, runtime.failure)
-    ended = [pod.index for pod in facts.pods if pod.role == "rank" and pod.phase == "Succeeded"]
-    if set(ended) >= set(range(spec.parallelism.expert)):
-        return Condition("Complete", "True", Reason.COMPLETED, f"all {spec.parallelism.expert} ranks ended well")
     if spec.active_deadline_seconds is not None and memory.started_at is not None:
         ran = now - memory.started_at
         if ran >= spec.active_deadline_seconds:
@@ -98,10 +103,10 @@ def _ready(wish: Wish, cycle: Cycle, facts: Facts) -> Condition:
     if runtime is None:
         told = f"no coordinator answers; {counts.available} of {counts.desired} ranks running go on without it"
         return Condition("Ready", "Unknown", Reason.COORDINATOR_AWAY, told)
-    told = f"{counts.active} of {counts.desired} ranks active; {_progress(facts) or 'no step yet'}"
+    told = f"{counts.active} of {counts.desired} ranks active"
     if counts.active < counts.desired:
         return Condition("Ready", "False", Reason.FORMING if is_forming(wish, cycle) else Reason.RANK_LOST, told)
-    return Condition("Ready", "True", Reason.ALL_ACTIVE, f"{counts.active} of {counts.desired} ranks active")
+    return Condition("Ready", "True", Reason.ALL_ACTIVE, told)
 
 
 def _end(  # noqa: PLR0917
@@ -115,6 +120,7 @@ def _end(  # noqa: PLR0917
         Condition("Ready", "False", outcome.reason, outcome.message),
         outcome,
         Condition(other, "False", outcome.reason, outcome.message),
+        _OVER,
     )
     memory = replace(memory, completed_at=now)
     counts = count(accepted.plan.num_ranks, ranks, facts.runtime)
@@ -148,4 +154,4 @@ def after_the_end(wish: Wish, facts: Facts, now: float) -> Decision:
         elif not facts.pods:
             actions.append(DeleteOwner(wish.uid))
     status = {**status, "restarts": wish.status.get("restarts", 0)}
-    return Decision(actions=tuple(actions), conditions=(), status=status, wake_in=wake_in)
+    return Decision(actions=tuple(actions), conditions=(_OVER,), status=status, wake_in=wake_in)

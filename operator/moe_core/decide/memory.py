@@ -28,6 +28,17 @@ class Memory:
     """Ranks that took part in steps when a coordinator last answered."""
     dead_pod_uids: tuple[str, ...] = ()
     """The newest pods that are proven gone."""
+    num_experts: int = 0
+    num_layers: int = 0
+    """Logical experts and MoE layers of the model as last accepted."""
+    redundant_per_rank: int = 0
+    """As last accepted."""
+    levels: tuple[tuple[str, str], ...] = ()
+    """Levels of the ClusterTopology as last accepted."""
+    heard: tuple[int, ...] = ()
+    """Highest incarnation that a coordinator has heard of, by rank."""
+    silent_since: tuple[tuple[int, float], ...] = ()
+    """(rank, time) of ranks that run, were heard before, and are missed."""
     started_at: float | None = None
     completed_at: float | None = None
 
@@ -44,6 +55,14 @@ class Memory:
             epoch=_int(status.get("epoch")),
             active=_int(ranks.get("active")) if isinstance(ranks := status.get("ranks"), Mapping) else 0,
             dead_pod_uids=tuple(str(uid) for uid in kept.get("deadPodUids", ()))[-MAX_DEAD_PODS:],
+            num_experts=_int(kept.get("numExperts")),
+            num_layers=_int(kept.get("numLayers")),
+            redundant_per_rank=_int(kept.get("redundantPerRank")),
+            levels=tuple((str(level["name"]), str(level["nodeLabel"])) for level in kept.get("levels", ())),
+            heard=_ints(kept.get("heard")),
+            silent_since=tuple(
+                (_int(one.get("rank")), _int(one.get("atMilliseconds")) / 1000) for one in kept.get("silentSince", ())
+            ),
             started_at=seconds_of(status.get("startTime")),
             completed_at=seconds_of(status.get("completionTime")),
         )
@@ -56,6 +75,12 @@ class Memory:
             "wishDigest": self.wish_digest,
             "wishRanks": self.wish_ranks,
             "deadPodUids": list(self.dead_pod_uids),
+            "heard": list(self.heard),
+            "silentSince": [{"rank": rank, "atMilliseconds": round(at * 1000)} for rank, at in self.silent_since],
+            "numExperts": self.num_experts,
+            "numLayers": self.num_layers,
+            "redundantPerRank": self.redundant_per_rank,
+            "levels": [{"name": name, "nodeLabel": label} for name, label in self.levels],
         }
 
     def incarnation(self, rank: int) -> int:

@@ -10,6 +10,7 @@ from moe_core.decide.cycle import (
     everything_goes,
     is_forming,
     placed_condition,
+    progressing,
     run_cycle,
     soonest,
     starting_note,
@@ -38,7 +39,7 @@ def decide_service(
         ready,
         coverage,
         _degraded(wish, cycle, facts, coverage),
-        _progressing(cycle, ready),
+        progressing(cycle, ready),
     )
     return Decision(
         actions=cycle.actions,
@@ -84,8 +85,8 @@ def suspended(wish: Wish, accepted: Accepted, memory: Memory, facts: Facts, now:
         conditions += [
             Condition("ExpertCoverage", "False", Reason.SUSPENDED, told),
             Condition("Degraded", "False", Reason.SUSPENDED, told),
-            Condition("Progressing", "True" if left else "False", Reason.SUSPENDED, told),
         ]
+    conditions.append(Condition("Progressing", "True" if left else "False", Reason.SUSPENDED, told))
     return Decision(
         actions=tuple(everything_goes(facts)),
         conditions=tuple(conditions),
@@ -168,11 +169,3 @@ def _degraded(wish: Wish, cycle: Cycle, facts: Facts, coverage: Condition) -> Co
         told = f"serving without rank {_listed(missing)}; every expert has a live copy"
         return Condition("Degraded", "True", Reason.RANK_LOST, told)
     return Condition("Degraded", "False", Reason.STABLE, "every member is active, every expert has a live copy")
-
-
-def _progressing(cycle: Cycle, ready: Condition) -> Condition:
-    if ready.reason in (Reason.ALL_ACTIVE, Reason.RUNTIME_FAILED, Reason.BUDGET_EXHAUSTED, Reason.COORDINATOR_AWAY):
-        return Condition("Progressing", "False", Reason.STABLE, "nothing to do")
-    if cycle.no_fit is not None:
-        return Condition("Progressing", "False", Reason.NO_FIT, "waiting for room")
-    return Condition("Progressing", "True", ready.reason, ready.message)

@@ -21,9 +21,6 @@ class Injection:
     at: float
     armed_at: float
     """When the pod was chosen; the fault cannot be older, even if it was sent twice over a crash."""
-    requests_failed: int = 0
-    """Requests that had failed, and tokens that were degraded, before."""
-    tokens_degraded: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +29,10 @@ class Seen:
     degraded_s: float | None = None
     restored_s: float | None = None
     requests_failed: int = 0
+    """Requests failed and tokens degraded since the pod was chosen: every rise of the target's counts."""
     tokens_degraded: int = 0
+    last: tuple[int, int] = (0, 0)
+    """Both counts as the target last told them; they fall back when a coordinator or a gateway starts anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def look(injection: Injection, before: Seen, runtime: RuntimeState | None, *, nu
     """What has been seen by now; what was seen before stays."""
     if runtime is None:
         return before
-    failed, degraded = totals(runtime)
+    failed, degraded = (max(0, new - old) for new, old in zip(totals(runtime), before.last, strict=True))
     recovery = next(
         (
             r
@@ -79,8 +79,9 @@ def look(injection: Injection, before: Seen, runtime: RuntimeState | None, *, nu
         detected_s=detected_s,
         degraded_s=degraded_s,
         restored_s=restored_s,
-        requests_failed=max(before.requests_failed, failed - injection.requests_failed),
-        tokens_degraded=max(before.tokens_degraded, degraded - injection.tokens_degraded),
+        requests_failed=before.requests_failed + failed,
+        tokens_degraded=before.tokens_degraded + degraded,
+        last=totals(runtime),
     )
 
 

@@ -1,4 +1,4 @@
-"""Owned objects that are not pods: ConfigMap, Services, and the ExpertMap in slices that fit into etcd."""
+"""Owned objects that are not pods: ConfigMap, Services, policies, and the ExpertMap in slices that fit into etcd."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ from moe_core.contract.base import digest_of
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.names import ROLE_COORDINATOR, ROLE_GATEWAY
 from moe_core.facts import ApplyObject
+from moe_core.manifests import network
 from moe_core.manifests.plan import Plan
 from moe_core.manifests.pods import CONFIG_KEY
 from moe_core.spec.others import ExpertMapSpec, MapLayer
@@ -18,7 +19,6 @@ Owner = tuple[str, str]
 """(kind, name)."""
 MAX_SLICE_BYTES = 200 * 1024
 """An ExpertMap object stays under 256 KiB with its metadata; etcd refuses 1.5 MiB."""
-GATEWAY_SERVICE_PORT = 80
 
 
 def wanted_objects(plan: Plan, expert_map: ExpertMap) -> list[ApplyObject]:
@@ -27,6 +27,7 @@ def wanted_objects(plan: Plan, expert_map: ExpertMap) -> list[ApplyObject]:
         _config_map(plan),
         _coordinator_service(plan),
         *([_gateway_service(plan)] if plan.num_gateways else []),
+        *_network_policies(plan),
         *_expert_maps(plan, expert_map),
     ]
 
@@ -72,6 +73,16 @@ def _gateway_service(plan: Plan) -> ApplyObject:
         "ports": [{"name": "openai", "protocol": "TCP", "port": port, "targetPort": port}],
     }
     return _apply((plan.kind, plan.name), "Service", "gateway", {"spec": spec})
+
+
+def _network_policies(plan: Plan) -> list[ApplyObject]:
+    """None where the operator does not know where it runs itself: a policy would shut it out."""
+    if plan.network is None:
+        return []
+    return [
+        _apply((plan.kind, plan.name), "NetworkPolicy", what, {"spec": spec}, api_version=network.API_VERSION)
+        for what, spec in network.network_policies(plan, plan.network).items()
+    ]
 
 
 def _expert_maps(plan: Plan, expert_map: ExpertMap) -> Sequence[ApplyObject]:

@@ -10,6 +10,7 @@ from moe_core.contract.names import child_name, pod_name
 from moe_core.contract.runtime_config import RuntimeConfig
 from moe_core.experts.assign import Policy, assign, even_slots
 from moe_core.experts.measure import copies_of_logical
+from moe_core.facts import NetworkFact
 from moe_core.spec.common import PodTemplate
 from moe_core.topology.room import Needs
 from moe_core.topology.shape import Pack
@@ -33,6 +34,7 @@ class Plan:
     pack: Pack
     config: RuntimeConfig
     default_image: str = ""
+    network: NetworkFact | None = None
 
     def child(self, what: str) -> str:
         return child_name(self.kind, self.name, what)

@@ -9,13 +9,14 @@ from typing import Any
 
 from moe_core.contract import names
 from moe_core.contract.base import digest_of
-from moe_core.contract.names import ROLE_COORDINATOR, ROLE_GATEWAY, ROLE_RANK
+from moe_core.contract.names import CONFIG_DIR, ROLE_COORDINATOR, ROLE_GATEWAY, ROLE_RANK, STATE_DIR, TOKEN_DIR
 from moe_core.contract.runtime_config import (
     ENV_CONFIG,
     ENV_POD_IP,
     ENV_POD_NAME,
     ENV_POD_UID,
     ENV_RANK,
+    ENV_REATTACH,
     ENV_ROLE,
     ENV_STATE_DIR,
     ENV_TOKEN_FILE,
@@ -23,9 +24,6 @@ from moe_core.contract.runtime_config import (
 from moe_core.facts import CreatePod
 from moe_core.manifests.plan import Plan, merged
 
-CONFIG_DIR = "/etc/moerator/config"
-TOKEN_DIR = "/etc/moerator/token"
-STATE_DIR = "/var/lib/moerator"
 CONFIG_KEY = "config.json"
 TOKEN_KEY = "token"
 USER_ID = 10001
@@ -34,9 +32,9 @@ USER_ID = 10001
 HELPER_REQUEST = {"cpu": "100m", "memory": "768Mi"}
 
 
-def create_pod(plan: Plan, role: str, *, index: int, incarnation: int) -> CreatePod:
-    """The action that creates one pod; ranks are gated."""
-    manifest = _manifest(plan, role, index, incarnation)
+def create_pod(plan: Plan, role: str, *, index: int, incarnation: int, reattach: bool = False) -> CreatePod:
+    """The action that creates one pod; ranks are gated. `reattach`: a coordinator among pods that run already."""
+    manifest = _manifest(plan, role, index, incarnation, reattach=reattach)
     return CreatePod(
         name=manifest["metadata"]["name"],
         role=role,
@@ -47,7 +45,7 @@ def create_pod(plan: Plan, role: str, *, index: int, incarnation: int) -> Create
     )
 
 
-def _manifest(plan: Plan, role: str, index: int, incarnation: int) -> dict[str, Any]:
+def _manifest(plan: Plan, role: str, index: int, incarnation: int, *, reattach: bool) -> dict[str, Any]:
     labels = {
         **names.owner_labels(plan.kind, plan.name),
         names.LABEL_ROLE: role,
@@ -59,6 +57,8 @@ def _manifest(plan: Plan, role: str, index: int, incarnation: int) -> dict[str, 
     if role == ROLE_RANK:
         labels[names.LABEL_RANK] = str(index)
     spec = _spec(plan, role, index)
+    if reattach:
+        spec["containers"][0]["env"].append({"name": ENV_REATTACH, "value": "1"})
     annotations = {names.ANNOTATION_SPEC_DIGEST: digest_of(repr(spec))}
     return {
         "apiVersion": "v1",
@@ -173,8 +173,7 @@ def _env(plan: Plan, role: str, index: int) -> list[dict[str, Any]]:
     ]
     if role == ROLE_RANK:
         ours.append({"name": ENV_RANK, "value": str(index)})
-    taken = {entry["name"] for entry in ours}
-    theirs = {entry.name: entry.value for entry in plan.template.spec.env if entry.name not in taken}
+    theirs = {entry.name: entry.value for entry in plan.template.spec.env}
     home = {} if "HOME" in theirs else {"HOME": "/tmp"}
     return [*ours, *({"name": name, "value": value} for name, value in sorted({**home, **theirs}.items()))]
 
@@ -195,7 +194,8 @@ def _volumes(plan: Plan) -> list[dict[str, Any]]:
         {"name": "moerator-tmp", "emptyDir": {}},
         {"name": "moerator-shm", "emptyDir": {"medium": "Memory"}},
     ]
-    return [*ours, *(dict(volume) for volume in plan.template.spec.volumes)]
+    theirs = plan.template.spec.volumes
+    return [*ours, *(volume.model_dump(mode="json", by_alias=True, exclude_none=True) for volume in theirs)]
 
 
 def _mounts(plan: Plan) -> list[dict[str, Any]]:

@@ -1,9 +1,11 @@
 """Parts that MoEJob and MoEService share."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field
 
+from moe_core.contract.names import OWN_ENV, OWN_MOUNTS, OWN_VOLUMES
 from moe_core.spec.base import Rule, SpecModel
 
 DnsLabel = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
@@ -20,6 +22,14 @@ Quantity = Annotated[
 LabelValue = Annotated[str, Field(pattern=r"^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$", max_length=63)]
 ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
 Decimal = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?$", max_length=32)]
+
+
+Source = dict[str, Any]
+SOURCES = (
+    *("configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "fc", "hostPath", "image", "iscsi", "nfs"),
+    *("persistentVolumeClaim", "projected", "secret"),
+)
+"""What a volume may come from, by wire name; those that Kubernetes has given up are left out."""
 
 
 class Parallelism(SpecModel):
@@ -70,6 +80,33 @@ class VolumeMount(SpecModel):
     sub_path: str | None = Field(default=None, max_length=1024)
 
 
+class Volume(SpecModel):
+    """A Kubernetes volume; its source is given to the pod as it is written here."""
+
+    name: DnsLabel
+    config_map: Source | None = None
+    csi: Source | None = None
+    downward_api: Source | None = Field(default=None, alias="downwardAPI")
+    empty_dir: Source | None = None
+    ephemeral: Source | None = None
+    fc: Source | None = None
+    host_path: Source | None = None
+    image: Source | None = None
+    iscsi: Source | None = None
+    nfs: Source | None = None
+    persistent_volume_claim: Source | None = None
+    projected: Source | None = None
+    secret: Source | None = None
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            f"[{', '.join(f'has(self.{source})' for source in SOURCES)}].filter(given, given).size() == 1",
+            f"a volume has exactly one of {', '.join(SOURCES)}",
+            lambda volume: sum(value is not None for name, value in volume if name != "name") == 1,
+        ),
+    )
+
+
 class Resources(SpecModel):
     requests: dict[str, Quantity] = Field(
         default_factory=dict, max_length=64, description="Per rank; GPUs as an extended resource."
@@ -101,13 +138,44 @@ class PodSpec(SpecModel):
     resources: Resources = Resources()
     env: tuple[EnvVar, ...] = Field(default=(), max_length=64)
     volume_mounts: tuple[VolumeMount, ...] = Field(default=(), max_length=64)
-    volumes: tuple[dict[str, Any], ...] = Field(
-        default=(), max_length=64, description="Kubernetes volumes, as in a pod."
-    )
+    volumes: tuple[Volume, ...] = Field(default=(), max_length=64, description="Kubernetes volumes, as in a pod.")
     node_selector: dict[str, LabelValue] = Field(default_factory=dict, max_length=64)
     tolerations: tuple[Toleration, ...] = Field(default=(), max_length=64)
     priority_class_name: ObjectName | None = None
     runtime_class_name: ObjectName | None = None
+
+    rules: ClassVar[tuple[Rule, ...]] = (  # has(): the API server checks the default {} before its own defaults
+        Rule(
+            f"!has(self.env) || self.env.all(a, !a.name.startsWith('{OWN_ENV}') && "
+            "self.env.exists_one(b, b.name == a.name))",
+            f"env must have distinct names, none of which starts with {OWN_ENV}",
+            lambda pod: _distinct([e.name for e in pod.env], not_starting=OWN_ENV),
+        ),
+        Rule(
+            f"!has(self.volumes) || self.volumes.all(a, !a.name.startsWith('{OWN_VOLUMES}') && "
+            "self.volumes.exists_one(b, b.name == a.name))",
+            f"volumes must have distinct names, none of which starts with {OWN_VOLUMES}",
+            lambda pod: _distinct([v.name for v in pod.volumes], not_starting=OWN_VOLUMES),
+        ),
+        Rule(
+            "!has(self.volumeMounts) || self.volumeMounts.all(m, has(self.volumes) && "
+            "self.volumes.exists(v, v.name == m.name))",
+            "volumeMounts must name volumes of this template",
+            lambda pod: {mount.name for mount in pod.volume_mounts} <= {volume.name for volume in pod.volumes},
+        ),
+        Rule(
+            "!has(self.volumeMounts) || self.volumeMounts.all(a, "
+            f"!(a.mountPath in [{', '.join(map(repr, OWN_MOUNTS))}]) && "
+            "self.volumeMounts.exists_one(b, b.mountPath == a.mountPath))",
+            f"volumeMounts must have distinct paths, other than moerator's own {', '.join(OWN_MOUNTS)}",
+            lambda pod: _distinct([m.mount_path for m in pod.volume_mounts], none_of=OWN_MOUNTS),
+        ),
+    )
+
+
+def _distinct(names: Sequence[str], *, not_starting: str = "\n", none_of: Sequence[str] = ()) -> bool:
+    taken = any(name.startswith(not_starting) or name in none_of for name in names)
+    return not taken and len(set(names)) == len(names)
 
 
 class PodTemplate(SpecModel):

@@ -3,7 +3,6 @@
 The files under crds/ are written from here; a test regenerates and compares them.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,8 @@ from pydantic_core import to_jsonable_python
 
 from moe_core.contract.names import GROUP, VERSION
 from moe_core.spec.base import SpecModel
-from moe_core.spec.kinds import KINDS, MAX_NAME, Column, ResourceKind
+from moe_core.spec.kinds import KINDS, NAME_PATTERN, Column, ResourceKind
+from moe_core.spec.yaml_text import KUBERNETES_FLOAT
 
 _KEPT = (
     "type",
@@ -28,8 +28,6 @@ _KEPT = (
     "maxItems",
     "maxProperties",
 )
-KUBERNETES_FLOAT = re.compile(r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?$")
-"""What Kubernetes' YAML reader takes for a number; PyYAML wants a dot and a sign in the exponent."""
 _MAX_ITEMS, _MAX_PROPERTIES = 64, 64
 """Bounds where the model gives none: without them the API server refuses CEL for its estimated cost."""
 
@@ -105,9 +103,13 @@ def _root_schema(kind: ResourceKind) -> dict[str, Any]:
         },
         "x-kubernetes-validations": [
             {
-                "rule": f"size(self.metadata.name) <= {MAX_NAME}",
-                "message": f"metadata.name must have at most {MAX_NAME} characters: pods are named after it",
-            }
+                "rule": f"size(self.metadata.name) <= {kind.max_name}",
+                "message": f"metadata.name must have at most {kind.max_name} characters: pods are named after it",
+            },
+            {
+                "rule": f"self.metadata.name.matches('{NAME_PATTERN}')",
+                "message": f"metadata.name must match {NAME_PATTERN}: a DNS label that begins with a letter",
+            },
         ],
     }
 

@@ -10,6 +10,8 @@ from moe_core.spec.service import MoEServiceSpec
 
 MAX_NAME = 40
 """Pods are named after their owner; their names must stay valid host names."""
+NAME_PATTERN = "^[a-z]([-a-z0-9]*[a-z0-9])?$"
+"""Services are named after their owner, and a Service's name is a DNS label that begins with a letter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,7 @@ class ResourceKind:
     model: type[SpecModel]
     columns: tuple[Column, ...]
     namespaced: bool = True
+    max_name: int = 63
     scale_path: str | None = None
     """Field of the spec that `kubectl scale` sets."""
 
@@ -65,6 +68,7 @@ KINDS: tuple[ResourceKind, ...] = (
             Column("Epoch", ".status.epoch", "integer", wide=True),
             _reason("Ready"),
         ),
+        max_name=MAX_NAME,
     ),
     ResourceKind(
         "MoEService",
@@ -81,6 +85,7 @@ KINDS: tuple[ResourceKind, ...] = (
             Column("Epoch", ".status.epoch", "integer", wide=True),
             _reason("Ready"),
         ),
+        max_name=MAX_NAME,
         scale_path=".spec.parallelism.expert",
     ),
     ResourceKind(
@@ -91,8 +96,12 @@ KINDS: tuple[ResourceKind, ...] = (
         (
             Column("Generation", ".spec.generation", "integer"),
             Column("Digest", ".spec.digest"),
-            Column("Experts", ".spec.numLogicalExperts", "integer"),
+            Column("Applied", ".status.appliedDigest"),
+            Column("Coverage%", ".status.coveragePercent", "integer"),
             AGE,
+            Column("Experts", ".spec.numLogicalExperts", "integer", wide=True),
+            Column("Epoch", ".status.epoch", "integer", wide=True),
+            Column("Balance%", ".status.balancednessPercent", "integer", wide=True),
             Column("Policy", ".spec.policy", wide=True),
         ),
     ),

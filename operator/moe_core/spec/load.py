@@ -7,8 +7,7 @@
 import difflib
 import functools
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,13 +17,14 @@ from pydantic_core import ErrorDetails
 
 from moe_core.contract.names import API_VERSION
 from moe_core.outcome import InvalidSpec, Problem
+from moe_core.spec import yaml_text
 from moe_core.spec.base import SpecModel
-from moe_core.spec.crd import KUBERNETES_FLOAT, schema_of
-from moe_core.spec.kinds import KIND_OF_NAME, MAX_NAME
+from moe_core.spec.crd import schema_of
+from moe_core.spec.kinds import KIND_OF_NAME, ResourceKind
+from moe_core.spec.metadata import Metadata
 
 Model = TypeVar("Model", bound=SpecModel)
 _schema = functools.cache(schema_of)
-_NAME = re.compile(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
 _TOP_LEVEL = ("apiVersion", "kind", "metadata", "spec", "status")
 
 
@@ -40,35 +40,25 @@ class Document:
     line: int
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as Kubernetes reads it: an unquoted date stays text, a key may not stand twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[object] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str | int | bool | float) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
-            seen.add(str(key) if isinstance(key, dict | list) else key)
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", KUBERNETES_FLOAT, list("-+.0123456789"))
-
-
-def parse_spec(model: type[Model], spec: Mapping[str, Any]) -> Model:
-    """Parse one spec. Raises InvalidSpec with every Problem."""
+def parse_spec(model: type[Model], spec: Mapping[str, Any], *, where: str = "spec") -> Model:
+    """Parse one spec, or another part of a resource: `where` names it. Raises InvalidSpec with every Problem."""
     try:
-        parsed = model.model_validate_json(json.dumps(_without_nulls(spec), default=str))
+        parsed = model.model_validate_json(json.dumps(_without_nulls(spec), default=str), by_alias=True, by_name=False)
     except ValidationError as error:
-        raise InvalidSpec([_problem(model, detail) for detail in error.errors()]) from error
-    if broken := _broken_rules(parsed, "spec"):
+        raise InvalidSpec([_problem(model, where, detail) for detail in error.errors()]) from error
+    if broken := _broken_rules(parsed, where):
         raise InvalidSpec(broken)
     return parsed
+
+
+def broken_changes(model: type[SpecModel], old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Problem]:
+    """What of a change the API server would refuse (`oldSelf`). Raises InvalidSpec when one of the two is none."""
+    before, after = parse_spec(model, old), parse_spec(model, new)
+    return [
+        Problem("spec", rule.keeps(after), rule.message)
+        for rule in model.rules
+        if rule.keeps is not None and rule.keeps(before) != rule.keeps(after)
+    ]
 
 
 def _without_nulls(value: Any) -> Any:
@@ -85,13 +75,9 @@ def read_documents(text: str) -> list[Document]:
     """
     documents: list[Document] = []
     problems: list[Problem] = []
-    loader = _Loader(text)
     try:
-        while loader.check_node():
-            node = loader.get_node()
-            if node is None or (isinstance(node, yaml.ScalarNode) and node.value == ""):
-                continue
-            found = _read_one(loader.construct_document(node), node)
+        for node, value in yaml_text.documents(text):
+            found = _read_one(value, node)
             if isinstance(found, Document):
                 documents.append(found)
             else:
@@ -99,10 +85,8 @@ def read_documents(text: str) -> list[Document]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark is not None else "document"
-        what = getattr(error, "problem", None) or str(error)
+        what = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise InvalidSpec([Problem(where, _line(text, mark), f"this is not YAML: {what}")]) from error
-    finally:
-        loader.dispose()
     if not documents and not problems:
         problems.append(Problem("document", "", "the file holds no resource"))
     if problems:
@@ -147,25 +131,29 @@ def _envelope_problems(value: Any) -> list[Problem]:
     if not isinstance(kind, str) or kind not in KIND_OF_NAME:
         hint = _did_you_mean(str(kind), tuple(KIND_OF_NAME))
         problems.append(Problem("kind", kind, f"must be one of {', '.join(KIND_OF_NAME)}", hint))
-    problems.extend(_metadata_problems(value.get("metadata")))
+    problems.extend(_metadata_problems(value.get("metadata"), KIND_OF_NAME.get(str(kind))))
     if not isinstance(value.get("spec"), dict):
         problems.append(Problem("spec", value.get("spec"), "is required and must be a mapping"))
     return problems
 
 
-def _metadata_problems(metadata: Any) -> list[Problem]:
-    if not isinstance(metadata, dict) or "name" not in metadata:
-        return [Problem("metadata.name", None, "is required")]
-    name = metadata["name"]
-    if not isinstance(name, str) or not _NAME.match(name):
-        return [Problem("metadata.name", name, "must be lower case letters, digits and '-'")]
-    if len(name) > MAX_NAME:
-        return [Problem("metadata.name", name, f"must have at most {MAX_NAME} characters: pods are named after it")]
+def _metadata_problems(metadata: Any, kind: ResourceKind | None) -> Sequence[Problem]:
+    if not isinstance(metadata, dict):
+        return [Problem("metadata", metadata, "is required and must be a mapping with a name")]
+    try:
+        written = parse_spec(Metadata, metadata, where="metadata")
+    except InvalidSpec as invalid:
+        return invalid.problems
+    if kind is not None and len(written.name) > kind.max_name:
+        told = f"must have at most {kind.max_name} characters: pods are named after it"
+        return [Problem("metadata.name", written.name, told)]
+    if kind is not None and not kind.namespaced and written.namespace is not None:
+        return [Problem("metadata.namespace", written.namespace, f"a {kind.kind} belongs to no namespace")]
     return []
 
 
-def _problem(model: type[SpecModel], detail: ErrorDetails) -> Problem:
-    path = "spec" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"])
+def _problem(model: type[SpecModel], where: str, detail: ErrorDetails) -> Problem:
+    path = where + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"])
     match detail["type"]:
         case "extra_forbidden":
             known = _fields_at(model, detail["loc"][:-1])

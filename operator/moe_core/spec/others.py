@@ -54,7 +54,9 @@ class MoEDrillSpec(SpecModel):
     fault: DrillFault
     slo: DrillSlo = DrillSlo()
 
-    rules: ClassVar[tuple[Rule, ...]] = (Rule("self == oldSelf", "a drill cannot be changed; create another MoEDrill"),)
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule("self == oldSelf", "a drill cannot be changed; create another MoEDrill", keeps=lambda spec: spec),
+    )
 
 
 class MapLayer(SpecModel):

@@ -37,7 +37,10 @@ class Experts(SpecModel):
         default=0, ge=0, le=4096, description="Slots per rank and layer beyond an even share."
     )
     min_copies: int = Field(default=1, ge=1, le=64, description="Live copies every logical expert must have by plan.")
-    policy: Literal["Linear", "DeepSeek"] = Field(default="Linear", description="How experts are assigned to slots.")
+    policy: Literal["Linear"] = Field(
+        default="Linear",
+        description="How experts are assigned to slots: in order over the ranks, copies of one on distinct ranks.",
+    )
     fallback: Literal["Generalist", "Drop", "Refuse"] = Field(
         default="Generalist",
         description="What answers for an expert without a live copy; Refuse fails the request instead.",
@@ -87,6 +90,14 @@ class MoEServiceSpec(SpecModel):
             unchangeable(field, lever="create another MoEService")
             for field in ("model", "serving", "topologyConstraint", "drills", "template")
         ),
-        Rule("self.experts.fallback == oldSelf.experts.fallback", "experts.fallback cannot be changed"),
-        Rule("self.gateway.port == oldSelf.gateway.port", "gateway.port cannot be changed"),
+        Rule(
+            "self.experts.fallback == oldSelf.experts.fallback",
+            "experts.fallback cannot be changed",
+            keeps=lambda spec: spec.experts.fallback,
+        ),
+        Rule(
+            "self.gateway.port == oldSelf.gateway.port",
+            "gateway.port cannot be changed",
+            keeps=lambda spec: spec.gateway.port,
+        ),
     )

@@ -7,7 +7,7 @@ becomes one of the errors of protocol.py, and every change passes the fence at t
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import aiohttp
@@ -108,6 +108,18 @@ class KubeApi:
         except NotFound:
             return None
 
+    async def watch(
+        self, session: aiohttp.ClientSession, path: str, *, timeout_s: int, **params: str
+    ) -> AsyncIterator[Object]:
+        """Events of one watch, bookmarks among them, until the server ends it after `timeout_s`."""
+        query = {"watch": "true", "allowWatchBookmarks": "true", "timeoutSeconds": str(timeout_s), **params}
+        limits = aiohttp.ClientTimeout(total=timeout_s + 10, sock_connect=self._timeout_s)
+        async with session.get(self.url + path, params=query, timeout=limits) as answer:
+            if answer.status >= 400:
+                raise _error("WATCH", path, answer.status, answer.headers, await answer.read())
+            async for line in answer.content:
+                yield json.loads(line)
+
     async def create(self, path: str, body: Mapping[str, Any], *, fenced: bool = True, **params: str) -> Object:
         return await self._request("POST", path, body, params=params, fenced=fenced)
 
@@ -171,7 +183,7 @@ def _error(method: str, path: str, status: int, headers: Mapping[str, str], text
         return Conflict(message)
     if status in (401, 408, 429) or status >= 500:
         return Unavailable(message, retry_after=_seconds(headers.get("Retry-After")))
-    return Refused(message)
+    return Refused(message, code=status, said=said)
 
 
 def _seconds(retry_after: str | None) -> float | None:

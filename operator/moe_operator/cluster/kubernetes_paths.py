@@ -1,18 +1,19 @@
 """Where the API keeps the kinds that the operator changes, and whose an object is."""
 
-from moe_core.contract.names import GROUP, VERSION
+from moe_core.contract.names import API_VERSION
 from moe_core.facts import Wish
 from moe_operator.observe import Object, owner_of
 
 _RESOURCES: dict[str, tuple[str, str]] = {
-    "Pod": ("", "pods"),
-    "ConfigMap": ("", "configmaps"),
-    "Service": ("", "services"),
-    "Secret": ("", "secrets"),
-    "MoEJob": (GROUP, "moejobs"),
-    "MoEService": (GROUP, "moeservices"),
-    "MoEDrill": (GROUP, "moedrills"),
-    "ExpertMap": (GROUP, "expertmaps"),
+    "Pod": ("v1", "pods"),
+    "ConfigMap": ("v1", "configmaps"),
+    "Service": ("v1", "services"),
+    "Secret": ("v1", "secrets"),
+    "NetworkPolicy": ("networking.k8s.io/v1", "networkpolicies"),
+    "MoEJob": (API_VERSION, "moejobs"),
+    "MoEService": (API_VERSION, "moeservices"),
+    "MoEDrill": (API_VERSION, "moedrills"),
+    "ExpertMap": (API_VERSION, "expertmaps"),
 }
 
 
@@ -22,8 +23,8 @@ def path_of(kind: str, namespace: str, name: str = "") -> str:
     >>> path_of("MoEJob", "team-a", "tiny")
     '/apis/moerator.dev/v1alpha1/namespaces/team-a/moejobs/tiny'
     """
-    group, plural = _RESOURCES[kind]
-    prefix = f"/apis/{group}/{VERSION}" if group else "/api/v1"
+    api_version, plural = _RESOURCES[kind]
+    prefix = f"/apis/{api_version}" if "/" in api_version else f"/api/{api_version}"
     return f"{prefix}/namespaces/{namespace}/{plural}" + (f"/{name}" if name else "")
 
 
@@ -32,8 +33,7 @@ def plural_of(kind: str) -> str:
 
 
 def api_version_of(kind: str) -> str:
-    group, _ = _RESOURCES[kind]
-    return f"{group}/{VERSION}" if group else "v1"
+    return _RESOURCES[kind][0]
 
 
 def is_owned(obj: Object, wish: Wish) -> bool:

@@ -89,7 +89,7 @@ class Resync:
     async def _listed(self, watched: Watched) -> set[str]:
         uids: set[str] = set()
         selector = {"labelSelector": watched.labels} if watched.labels else {}
-        for path in watched.paths(self._namespaces):
+        for path in watched.all_paths(self._namespaces):
             token = ""
             while True:
                 more = {"continue": token} if token else {}

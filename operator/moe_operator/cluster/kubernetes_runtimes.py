@@ -13,6 +13,7 @@ from moe_operator.observe import Object
 from moe_operator.runtime_client import RuntimeClient
 
 TOKEN_KEY = "token"
+CALM_S = 5.0
 
 
 class Runtimes:
@@ -26,6 +27,7 @@ class Runtimes:
         self._clients: dict[str, RuntimeClient] = {}
         self._tokens: dict[str, str] = {}
         self._checked: set[str] = set()
+        self._looked_at: set[str] = set()
 
     async def close(self) -> None:
         for client in self._clients.values():
@@ -39,7 +41,7 @@ class Runtimes:
             service = child_name(wish.kind, wish.name, ROLE_COORDINATOR)
             url = self._url.format(service=service, namespace=wish.namespace, port=COORDINATOR_PORT)
             self._clients[wish.uid] = RuntimeClient(
-                url, token=lambda: self._tokens.get(wish.uid), on_change=lambda: self._mark(key)
+                url, token=lambda: self._tokens.get(wish.uid), on_change=lambda: self._mark(key), calm_s=CALM_S
             )
         return self._clients[wish.uid]
 
@@ -47,6 +49,8 @@ class Runtimes:
         """Poll the coordinator as long as it has a pod that runs; None while it has none."""
         if wish.kind == "MoEDrill":
             return None
+        is_first_look = wish.uid not in self._looked_at
+        self._looked_at.add(wish.uid)
         pods = self._cache.pods(wish.uid)
         if not any(pod.role == ROLE_COORDINATOR and pod.phase == "Running" for pod in pods):
             if (idle := self._clients.pop(wish.uid, None)) is not None:
@@ -55,7 +59,7 @@ class Runtimes:
         await self.secret(wish)
         client = self.of(wish)
         client.start()
-        if wish.status.get("epoch"):  # a group has formed before this process looked
+        if is_first_look and wish.status.get("epoch"):  # a group has formed before this process looked
             await client.first_answer()
         return client
 
@@ -84,5 +88,6 @@ class Runtimes:
         """This owner is gone."""
         self._tokens.pop(uid, None)
         self._checked.discard(uid)
+        self._looked_at.discard(uid)
         if (client := self._clients.pop(uid, None)) is not None:
             await client.close()

@@ -30,6 +30,8 @@ from moe_core.facts import (
     EnsureToken,
     Event,
     Facts,
+    NetworkFact,
+    ReportMap,
     TargetFact,
     Wish,
 )
@@ -57,8 +59,12 @@ class KubernetesCluster:
         self._dirty: asyncio.Queue[Key] = asyncio.Queue()
         self.cache = Cache(self._dirty.put_nowait)
         self._runtimes = Runtimes(api, self.cache, url=settings.coordinator_url, mark=self._mark_with_drills)
+        self._network = (
+            NetworkFact(settings.lease_namespace, settings.metrics_namespaces) if settings.network_policy else None
+        )
         self._keys: dict[str, Key] = {}
         self._foreign: dict[str, set[tuple[str, str]]] = {}
+        self._looks: dict[str, asyncio.TimerHandle] = {}
 
     async def close(self) -> None:
         await self._runtimes.close()
@@ -93,8 +99,8 @@ class KubernetesCluster:
             topologies=self.cache.topologies(),
             runtime=runtime.state if runtime else None,
             put_generation=runtime.put_generation if runtime else None,
-            drills=self.cache.drills_at(key),
             target=target,
+            network=self._network,
             default_image=self._settings.runtime_image,
         )
         latest = self.cache.wish(key)
@@ -122,17 +128,21 @@ class KubernetesCluster:
     async def _foreign_objects(self, wish: Wish) -> list[str]:
         """Objects that a verb refused to touch, as far as they are still in the way."""
         still: set[tuple[str, str]] = set()
-        for kind, name in self._foreign.get(wish.uid, ()):
+        for kind, name in sorted(self._foreign.get(wish.uid, ())):
             obj = await self._api.find(path_of(kind, wish.namespace, name))
             if obj is not None and not is_owned(obj, wish):
                 still.add((kind, name))
         if still:
             self._foreign[wish.uid] = still
             key = Key(wish.kind, wish.namespace, wish.name)  # no watch tells when it goes
-            asyncio.get_running_loop().call_later(FOREIGN_LOOK_S, self._dirty.put_nowait, key)
+            if wish.uid in self._looks:
+                self._looks[wish.uid].cancel()
+            loop = asyncio.get_running_loop()
+            self._looks[wish.uid] = loop.call_later(FOREIGN_LOOK_S, self._dirty.put_nowait, key)
         else:
             self._foreign.pop(wish.uid, None)
-        return [f"{kind}/{name}" for kind, name in still if kind != "Pod"]
+            self._looks.pop(wish.uid, None)
+        return sorted(f"{kind}/{name}" for kind, name in still if kind != "Pod")
 
     async def _forget_gone(self, key: Key) -> None:
         wish = self.cache.wish(key)
@@ -264,6 +274,26 @@ class KubernetesCluster:
         except NotFound:
             return  # deleted meanwhile; the watch will say so
         self._learn(wish.kind, written)
+
+    async def report_map(self, wish: Wish, action: ReportMap) -> None:
+        path = path_of("ExpertMap", wish.namespace, action.name)
+        existing = await self._api.find(path)
+        if existing is None:
+            return
+        self._check_owner(wish, "ExpertMap", existing)
+        body = {
+            "apiVersion": API_VERSION,
+            "kind": "ExpertMap",
+            "metadata": {"name": action.name, "uid": existing["metadata"]["uid"]},
+            "status": dict(action.status),
+        }
+        try:
+            written = await self._api.patch(
+                f"{path}/status", body, APPLY_PATCH, fieldManager=FIELD_MANAGER, force="true"
+            )
+        except NotFound:
+            return
+        self._learn("ExpertMap", written)
 
     async def emit(self, wish: Wish, event: Event) -> None:
         """Named by what it says: the same event again only counts up, also after a restart."""

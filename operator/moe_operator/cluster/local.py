@@ -28,9 +28,13 @@ from moe_core.facts import (
     Kind,
     ModelFact,
     ObjectFact,
+    ReportMap,
     TargetFact,
     Wish,
 )
+from moe_core.outcome import InvalidSpec
+from moe_core.spec.kinds import KIND_OF_NAME
+from moe_core.spec.load import broken_changes
 from moe_operator.cluster.local_crew import Crew
 from moe_operator.cluster.local_machine import Ports, node_fact
 from moe_operator.cluster.local_model import has_checkpoint, read_model
@@ -38,6 +42,7 @@ from moe_operator.cluster.local_pods import LocalPod
 from moe_operator.cluster.local_runs import make_run_folder
 from moe_operator.cluster.local_store import Manifest, ObjectStore, key_of, owner_uid_of
 from moe_operator.cluster.protocol import Conflict, Foreign, Key, RuntimeFace, Unavailable
+from moe_operator.observe import wish_of
 from moe_operator.runtime_client import RuntimeClient
 
 logger = logging.getLogger(__name__)
@@ -84,9 +89,11 @@ class LocalCluster:
 
     async def close(self) -> None:
         """Kill every pod and remove the run folder."""
-        await asyncio.gather(*(client.close() for client in self._clients.values()), *self._closing)
+        clients = [client.close() for client in self._clients.values()]
         self._clients.clear()
-        await self._crew.close()
+        for outcome in await asyncio.gather(self._crew.close(), *clients, *self._closing, return_exceptions=True):
+            if isinstance(outcome, BaseException):  # none of them may keep the others from ending
+                logger.error("while closing", exc_info=outcome)
         self._mirroring.cancel()
         await asyncio.gather(self._mirroring, return_exceptions=True)
         self._store.write_mirror()
@@ -96,7 +103,16 @@ class LocalCluster:
     # What a person does: apply, delete, look.
 
     def apply(self, document: Mapping[str, Any]) -> Key:
-        """Create or change a custom resource. The document was validated before."""
+        """Create or change a custom resource. The document was validated before.
+
+        Raises InvalidSpec for a change that an API server would refuse.
+        """
+        meta, kind = document["metadata"], str(document["kind"])
+        there = self._store.get(kind, str(meta.get("namespace") or "default"), str(meta["name"]))
+        if there is not None:
+            problems = broken_changes(KIND_OF_NAME[kind].model, there["spec"], document.get("spec", {}))
+            if problems:
+                raise InvalidSpec(problems)
         thing, changed = self._store.put_resource(document)
         if changed:
             self._mark(thing)
@@ -153,7 +169,7 @@ class LocalCluster:
         thing = self.resource(key)
         if thing is None:
             return None
-        wish = wish_of(thing)
+        wish = _seen(thing)
         if wish.kind == "MoEDrill":
             return wish, Facts(target=self._target(wish), local=True)
         own = frozenset(pod.uid for pod in self._crew.of(wish.uid, with_node=True))
@@ -162,7 +178,12 @@ class LocalCluster:
             nodes=(node_fact(self.pods(), own=own),),
             pods=self._crew.facts(wish.uid),
             objects=tuple(
-                ObjectFact(child["kind"], child["metadata"]["name"], child["metadata"]["annotations"][APPLIED])
+                ObjectFact(
+                    child["kind"],
+                    child["metadata"]["name"],
+                    child["metadata"]["annotations"][APPLIED],
+                    child.get("status", {}),
+                )
                 for child in self._store.children(wish.uid)
                 if child["kind"] in ("ConfigMap", "Secret", "Service", "ExpertMap")
             ),
@@ -175,7 +196,6 @@ class LocalCluster:
             model=self._model(wish),
             runtime=client.state if client else None,
             put_generation=client.put_generation if client else None,
-            drills=tuple(wish_of(drill) for drill in self._drills_of(key)),
             local=True,
             ports=self._ports_for(thing),
         )
@@ -224,6 +244,12 @@ class LocalCluster:
             raise Foreign(f"{action.kind}/{action.name} is not owned by {wish.kind}/{wish.name}")
         self._store.remove(action.kind, wish.namespace, action.name)
         self._mark_wish(wish)
+
+    async def report_map(self, wish: Wish, action: ReportMap) -> None:
+        thing = self._store.get("ExpertMap", wish.namespace, action.name)
+        if thing is not None and owner_uid_of(thing) == wish.uid:
+            thing["status"] = dict(action.status)
+            self._store.touch(thing)
 
     async def delete_owner(self, wish: Wish) -> None:
         self._delete_owner(self._owner(wish))
@@ -332,7 +358,7 @@ class LocalCluster:
         thing = self._store.get(str(named.get("kind")), drill.namespace, str(named.get("name")))
         if thing is None:
             return None
-        wish = wish_of(thing)
+        wish = _seen(thing)
         client = self._clients.get(wish.uid)
         return TargetFact(wish, self._crew.facts(wish.uid), client.state if client else None)
 
@@ -401,15 +427,6 @@ class LocalCluster:
 APPLIED = "moerator.dev/applied"
 
 
-def wish_of(thing: Manifest) -> Wish:
-    meta = thing["metadata"]
-    return Wish(
-        kind=thing["kind"],
-        namespace=meta["namespace"],
-        name=meta["name"],
-        uid=meta["uid"],
-        generation=meta["generation"],
-        spec=deepcopy(thing["spec"]),
-        status=deepcopy(thing.get("status", {})),
-        created_at=0.0,
-    )
+def _seen(thing: Manifest) -> Wish:
+    """A copy: the brain decides in a thread of its own while objects change here."""
+    return wish_of(deepcopy(thing))

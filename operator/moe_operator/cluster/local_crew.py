@@ -82,7 +82,9 @@ class Crew:
         self._store.put_child(thing, owner=owner)
         stored = self._store.get("Pod", owner["metadata"]["namespace"], name)
         assert stored is not None, name
-        folder, temp = self._folder / "p" / name, self._folder / f"t{self._num_admitted}"
+        namespace = owner["metadata"]["namespace"]
+        unique = name if namespace == "default" else f"{namespace}.{name}"
+        folder, temp = self._folder / "p" / unique, self._folder / f"t{self._num_admitted}"
         pod = LocalPod(stored, folder, temp, created_at=time.time(), gated=gated)
         pod.extra_env[ENV_SHARED_RAY] = "1"
         if pod.role == ROLE_GATEWAY:

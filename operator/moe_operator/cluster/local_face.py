@@ -43,9 +43,9 @@ class LocalFace:
     async def _apply(self, request: web.Request) -> web.Response:
         try:
             documents = read_documents(await request.text())
+            return web.json_response([str(self._cluster.apply(document.raw)) for document in documents])
         except InvalidSpec as invalid:
             return web.json_response([str(problem) for problem in invalid.problems], status=422)
-        return web.json_response([str(self._cluster.apply(document.raw)) for document in documents])
 
     async def _delete(self, request: web.Request) -> web.Response:
         kind = KIND_OF.get(request.match_info["kind"])

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moe_core.contract.families import why_refused
 from moe_core.facts import ModelFact
 
+MAX_COUNT = 65536
 EXPERT_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -21,12 +23,31 @@ def read_model(folder: Path) -> ModelFact | None:
         return ModelFact(0, 0, "", problem=f"{file}: {error}")
     if not isinstance(config, dict):
         return ModelFact(0, 0, "", problem=f"{file} holds no JSON object")
-    text = config.get("text_config", config)
     family = str(config.get("model_type", ""))
-    counts = [int(text[name]) for name in EXPERT_COUNT_FIELDS if text.get(name)]
+    try:
+        shape = _shape(config.get("text_config", config), family)
+    except (TypeError, ValueError, AttributeError) as error:
+        return ModelFact(0, 0, family, problem=f"{file}: model type {family or 'unknown'}: {error}")
+    refused = why_refused(family)
+    if refused is None and config.get("quantization_config"):
+        refused = (
+            f"model family {family} is not supported: the checkpoint is quantised; convert it to bfloat16 or float32"
+        )
+    return ModelFact(0, 0, family, problem=f"{file}: {refused}") if refused is not None else shape
+
+
+def _shape(config: Mapping[str, Any], family: str) -> ModelFact:
+    counts = [_count(config, name) for name in EXPERT_COUNT_FIELDS if config.get(name)]
     if not counts:
-        return ModelFact(0, 0, family, problem=f"{file}: none of {', '.join(EXPERT_COUNT_FIELDS)}: not an MoE model")
-    return ModelFact(counts[0], num_moe_layers(text), family)
+        raise ValueError(f"none of {', '.join(EXPERT_COUNT_FIELDS)}: not an MoE model")
+    return ModelFact(counts[0], num_moe_layers(config), family)
+
+
+def _count(config: Mapping[str, Any], name: str) -> int:
+    value = config.get(name, 0)
+    if not isinstance(value, int) or not 0 <= value <= MAX_COUNT:
+        raise ValueError(f"{name} must be a whole number up to {MAX_COUNT} (got {value!r:.80})")
+    return value
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -41,9 +62,22 @@ def num_moe_layers(config: Mapping[str, Any]) -> int:
     >>> num_moe_layers({"num_hidden_layers": 4}), num_moe_layers({"num_hidden_layers": 4, "first_k_dense_replace": 1})
     (4, 3)
     """
-    layers = range(int(config.get("num_hidden_layers", 0)))
-    if config.get("mlp_layer_types"):
-        return sum(1 for kind in config["mlp_layer_types"] if kind == "sparse")
+    for name in ("mlp_layer_types", "layers_block_type"):
+        if config.get(name):
+            return sum(1 for kind in config[name] if kind == "sparse" or str(kind).endswith("moe"))
     dense = set(config.get("mlp_only_layers") or ())
-    first, step = int(config.get("first_k_dense_replace") or 0), int(config.get("decoder_sparse_step") or 1)
-    return sum(1 for layer in layers if layer >= first and layer not in dense and (layer + 1) % step == 0)
+    first = max(_whole(config, name) for name in ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"))
+    num_layers = _count(config, "num_hidden_layers")
+    last = _whole(config, "moe_layer_end_index", num_layers - 1)
+    step = max(1, *(_whole(config, name) for name in ("decoder_sparse_step", "moe_layer_interval")))
+    period, offset = max(1, _whole(config, "expert_layer_period")), _whole(config, "expert_layer_offset")
+    return sum(
+        1
+        for layer in range(first, min(last, num_layers - 1) + 1)
+        if layer not in dense and (layer + 1) % step == 0 and layer % period == offset
+    )
+
+
+def _whole(config: Mapping[str, Any], name: str, default: int = 0) -> int:
+    value = config.get(name)
+    return default if value is None or value == -1 else _count(config, name)

@@ -35,6 +35,8 @@ ENV_HEALTH_PORT = "MOERATOR_HEALTH_PORT"
 FIRST_BACKOFF_S, LAST_BACKOFF_S, FORGIVEN_AFTER_S = 0.2, 10.0, 60.0
 DEFAULT_GRACE_S = 30.0
 LIVENESS_GRACE_S = 1.0
+END_WITHIN_S = 5.0
+"""For a pod's first process to take everything with it; it needs milliseconds, unless it is stopped itself."""
 
 ReadVolume = Callable[["LocalPod", str, str], Mapping[str, str] | None]
 """(pod, kind, name) -> the files of a ConfigMap or a Secret, None when there is no such object."""
@@ -188,22 +190,13 @@ class Kubelet:
     async def _run_once(self, pod: LocalPod) -> int:
         pod.message = ""
         try:
-            argv, environment = self._prepare(pod)
-        except CannotStart as problem:
+            process = await self._spawn(pod)
+        except (CannotStart, OSError) as problem:
             pod.message = str(problem)
             return 128
-        pod.folder.mkdir(parents=True, exist_ok=True)
-        with (pod.folder / "log").open("ab") as log:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *("-I", "-S", local_init.__file__),
-                *argv,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,
-            )
+        except (KeyError, TypeError, ValueError) as problem:  # a manifest that an API server would have refused
+            pod.message = f"its manifest cannot be run: {problem!r}"
+            return 128
         self._processes[pod.uid] = process
         pod.phase, pod.pid = "Running", process.pid
         if pod.deleting:
@@ -216,9 +209,24 @@ class Kubelet:
             probing.cancel()
             if process.returncode is None and process.stdin is not None:
                 process.stdin.close()  # ends the pod at once
-                await process.wait()
+                await _end_of(process)
             del self._processes[pod.uid]
             pod.pid = None
+
+    async def _spawn(self, pod: LocalPod) -> asyncio.subprocess.Process:
+        argv, environment = self._prepare(pod)
+        pod.folder.mkdir(parents=True, exist_ok=True)
+        with (pod.folder / "log").open("ab") as log:
+            return await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-I", "-S", local_init.__file__),
+                *argv,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
 
     async def _probe(self, pod: LocalPod, process: asyncio.subprocess.Process) -> None:
         readiness = probe_of(pod.manifest, "readinessProbe", port=pod.health_port)
@@ -256,7 +264,7 @@ class Kubelet:
         self._tasks.pop(pod.uid, None)
         if (pod.folder / "log").exists():  # what a pod said last is what a person looks for when it is gone
             (self._run_folder / OLD_LOGS).mkdir(exist_ok=True)
-            (pod.folder / "log").replace(self._run_folder / OLD_LOGS / f"{pod.name}.log")
+            (pod.folder / "log").replace(self._run_folder / OLD_LOGS / f"{pod.folder.name}.log")
         for folder in (pod.folder, pod.temp):
             shutil.rmtree(folder, ignore_errors=True)
         self._on_gone(pod)
@@ -309,9 +317,26 @@ class Kubelet:
 
 
 def order_end(process: asyncio.subprocess.Process, grace_s: float) -> None:
-    """Ask the pod's program to end; `local_init` kills what is left after `grace_s`."""
+    """Ask the pod's program to end; `local_init` kills what is left after `grace_s`, and is killed if it does not."""
     if process.stdin is not None and not process.stdin.is_closing():
         process.stdin.write(f"terminate {grace_s:g}\n".encode())
+    asyncio.get_running_loop().call_later(grace_s + END_WITHIN_S, _kill, process)
+
+
+async def _end_of(process: asyncio.subprocess.Process) -> None:
+    try:
+        async with asyncio.timeout(END_WITHIN_S):
+            await process.wait()
+    except TimeoutError:
+        _kill(process)
+        await process.wait()
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    """A first process that is stopped ends nothing; once it is gone its children are ours, and swept."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
 
 
 def sweep(run_folder: Path, *, spare: set[int]) -> None:

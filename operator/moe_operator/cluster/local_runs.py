@@ -45,7 +45,7 @@ def is_living(folder: Path) -> bool:
         os.kill(pid, 0)
     except (FileNotFoundError, ValueError):
         return folder.exists()
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):  # nobody, or by now a process of somebody else
         return False
     return True
 

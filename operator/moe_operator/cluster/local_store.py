@@ -76,6 +76,8 @@ class ObjectStore:
         old = self.get(kind, meta["namespace"], name)
         if old is not None and owner_uid_of(old) != meta["uid"]:
             raise Foreign(f"{kind}/{name} exists and is not owned by {owner['kind']}/{meta['name']}")
+        if old is not None and "status" in old:
+            thing["status"] = old["status"]
         thing["metadata"] |= {
             "uid": old["metadata"]["uid"] if old else thing["metadata"].get("uid") or str(uuid.uuid4()),
             "creationTimestamp": old["metadata"]["creationTimestamp"] if old else _stamp(self._clock()),

@@ -20,6 +20,7 @@ from moe_core.facts import (
     Event,
     Facts,
     Kind,
+    ReportMap,
     Wish,
 )
 from moe_core.outcome import MoeratorError
@@ -38,7 +39,15 @@ class Foreign(ClusterError):
 
 
 class Refused(ClusterError):
-    """The server does not accept it (invalid, forbidden, over quota); a retry alone will not help."""
+    """The server does not accept it (invalid, forbidden, over quota); a retry alone will not help.
+
+    `code` is its HTTP status, `said` its own sentence.
+    """
+
+    def __init__(self, message: str, *, code: int = 0, said: str = "") -> None:
+        self.code = code
+        self.said = said or message
+        super().__init__(message)
 
 
 class Unavailable(ClusterError):
@@ -97,6 +106,8 @@ class Cluster(Protocol):
     async def delete_pod(self, wish: Wish, action: DeletePod) -> None: ...
 
     async def delete_object(self, wish: Wish, action: DeleteObject) -> None: ...
+
+    async def report_map(self, wish: Wish, action: ReportMap) -> None: ...
 
     async def delete_owner(self, wish: Wish) -> None: ...
 

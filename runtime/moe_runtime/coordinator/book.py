@@ -1,11 +1,14 @@
 """The coordinator's soft state: the wish, the newest report of each pod, and a version that never falls.
 
 Not a store: everything but the wish comes back with the next round of reports, and the operator puts the wish again.
+Directive and state are made anew only when something they are made of has changed: every rank asks for them several
+times a second.
 """
 
 from collections.abc import Callable
 
 from moe_core.contract.exchange import RuntimeState, RuntimeWish
+from moe_runtime.coordinator.counts import Counts
 from moe_runtime.coordinator.plan import committed_membership, members_view, next_directive, runtime_state
 from moe_runtime.registration import Directive, GatewayReport, MembersView, RankReport
 
@@ -13,6 +16,11 @@ HEARD_WITHIN_S = 5.0
 """A rank reports every second; one that is silent for longer is no candidate to join."""
 FORM_AFTER_S = 2.0
 """A new coordinator listens for this long before it forms a first epoch: living ranks report within one second."""
+COUNTS_EVERY_S = 1.0
+"""How often counts alone make a new state. 72 ranks change one 180 times a second, and each is read by an operator."""
+LONGEST_TICK_S = 1.0
+"""Ticks are due every quarter of a second. What one is later than this, the coordinator itself stood still and could
+hear nobody: that is no silence of theirs."""
 
 
 class StaleWish(ValueError):
@@ -20,80 +28,141 @@ class StaleWish(ValueError):
 
 
 class Book:
-    """`clock` gives seconds since the Unix epoch; `is_serving` says whether gateways count."""
+    """`clock` gives seconds from any start and never falls; `is_serving` says whether gateways count.
 
-    def __init__(self, clock: Callable[[], float], *, is_serving: bool) -> None:
+    `first_version`: above every version of the coordinator before this one.
+    """
+
+    def __init__(self, clock: Callable[[], float], *, is_serving: bool, first_version: int = 0) -> None:
         self._clock = clock
         self._is_serving = is_serving
-        self._started = clock()
-        # Starts from the clock: a new coordinator's versions lie above every version of the one before it.
-        self.version = int(self._started * 1000)
+        self._looked_at = clock()
+        self._lived_s = 0.0
+        self.version = first_version
         self.wish: RuntimeWish | None = None
-        self.reports: dict[str, RankReport] = {}
-        self.gateways: dict[str, GatewayReport] = {}
+        self.counts = Counts()
+        self._reports: dict[str, RankReport] = {}
+        self._living: dict[str, RankReport] = {}
+        self._dead: frozenset[str] = frozenset()
         self._heard: dict[str, float] = {}
-        self._degraded: dict[str, dict[str, int]] = {}
         self._last_epoch = 0
-        self._last_state: RuntimeState | None = None
+        self._directive: tuple[str, Directive] | None = None
+        self._state: RuntimeState | None = None
+        self._stated_s = 0.0
+        self._has_news = self._has_counts = True
 
     def put_wish(self, wish: RuntimeWish) -> None:
         """Raises StaleWish."""
         if self.wish is not None and wish.generation < self.wish.generation:
             raise StaleWish(f"wish generation {wish.generation} is older than {self.wish.generation}")
-        self.wish = wish
+        self.wish, self._dead = wish, frozenset(wish.dead_pod_uids)
+        self._last_epoch = max(self._last_epoch, wish.newest_epoch)
+        self._judge()
+        self._mark_news()
 
     def note_rank(self, report: RankReport) -> None:
-        self.reports[report.member.pod_uid] = report
-        self._heard[report.member.pod_uid] = self._clock()
-        self._degraded[report.member.pod_uid] = dict(report.degraded_tokens)
+        uid = report.member.pod_uid
+        before = self._reports.get(uid)
+        self._reports[uid] = report
+        self._heard[uid] = self._lived_s
+        self.counts.note_rank(report)
         if report.membership is not None:
             self._last_epoch = max(self._last_epoch, report.membership.epoch)
+        self._judge()
+        if before is None or _news_of(before) != _news_of(report):
+            self._mark_news()
+        self._has_counts = True
 
     def note_gateway(self, report: GatewayReport) -> None:
-        self.gateways[report.pod_uid] = report
+        self.counts.note_gateway(report)
+        self._has_counts = True
 
-    def living(self) -> dict[str, RankReport]:
-        """Reports of ranks heard of lately and not proven dead; others are forgotten once they are no members."""
+    def tick(self) -> None:
+        """Time passes: who has not been heard of is silent, and who is silent and no member is forgotten."""
         now = self._clock()
-        dead = set(self.wish.dead_pod_uids) if self.wish else set()
+        could_form = self._may_form
+        self._lived_s += min(now - self._looked_at, LONGEST_TICK_S)
+        self._looked_at = now
+        self._judge()
+        if self._may_form != could_form:
+            self._mark_news()
+        committed = committed_membership(self._living)
+        members = committed.pod_uids if committed else ()
+        for uid in [u for u in self._reports if u not in self._living and u not in members]:
+            del self._reports[uid], self._heard[uid]
+            self.counts.forget_load(uid)
+
+    @property
+    def _may_form(self) -> bool:
+        return self._lived_s >= FORM_AFTER_S
+
+    def _judge(self) -> None:
+        """Who is heard of and not proven dead."""
         living = {
             uid: report
-            for uid, report in self.reports.items()
-            if uid not in dead and now - self._heard[uid] <= HEARD_WITHIN_S
+            for uid, report in self._reports.items()
+            if self._lived_s - self._heard[uid] <= HEARD_WITHIN_S and uid not in self._dead
         }
-        committed = committed_membership(living)
-        members = set(committed.pod_uids) if committed else set()
-        for uid in [u for u in self.reports if u not in living and u not in members]:
-            del self.reports[uid], self._heard[uid]
-        return living
+        if living.keys() != self._living.keys():
+            self._mark_news()
+        self._living = living
+
+    def _mark_news(self) -> None:
+        self._directive, self._has_news = None, True
 
     def directive(self) -> Directive:
-        may_form = self._clock() - self._started >= FORM_AFTER_S
-        return next_directive(self.wish, self.living(), may_form=may_form, last_epoch=self._last_epoch)
+        return self._planned()[1]
+
+    @property
+    def seal(self) -> str:
+        """Of the directive."""
+        return self._planned()[0]
+
+    def _planned(self) -> tuple[str, Directive]:
+        if self._directive is None:
+            directive = next_directive(self.wish, self._living, may_form=self._may_form, last_epoch=self._last_epoch)
+            self._directive = directive.seal, directive
+        return self._directive
 
     def state(self) -> RuntimeState:
         """The state; its version rises exactly when anything else in it changed."""
+        is_due = self._has_counts and self._lived_s - self._stated_s >= COUNTS_EVERY_S
+        if self._state is not None and not self._has_news and not is_due:
+            return self._state
         state = runtime_state(
-            self.version, self.wish, self.living(), self.gateways, self._degraded_sum(), is_serving=self._is_serving
+            self.version,
+            self.wish,
+            self._living,
+            serving=self.counts.serving() if self._is_serving else None,
+            load=self.counts.load(self._living.keys()),
         )
-        if self._last_state is None or state != self._last_state:
+        self._has_news = self._has_counts = False
+        self._stated_s = self._lived_s
+        if self._state is None or state != self._state:
             self.version += 1
-            state = state.model_copy(update={"version": self.version})
-            self._last_state = state
-        return state
-
-    def _degraded_sum(self) -> dict[str, int]:
-        """Over every rank that ever reported here: a rank that died does not take its counts along."""
-        total: dict[str, int] = {}
-        for counts in self._degraded.values():
-            for reason, count in counts.items():
-                total[reason] = total.get(reason, 0) + count
-        return total
+            self._state = state.model_copy(update={"version": self.version})
+        return self._state
 
     def members(self) -> MembersView:
-        return members_view(self.living())
+        return members_view(self._living)
 
     def guard_address(self, pod_uid: str) -> str | None:
         """host:port of the guard of a pod that has registered."""
-        report = self.reports.get(pod_uid)
+        report = self._reports.get(pod_uid)
         return report.member.guard_address or None if report else None
+
+
+def _news_of(report: RankReport) -> tuple[object, ...]:
+    """What somebody waits for. The rest are counts."""
+    is_done = report.training is not None and report.training.done
+    return (
+        report.phase,
+        report.staged_digest,
+        report.coverage,
+        report.message,
+        report.failure,
+        is_done,
+        report.recoveries,
+        report.member,
+        report.membership,
+    )

@@ -10,11 +10,11 @@ import time
 from collections.abc import AsyncIterator
 
 from aiohttp import web
-from pydantic import ValidationError
 
 from moe_core.contract.exchange import FaultRequest, RuntimeWish
 from moe_core.outcome import InvalidInput
 from moe_runtime.coordinator.book import Book, StaleWish
+from moe_runtime.coordinator.head_copies import HeadCopies
 from moe_runtime.host.guard_client import GuardUnreachable, inject_fault
 from moe_runtime.host.pod_env import PodEnv
 from moe_runtime.host.ray_env import is_loopback
@@ -29,13 +29,15 @@ _MAX_BODY_BYTES = 64 << 20
 
 
 class CoordinatorFace:
-    """The routes over one Book. `changed` wakes everybody who waits for news."""
+    """The routes over one Book. Who waits is woken when what it waits for has changed, not at each report."""
 
-    def __init__(self, env: PodEnv, book: Book) -> None:
+    def __init__(self, env: PodEnv, book: Book, copies: HeadCopies) -> None:
         self._env = env
+        self._copies = copies
         self._book = book
         self._metrics = CoordinatorMetrics()
-        self._changed = asyncio.Condition()
+        self._ranks, self._operators = _Bell(), _Bell()
+        self._told_seal, self._told_version = book.seal, 0
 
     def app(self) -> web.Application:
         guard = require_bearer(self._env.token, open_paths={"/healthz", "/metrics"})
@@ -43,8 +45,9 @@ class CoordinatorFace:
         app.router.add_put("/v1/wish", self._put_wish)
         app.router.add_get("/v1/state", self._get_state)
         app.router.add_post("/v1/register", self._register)
-        app.router.add_get("/v1/members", self._get_members)
+        app.router.add_post("/v1/gateways", self._post_gateway)
         app.router.add_post("/v1/faults", self._post_fault)
+        self._copies.add_routes(app)
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/metrics", self._get_metrics)
         app.cleanup_ctx.append(self._ticking)
@@ -60,21 +63,16 @@ class CoordinatorFace:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
-            await self._wake()
+            self._book.tick()
+            self._tell()
 
-    async def _wake(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
-
-    async def _wait(self, deadline: float) -> bool:
-        """Waits for the next wake-up; False when the deadline has passed."""
-        left = deadline - time.monotonic()
-        if left <= 0:
-            return False
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(left), self._changed:
-                await self._changed.wait()
-        return True
+    def _tell(self) -> None:
+        if (seal := self._book.seal) != self._told_seal:
+            self._told_seal = seal
+            self._ranks.ring()
+        if (version := self._book.state().version) != self._told_version:
+            self._told_version = version
+            self._operators.ring()
 
     async def _put_wish(self, request: web.Request) -> web.Response:
         try:
@@ -83,7 +81,7 @@ class CoordinatorFace:
             return _refusal(400, str(error))
         except StaleWish as error:
             return _refusal(409, str(error))
-        await self._wake()
+        self._tell()
         return web.Response(status=204)
 
     async def _get_state(self, request: web.Request) -> web.Response:
@@ -94,28 +92,28 @@ class CoordinatorFace:
             return _refusal(400, f"after and wait_s must be numbers: {error}")
         deadline = time.monotonic() + wait_s
         while (state := self._book.state()).version <= after:
-            if not await self._wait(deadline):
+            if not await self._operators.wait(deadline):
                 break
         return web.json_response(text=state.canonical())
 
     async def _register(self, request: web.Request) -> web.Response:
-        body = await request.read()
         try:
-            report = _parse_report(body)
+            report = RankReport.parse(await request.read())
         except InvalidInput as error:
             return _refusal(400, str(error))
-        if isinstance(report, GatewayReport):
-            self._book.note_gateway(report)
-            return web.json_response(text=self._book.members().canonical())
         self._book.note_rank(report)
-        await self._wake()
+        self._tell()
         deadline = time.monotonic() + min(report.wait_s, _MAX_WAIT_S)
-        while (directive := self._book.directive()).seal == report.directive_seen:
-            if not await self._wait(deadline):
+        while self._book.seal == report.directive_seen:
+            if not await self._ranks.wait(deadline):
                 return web.Response(status=204)
-        return web.json_response(text=directive.canonical())
+        return web.json_response(text=self._book.directive().canonical())
 
-    async def _get_members(self, _: web.Request) -> web.Response:
+    async def _post_gateway(self, request: web.Request) -> web.Response:
+        try:
+            self._book.note_gateway(GatewayReport.parse(await request.read()))
+        except InvalidInput as error:
+            return _refusal(400, str(error))
         return web.json_response(text=self._book.members().canonical())
 
     async def _post_fault(self, request: web.Request) -> web.Response:
@@ -138,26 +136,43 @@ class CoordinatorFace:
         return web.json_response({"ok": True, "version": self._book.version})
 
     async def _get_metrics(self, _: web.Request) -> web.Response:
-        text = self._metrics.render(self._book.state(), self._book.wish.expert_map if self._book.wish else None)
+        book = self._book
+        text = self._metrics.render(
+            book.state(),
+            book.wish.expert_map if book.wish else None,
+            tokens_of_rank=book.counts.tokens_of_rank(),
+        )
         return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
 
 
-def _parse_report(body: bytes) -> RankReport | GatewayReport:
-    kind = GatewayReport if b'"kind":"gateway"' in body[:4096].replace(b" ", b"") else RankReport
-    try:
-        return kind.parse(body)
-    except ValidationError as error:  # pragma: no cover - parse turns these into InvalidInput
-        raise InvalidInput(str(error)) from error
+class _Bell:
+    """Wakes all who wait at once."""
+
+    def __init__(self) -> None:
+        self._rung = asyncio.Event()
+
+    def ring(self) -> None:
+        rung, self._rung = self._rung, asyncio.Event()
+        rung.set()
+
+    async def wait(self, deadline: float) -> bool:
+        """Until it rings; False when the deadline (of time.monotonic) comes first."""
+        try:
+            await asyncio.wait_for(self._rung.wait(), deadline - time.monotonic())
+        except TimeoutError:
+            return False
+        return True
 
 
 def _refusal(status: int, message: str) -> web.Response:
     return web.json_response({"error": message}, status=status)
 
 
-async def serve_coordinator(env: PodEnv) -> None:
+async def serve_coordinator(env: PodEnv, copies: HeadCopies) -> None:
     """Serve until cancelled. Raises OSError when the port is taken."""
-    book = Book(time.time, is_serving=env.config.mode == "serve")
-    runner = web.AppRunner(CoordinatorFace(env, book).app(), access_log=None, shutdown_timeout=0.5)
+    # Versions start from the wall clock: those of a new coordinator lie above all of the one before.
+    book = Book(time.monotonic, is_serving=env.config.mode == "serve", first_version=int(time.time() * 1000))
+    runner = web.AppRunner(CoordinatorFace(env, book, copies).app(), access_log=None, shutdown_timeout=0.5)
     await runner.setup()
     host = env.pod_ip if is_loopback(env.pod_ip) else None
     try:

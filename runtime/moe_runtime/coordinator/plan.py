@@ -16,7 +16,7 @@ from moe_core.contract.exchange import (
     TrainingProgress,
 )
 from moe_core.contract.membership import Member, Membership
-from moe_runtime.registration import Directive, GatewayReport, MembersView, RankReport, RankView
+from moe_runtime.registration import Directive, MembersView, RankReport, RankView
 
 _NEWEST_RECOVERIES = 16
 
@@ -99,12 +99,11 @@ def runtime_state(
     version: int,
     wish: RuntimeWish | None,
     reports: Mapping[str, RankReport],
-    gateways: Mapping[str, GatewayReport],
-    degraded: Mapping[str, int],
     *,
-    is_serving: bool,
+    serving: ServingProgress | None = None,
+    load: tuple[tuple[int, ...], ...] = (),
 ) -> RuntimeState:
-    """The coordinator's answer to the operator; `degraded` counts over dead ranks too."""
+    """The coordinator's answer to the operator; `serving` counts over dead pods too, `load` over `reports`."""
     committed = committed_membership(reports)
     in_force = (
         wish is not None
@@ -130,11 +129,12 @@ def runtime_state(
             )
             for r in sorted(reports.values(), key=lambda r: (r.member.rank, r.member.pod_uid))
         ),
+        member_uids=committed.pod_uids if committed else (),
         coverage=_coverage(committed, reports),
         training=max(trainings, key=_knowledge, default=None),
-        serving=_serving(gateways, degraded) if is_serving else None,
+        serving=serving,
         recoveries=_recoveries(reports),
-        load=_summed_load(reports),
+        load=load,
         failure=next((r.failure for _, r in sorted(reports.items()) if r.failure), ""),
     )
 
@@ -170,16 +170,6 @@ def _coverage(committed: Membership | None, reports: Mapping[str, RankReport]) -
     return None
 
 
-def _serving(gateways: Mapping[str, GatewayReport], degraded: Mapping[str, int]) -> ServingProgress:
-    return ServingProgress(
-        requests_ok=sum(g.requests_ok for g in gateways.values()),
-        requests_failed=sum(g.requests_failed for g in gateways.values()),
-        requests_replayed=sum(g.requests_replayed for g in gateways.values()),
-        tokens_out=sum(g.tokens_out for g in gateways.values()),
-        degraded_tokens=dict(degraded),
-    )
-
-
 def _recoveries(reports: Mapping[str, RankReport]) -> tuple[Recovery, ...]:
     """One per epoch: when the first rank saw the fault and the last one went on."""
     by_epoch: dict[int, list[Recovery]] = {}
@@ -198,10 +188,3 @@ def _recoveries(reports: Mapping[str, RankReport]) -> tuple[Recovery, ...]:
         for epoch, group in sorted(by_epoch.items())
     ]
     return tuple(merged[-_NEWEST_RECOVERIES:])
-
-
-def _summed_load(reports: Mapping[str, RankReport]) -> tuple[tuple[int, ...], ...]:
-    loads = [r.load for r in reports.values() if r.load]
-    if not loads or any(len(load) != len(loads[0]) for load in loads):
-        return ()
-    return tuple(tuple(sum(column) for column in zip(*rows, strict=True)) for rows in zip(*loads, strict=True))

@@ -32,7 +32,7 @@ class Group(Protocol):
         Returns the `sum(receive_counts)` rows received, in order of positions. No autograd. Raises GroupFault.
         """
 
-    def all_gather_ints(self, row: Sequence[int]) -> list[list[int]]:
+    def all_gather_ints(self, row: Sequence[int], *, timeout_ms: int | None = None) -> list[list[int]]:
         """Every rank's row of equally many integers, by position. Raises GroupFault."""
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> None:

@@ -1,5 +1,7 @@
 """What all MoE layers of a rank share during one step, and what the step leaves behind when it commits."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +19,7 @@ class StepContext:
     tokens_of_position   valid tokens per position of this step, None when the ranks have not told each other
     pending_LE           picks counted since the last commit or rollback, [L, E] int64
     degraded_T           which of the step's flat tokens met a lost expert (None: none did)
+    experts_off          the routed experts give zeros and exchange nothing
     """
 
     plan: DispatchPlan
@@ -27,6 +30,7 @@ class StepContext:
     num_tokens: int = 0
     pending_LE: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     degraded_T: torch.Tensor | None = None
+    experts_off: bool = False
 
     def count(self, layer_idx: int, expert_TK: torch.Tensor) -> None:
         self.pending_LE[layer_idx] += torch.bincount(expert_TK.reshape(-1), minlength=self.num_experts)
@@ -42,12 +46,23 @@ class StepContext:
             hit_T[self.valid_V] = hit_V
         self.degraded_T = hit_T if self.degraded_T is None else self.degraded_T | hit_T
 
-    def begin(
-        self, *, valid_V: torch.Tensor | None, num_tokens: int, tokens_of_position: tuple[int, ...] | None
-    ) -> None:
+    @contextmanager
+    def running(
+        self, valid_V: torch.Tensor | None, num_tokens: int, tokens_of_position: tuple[int, ...] | None
+    ) -> Iterator[None]:
+        """One forward. Later ones (training, evaluation) have no padding and tell each other nothing."""
         self.valid_V, self.num_tokens, self.tokens_of_position = valid_V, num_tokens, tokens_of_position
         self.degraded_T = None
+        try:
+            yield
+        finally:
+            self.valid_V, self.tokens_of_position = None, None
 
-    def end(self) -> None:
-        """Later forwards (training, evaluation) have no padding and tell each other nothing."""
-        self.valid_V, self.tokens_of_position = None, None
+    @contextmanager
+    def without_experts(self) -> Iterator[None]:
+        """Forwards of the dense layers alone, on this rank alone."""
+        group, self.group, self.experts_off = self.group, None, True
+        try:
+            yield
+        finally:
+            self.group, self.experts_off = group, False

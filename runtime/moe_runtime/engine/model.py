@@ -26,10 +26,11 @@ from moe_core.outcome import InvalidInput
 from moe_runtime.dispatch.group_face import Group
 from moe_runtime.dispatch.plan import LOST, DispatchPlan, logical_of_local_slot, make_plan
 from moe_runtime.dispatch.step import StepContext
-from moe_runtime.engine.attention import attention_masks
-from moe_runtime.engine.cache import SlotKVCache
+from moe_runtime.engine.cache import StepCache
+from moe_runtime.engine.forward import BatchedForward, RowForward, Step, choose_forward
 from moe_runtime.experts.build import BuiltModel, build, open_weights
-from moe_runtime.experts.families import ModelFacts, attention_windows, check_map
+from moe_runtime.experts.digest import slot_digests
+from moe_runtime.experts.families import ModelFacts, check_map
 from moe_runtime.experts.generalists import Generalists, read_generalists
 
 Fallback = Literal["Generalist", "Drop", "Refuse"]
@@ -55,6 +56,8 @@ class StagedSlots:
 
     expert_map: ExpertMap
     tensors: tuple[dict[str, torch.Tensor], ...]
+    digests: tuple[tuple[int, ...], ...] = ()
+    """[L][slots], of these tensors."""
 
 
 class ExpertParallelModel:
@@ -73,9 +76,7 @@ class ExpertParallelModel:
         self.rank = rank
         self.degraded_rows: list[bool] = []
         self._layers = built.layers
-        config: Any = built.module.config
-        self._windows = attention_windows(config)
-        self._additive = None if config._attn_implementation == "sdpa" else torch.float32
+        self._forward: BatchedForward | RowForward | None = None
         self._context: StepContext = built.context
         self._source, self._seed, self._fallback, self._device = source, seed, fallback, built.device
         self._expert_names = frozenset(
@@ -84,7 +85,8 @@ class ExpertParallelModel:
         self._generalists = read_generalists(Path(source.path)) if source.path is not None else None
         self._load_LE = torch.zeros(self.facts.num_layers, self.facts.num_experts, dtype=torch.int64)
         self._degraded = {"generalist": 0, "drop": 0}
-        self._last_cache: SlotKVCache | None = None
+        self._slot_digests: tuple[tuple[int, ...], ...] | None = None
+        self._last_cache: StepCache | None = None
         self.bind(None)
 
     @classmethod
@@ -177,11 +179,11 @@ class ExpertParallelModel:
 
     # ---------------------------------------------------------------- serving
 
-    def new_cache(self, *, num_rows: int, max_length: int) -> SlotKVCache:
-        """A KV cache for `num_rows` sequences of up to `max_length` tokens."""
-        return SlotKVCache(
-            num_layers=int(self.module.config.num_hidden_layers), num_rows=num_rows, max_length=max_length
-        )
+    def new_cache(self, *, num_rows: int, max_length: int) -> StepCache:
+        """A cache for `num_rows` sequences of up to `max_length` tokens. Raises UnsupportedModel."""
+        if self._forward is None:
+            self._forward = choose_forward(self.module, self._context, self._device)
+        return self._forward.new_cache(num_rows=num_rows, max_length=max_length)
 
     @torch.no_grad()
     def forward_tokens(
@@ -189,7 +191,7 @@ class ExpertParallelModel:
         input_ids_BQ: torch.Tensor | None,
         positions_BQ: torch.Tensor | None,
         rows_B: Sequence[int],
-        cache: SlotKVCache,
+        cache: StepCache,
         *,
         tokens_of_rank: Sequence[int] | None = None,
     ) -> torch.Tensor:
@@ -200,57 +202,14 @@ class ExpertParallelModel:
         tokens_of_rank: valid tokens per position from the control exchange; None costs one exchange more.
         Raises GroupFault: nothing is committed then, call `rollback`, `bind` and run the same step again.
         """
-        idle = input_ids_BQ is None or positions_BQ is None or input_ids_BQ.numel() == 0
-        if idle:
-            # attention crashes on empty batches: one masked token that is neither dispatched nor counted
-            cache.begin_idle(self._device)
-            input_ids_BQ = torch.zeros(1, 1, dtype=torch.long, device=self._device)
-            positions_BQ = torch.full((1, 1), -1, device=self._device)
-        else:
-            assert input_ids_BQ is not None and positions_BQ is not None
-            cache.begin(rows_B, positions_BQ)
+        assert self._forward is not None, "the cache comes from new_cache"
         self._last_cache = cache
-        is_valid_BQ = positions_BQ >= 0
-        num_valid = int(is_valid_BQ.sum())  # device sync: tells the other ranks
-        valid_V = None if num_valid == is_valid_BQ.numel() else torch.nonzero(is_valid_BQ.reshape(-1)).squeeze(-1)
-        self._context.begin(
-            valid_V=valid_V,
-            num_tokens=is_valid_BQ.numel(),
-            tokens_of_position=self._tokens_of_position(num_valid, tokens_of_rank),
-        )
-        column_Q = torch.arange(positions_BQ.shape[1], device=positions_BQ.device)
-        last_B = torch.where(is_valid_BQ, column_Q, 0).amax(dim=1)
-        try:
-            output = self.module(
-                input_ids=input_ids_BQ,
-                position_ids=cache.seen_BQ,
-                attention_mask=attention_masks(cache, self._windows, additive=self._additive),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=last_B.unsqueeze(1),
-            )
-        finally:
-            self._context.end()
-        if idle:
-            self.degraded_rows = []
-            return torch.zeros(0, output.logits.shape[-1], device=self._device)
-        degraded_T = self._context.degraded_T
-        num_rows = positions_BQ.shape[0]
-        self.degraded_rows = (
-            [False] * num_rows if degraded_T is None else degraded_T.view(num_rows, -1).any(dim=1).tolist()
-        )
-        logits_BV: torch.Tensor = output.logits[:, 0].float()
-        return logits_BV
-
-    def _tokens_of_position(self, num_valid: int, given: Sequence[int] | None) -> tuple[int, ...] | None:
-        group = self._context.group
-        if group is None:
-            return None
-        if given is None:
-            return tuple(row[0] for row in group.all_gather_ints((num_valid,)))
-        if len(given) != group.size or given[group.position] != num_valid:
-            raise InvalidInput(f"tokens_of_rank {list(given)} does not say {num_valid} for position {group.position}")
-        return tuple(given)
+        if input_ids_BQ is None or positions_BQ is None or input_ids_BQ.numel() == 0:
+            input_ids_BQ, positions_BQ, rows_B = None, None, ()
+        told = None if tokens_of_rank is None else tuple(tokens_of_rank)
+        result = self._forward.run(Step(input_ids_BQ, positions_BQ, tuple(rows_B), told), cache)
+        self.degraded_rows = result.degraded_B
+        return result.logits_BV
 
     # ---------------------------------------------------------------- the step as a transaction
 
@@ -318,13 +277,9 @@ class ExpertParallelModel:
         weights = open_weights(
             ModelSource(path=str(source)) if source is not None else self._source, self.module, seed=self._seed
         )
-        return StagedSlots(
-            new_map,
-            tuple(
-                layer.read(weights, logical_of_local_slot(new_map, self.rank, layer.layer_idx))
-                for layer in self._layers
-            ),
-        )
+        wanted = [logical_of_local_slot(new_map, self.rank, layer.layer_idx) for layer in self._layers]
+        tensors = tuple(layer.read(weights, ids) for layer, ids in zip(self._layers, wanted, strict=True))
+        return StagedSlots(new_map, tensors, tuple(map(slot_digests, tensors, wanted)))
 
     def commit_map(self, staged: StagedSlots) -> None:
         """Swap the staged slots in, at a step boundary that all ranks agreed on; `bind` must follow."""
@@ -333,3 +288,35 @@ class ExpertParallelModel:
                 tensors, logical_of_local_slot(staged.expert_map, self.rank, layer.layer_idx), device=self._device
             )
         self.expert_map = staged.expert_map
+        self._slot_digests = None
+
+    # ---------------------------------------------------------------- what lies in the slots
+
+    def slot_digests(self, *, fresh: bool = False) -> tuple[tuple[int, ...], ...]:
+        """[L][local slots], read from the slots' memory once after each change of the map, and when `fresh`.
+
+        For serving: a training step changes what lies there.
+        """
+        if self._slot_digests is None or fresh:
+            self._slot_digests = tuple(
+                slot_digests(
+                    {name: layer.entry.module.get_parameter(name) for name in layer.entry.parameter_names},
+                    layer.logical_of_slot,
+                )
+                for layer in self._layers
+            )
+        return self._slot_digests
+
+    def holds(self, layer_idx: int, logical_id: int) -> bool:
+        return logical_id in self._layers[layer_idx].logical_of_slot
+
+    def slot_digest(self, layer_idx: int, logical_id: int) -> int:
+        """Of this rank's copy."""
+        return self.slot_digests()[layer_idx][self._layers[layer_idx].logical_of_slot.index(logical_id)]
+
+    def source_digest(self, layer_idx: int, logical_id: int) -> int:
+        """Of one expert as the model's source gives it now. Raises InvalidInput, OSError."""
+        entry = self._layers[layer_idx].entry
+        weights = open_weights(self._source, self.module, seed=self._seed)
+        stacks = {name: weights.read_experts(entry, name, [logical_id]).float() for name in entry.parameter_names}
+        return slot_digests(stacks, (logical_id,))[0]

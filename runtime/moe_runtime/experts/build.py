@@ -13,11 +13,8 @@ from moe_runtime.dispatch.step import StepContext
 from moe_runtime.experts.families import (
     ModelFacts,
     UnsupportedModel,
-    build_meta_model,
     check_map,
-    facts_of,
-    find_experts,
-    read_config,
+    describe,
     shared_expert_of,
 )
 from moe_runtime.experts.slots import SlottedExperts
@@ -43,11 +40,8 @@ def open_weights(source: ModelSource, model: torch.nn.Module, *, seed: int) -> W
 
 def build(source: ModelSource, *, expert_map: ExpertMap, rank: int, device: str, seed: int) -> BuiltModel:
     """Raises UnsupportedModel, InvalidInput (map and model disagree), OSError."""
-    model = build_meta_model(read_config(source))
-    entries = find_experts(model)
-    facts = facts_of(model.config, entries)
+    model, entries, facts = describe(source)
     check_map(expert_map, facts)
-    model.set_experts_implementation("grouped_mm")  # type: ignore[operator]
     expert_names = frozenset(f"{entry.name}.{name}" for entry in entries for name in entry.parameter_names)
     _materialise_dense(model, expert_names)
     weights = open_weights(source, model, seed=seed)
@@ -98,9 +92,11 @@ def _check_mixture(facts: ModelFacts, layers: tuple[SlottedExperts, ...]) -> Non
     layer = next((entry for entry in layers if entry.logical_of_slot), None)
     if layer is None:
         return
-    config: Any = layer.entry.module.config
-    dim = int(config.hidden_size)
-    device = next(layer.entry.module.parameters()).device
+    module: Any = layer.entry.module
+    dim = module.down_proj.shape[
+        2 if getattr(module, "is_transposed", False) else 1
+    ]  # [S, D, F] or [S, F, D]; not always hidden_size
+    device = module.down_proj.device
     x_TD = torch.linspace(-1, 1, 2 * dim, device=device).view(2, dim)
     slot_TK = torch.zeros(2, 2, dtype=torch.long, device=device)
     weight_TK = torch.tensor([[0.2, 0.5], [0.1, 0.3]], device=device)

@@ -1,32 +1,46 @@
 """Which transformers families this data plane can carry, read from their own parallelism plans, and a clear no for the
 rest.
 
-A family qualifies when its expert-parallel plan marks exactly one kind of experts module with `ep_dispatch_experts`:
-such a module takes (hidden_states, top_k_index, top_k_weights) with global expert ids, and its parameters are stacked
-by expert. Nothing here knows a family by name.
+A family qualifies when its expert-parallel plan marks exactly one kind of experts module that text reaches with
+`ep_dispatch_experts`: such a module takes (hidden_states, top_k_index, top_k_weights) with global expert ids, and its
+parameters are stacked by expert. Nothing here knows a family by name.
 """
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.runtime_config import ModelShape, ModelSource
 from moe_core.outcome import InvalidInput, MoeratorError
 
 DISPATCH_STYLE = "ep_dispatch_experts"
-CACHEABLE_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+TOP_K_NAMES = ("num_experts_per_tok", "moe_top_k", "moe_topk", "moe_k", "top_k_experts", "top_k")
+OTHER_NAMES = {
+    "num_experts": ("num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "num_experts_per_tok": TOP_K_NAMES,
+    "moe_intermediate_size": ("intermediate_size",),
+    "head_dim": (),
+}
+"""What a shape's numbers are called where a config does not know the name."""
+DENSE_LAYERS_NAMES = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+PLAIN_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+IRREPLAYABLE_LAYER_TYPES = frozenset({"reference_sliding_attention"})
+OTHER_MODALITY = re.compile(r"vision|visual|image|video|audio|talker")
+"""Experts that only tokens of pictures or sound reach stay whole on every rank."""
 
 
 class UnsupportedModel(MoeratorError):
     """A model that cannot run here; the text names the family and the cause.
 
-    >>> str(UnsupportedModel("jamba", "keeps recurrent state"))
-    'model family jamba is not supported: keeps recurrent state'
+    >>> str(UnsupportedModel("llama", "its expert-parallel plan marks no module"))
+    'model family llama is not supported: its expert-parallel plan marks no module'
     """
 
     def __init__(self, family: str, why: str) -> None:
@@ -36,11 +50,14 @@ class UnsupportedModel(MoeratorError):
 
 @dataclass(frozen=True, slots=True)
 class ExpertsModule:
-    """One MoE layer's experts: the module, its name in the model and the names of its stacked parameters."""
+    """One MoE layer's experts: the module, its name in the model, the names of its stacked parameters, and how many
+    logical experts a full model has there.
+    """
 
     name: str
     module: torch.nn.Module
     parameter_names: tuple[str, ...]
+    num_experts: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,93 +89,131 @@ def read_config(source: ModelSource) -> Any:
 
 
 def _config_of_shape(shape: ModelShape) -> Any:
+    """A shape's numbers under the names that the family's config has for them; every layer has experts."""
     from transformers import AutoConfig
 
-    values = shape.model_dump(exclude={"family"})
     try:
         default = AutoConfig.for_model(shape.family)
     except ValueError as error:
         raise UnsupportedModel(shape.family, "transformers knows no such model type") from error
-    if hasattr(default, "kv_lora_rank"):
+    known = {*default.to_dict(), *getattr(default, "attribute_map", {})}
+    if text_config(default) is not default:
+        raise UnsupportedModel(
+            shape.family, "it is composite and needs more numbers than a shape has; give a checkpoint"
+        )
+    if "kv_lora_rank" in known:
         raise UnsupportedModel(shape.family, "latent attention needs more numbers than a shape has; give a checkpoint")
-    if not hasattr(default, "moe_intermediate_size"):
-        values["intermediate_size"] = values.pop("moe_intermediate_size")
-    if not hasattr(default, "head_dim"):
-        head_dim = values.pop("head_dim")
-        if head_dim * shape.num_attention_heads != shape.hidden_size:
-            raise UnsupportedModel(
-                shape.family,
-                f"its heads are hidden_size / num_attention_heads wide, {head_dim} x {shape.num_attention_heads} "
-                f"is not {shape.hidden_size}",
-            )
+    values = shape.model_dump(exclude={"family"})
+    for name, others in OTHER_NAMES.items():
+        if name not in known:
+            value = values.pop(name)
+            values.update({other: value for other in others if other in known})
+    if "head_dim" not in known and shape.head_dim * shape.num_attention_heads != shape.hidden_size:
+        raise UnsupportedModel(
+            shape.family,
+            f"its heads are hidden_size / num_attention_heads wide, {shape.head_dim} x {shape.num_attention_heads} "
+            f"is not {shape.hidden_size}",
+        )
+    values.update({name: 0 for name in DENSE_LAYERS_NAMES if name in known})
+    values.update({name: 1 for name in ("n_group", "topk_group") if name in known})
+    if "sparse" in (getattr(default, "mlp_layer_types", None) or ()):
+        values["mlp_layer_types"] = ["sparse"] * shape.num_hidden_layers
     # Ids of special tokens default to a large vocabulary's; a byte-level model has none.
-    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    return AutoConfig.for_model(shape.family, **values, **special)
+    values.update(dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")))
+    try:
+        return AutoConfig.for_model(shape.family, **values)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise UnsupportedModel(shape.family, f"a shape is not enough for it: {error}") from error
 
 
 def build_meta_model(config: Any) -> torch.nn.Module:
-    """The causal language model of `config` without memory (meta device). Raises UnsupportedModel."""
-    from transformers import AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    """The language model of `config` without memory (meta device). Raises UnsupportedModel.
 
+    Of a composite (multimodal) model the whole is built, and text is all that it will be given.
+    """
     family = str(config.model_type)
-    if config.get_text_config() is not config:
-        raise UnsupportedModel(family, "it is a composite (multimodal) model; only plain text models work today")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedModel(family, "transformers has no causal language model for it")
+    architecture = _architecture_of(config)
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModel(family, "the checkpoint is quantised; convert it to bfloat16 or float32 first")
-    attention_windows(config)
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    # sdpa takes any 4D mask; where a family cannot use it (gpt-oss has sinks) its eager attention does.
-    attention = "sdpa" if getattr(architecture, "_supports_sdpa", False) else "eager"
-    with torch.device("meta"):
-        model: torch.nn.Module = AutoModelForCausalLM.from_config(
-            config, attn_implementation=attention, trust_remote_code=False, dtype=torch.float32
-        )
+    if architecture.config_class is getattr(type(config), "sub_configs", {}).get("text_config"):
+        config = config.get_text_config()
+    _refuse_irreplayable(config, family)
+    # transformers takes sdpa and grouped_mm where the family can, else its eager code (gpt-oss has sinks, for one)
+    try:
+        with torch.device("meta"):
+            model: torch.nn.Module = architecture._from_config(config, dtype=torch.float32)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedModel(family, f"transformers cannot build it from this config: {error}") from error
     return model
 
 
-def attention_windows(config: Any) -> dict[str, int | None]:
-    """Sliding window (None: full attention) of every type of attention layer that the model has.
+def _refuse_irreplayable(config: Any, family: str) -> None:
+    types = IRREPLAYABLE_LAYER_TYPES.intersection(getattr(text_config(config), "layer_types", None) or ())
+    if types:
+        raise UnsupportedModel(
+            family,
+            f"its {', '.join(sorted(types))} layers treat a prompt otherwise than the tokens generated after it, so a "
+            "request could neither be read in parts nor replayed on another rank",
+        )
 
-    Raises UnsupportedModel for layers whose state a failed step could not roll back (recurrent, indexed, chunked).
+
+def _architecture_of(config: Any) -> Any:
+    """The model class: the one that the checkpoint names, else the family's causal or image-and-text language model."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
+
+    known: list[Any] = []
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            known += found if isinstance(found, (tuple, list)) else [found]
+    # what reads one sequence and writes another (encoder and decoder, block diffusion) predicts no next token
+    known = [one for one in known if "decoder_input_ids" not in signature(one.forward).parameters]
+    if not known:
+        raise UnsupportedModel(str(config.model_type), "transformers has no causal language model for it")
+    named = getattr(config, "architectures", None) or ()
+    return next((architecture for architecture in known if architecture.__name__ in named), known[0])
+
+
+def text_config(config: Any) -> Any:
+    """The config of the part that reads and writes text: of a plain model its own."""
+    return config.get_text_config(decoder=True)
+
+
+def shared_windows(config: Any) -> dict[str, int | None] | None:
+    """Sliding window (None: full attention) of each type of attention layer, None for a family whose layers keep
+    anything beside one key and value per token and head: those get a cache of their own making for every row.
     """
     from transformers.cache_utils import get_layer_types_and_kwargs
 
-    family = str(config.model_type)
-    types, arguments = get_layer_types_and_kwargs(config)
-    unknown = sorted(set(types) - CACHEABLE_LAYER_TYPES)
-    if unknown:
-        raise UnsupportedModel(
-            family, f"its layers of type {', '.join(unknown)} keep a state that a failed step could not roll back yet"
-        )
+    types, arguments = get_layer_types_and_kwargs(text_config(config))
+    if not PLAIN_LAYER_TYPES.issuperset(types):
+        return None
     windows: dict[str, int | None] = {}
     for layer_type, argument in zip(types, arguments, strict=True):
         window = argument.get("sliding_window")
         if windows.setdefault(layer_type, window) != window:
-            raise UnsupportedModel(
-                family, f"its layers have different sliding windows: {windows[layer_type]}, {window}"
-            )
+            return None
     return windows
 
 
-def find_experts(model: torch.nn.Module) -> list[ExpertsModule]:
-    """The experts modules in layer order. Raises UnsupportedModel."""
-    config: Any = model.config
-    family = str(config.model_type)
-    plan: dict[str, str] = getattr(config, "base_model_ep_plan", None) or {}
-    patterns = [name for name, style in plan.items() if style == DISPATCH_STYLE]
+def find_experts(model: Any) -> list[ExpertsModule]:
+    """The experts modules that text reaches, in layer order. Raises UnsupportedModel."""
+    family = str(model.config.model_type)
+    plan: dict[str, str] = getattr(model, "ep_plan", None) or {}
+    patterns = [name for name, style in plan.items() if style == DISPATCH_STYLE and not OTHER_MODALITY.search(name)]
     if not patterns:
         raise UnsupportedModel(family, f"its expert-parallel plan marks no module with {DISPATCH_STYLE}")
     if len(patterns) > 1:
         raise UnsupportedModel(family, f"its layers have several experts modules: {', '.join(sorted(patterns))}")
-    pattern = re.compile(r"(^|\.)" + re.escape(patterns[0]).replace(r"\*", r"\d+") + "$")
+    pattern = re.compile(re.escape(patterns[0]).replace(r"\*", r"\d+") + "$")
     sharded = [n.rsplit(".", 1)[1] for n in plan if n.startswith(patterns[0] + ".")]
-    found = [_one(name, module, sharded, family) for name, module in model.named_modules() if pattern.search(name)]
+    found = [_one(name, module, sharded, family) for name, module in model.named_modules() if pattern.match(name)]
     if not found:
         raise UnsupportedModel(family, f"no module matches {patterns[0]}: every layer of this config is dense")
-    if len({entry.module.num_experts for entry in found}) != 1:
+    if len({entry.num_experts for entry in found}) != 1:
         raise UnsupportedModel(family, "its layers have different numbers of experts")
     return found
 
@@ -167,13 +222,17 @@ def _one(name: str, module: torch.nn.Module, sharded: list[str], family: str) ->
     num_experts = getattr(module, "num_experts", None)
     if not isinstance(num_experts, int):
         raise UnsupportedModel(family, f"{name} does not tell its number of experts")
-    own = [n for n, _ in module.named_parameters()]
-    names = tuple(n for n in own if n in sharded)
-    for parameter_name in own:
-        shape = tuple(module.get_parameter(parameter_name).shape)
-        if parameter_name not in sharded or shape[0] != num_experts:
-            raise UnsupportedModel(family, f"{name}.{parameter_name} {list(shape)} is not stacked by expert")
-    return ExpertsModule(name, module, names)
+    stacked: list[str] = []
+    for own, parameter in module.named_parameters():
+        if own not in sharded and ("." in own or parameter.shape[0] != num_experts):
+            continue  # all experts share it (a norm): it stays whole on every rank
+        if own not in sharded or parameter.shape[0] != num_experts:
+            shape = list(parameter.shape)
+            raise UnsupportedModel(
+                family, f"{name}.{own} {shape}: its plan does not say whether it is stacked by expert"
+            )
+        stacked.append(own)
+    return ExpertsModule(name, module, tuple(stacked), num_experts)
 
 
 def shared_expert_of(model: torch.nn.Module, entry: ExpertsModule) -> Callable[[torch.Tensor], torch.Tensor] | None:
@@ -188,27 +247,44 @@ def shared_expert_of(model: torch.nn.Module, entry: ExpertsModule) -> Callable[[
 
 def top_k_of(config: Any) -> int:
     """Routed experts per token. Raises UnsupportedModel."""
-    for attribute in ("num_experts_per_tok", "moe_top_k", "moe_topk", "num_experts_per_token", "top_k"):
+    for attribute in TOP_K_NAMES:
         value = getattr(config, attribute, None)
         if isinstance(value, int):
             return value
+        if isinstance(value, list) and value:
+            return max(int(k) for k in value)  # one number per layer
     raise UnsupportedModel(str(config.model_type), "its config does not tell how many experts a token takes")
 
 
 def facts_of(config: Any, experts: list[ExpertsModule]) -> ModelFacts:
+    text = text_config(config)
     return ModelFacts(
         family=str(config.model_type),
         num_layers=len(experts),
-        num_experts=len(experts[0].module.get_parameter(experts[0].parameter_names[0])),
-        top_k=top_k_of(config),
-        vocab_size=int(config.vocab_size),
+        num_experts=experts[0].num_experts,
+        top_k=top_k_of(text),
+        vocab_size=int(text.vocab_size),
     )
+
+
+def describe(source: ModelSource) -> tuple[torch.nn.Module, list[ExpertsModule], ModelFacts]:
+    """The model without memory, its experts, and what planning needs. Raises UnsupportedModel, OSError."""
+    model = build_meta_model(read_config(source))
+    entries = find_experts(model)
+    facts = facts_of(model.config, entries)
+    shape = source.shape
+    if shape is not None and (facts.num_layers, facts.num_experts) != (shape.num_hidden_layers, shape.num_experts):
+        raise UnsupportedModel(
+            facts.family,
+            f"a shape of {shape.num_hidden_layers} layers of {shape.num_experts} experts has {facts.num_layers} layers "
+            f"of {facts.num_experts}; give a checkpoint",
+        )
+    return model, entries, facts
 
 
 def read_facts(source: ModelSource) -> ModelFacts:
     """What planning needs, from the config alone (about a second; no weights). Raises UnsupportedModel, OSError."""
-    config = read_config(source)
-    return facts_of(config, find_experts(build_meta_model(config)))
+    return describe(source)[2]
 
 
 def check_map(expert_map: ExpertMap, facts: ModelFacts) -> None:

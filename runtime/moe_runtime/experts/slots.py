@@ -66,6 +66,8 @@ class SlottedExperts:
 
     def _forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         hidden_TD, expert_TK, weight_TK = (*args, *kwargs.values())
+        if self._context.experts_off:
+            return torch.zeros_like(hidden_TD)
         valid_V = self._context.valid_V
         if valid_V is None:
             return self._mixture(hidden_TD, expert_TK, weight_TK)

@@ -52,13 +52,22 @@ class CheckpointWeights:
             if target not in names and key in names:
                 target, pattern = rename_source_key(key, [], [], prefix, names)
             self._sources.setdefault(target, []).append((pattern, key))
+        # a converter may make several parameters of the same keys; they are filed under its first
+        self._filed_under = {name: first for first in self._sources for name in self._made_with(first)}
+
+    def _made_with(self, first: str) -> list[str]:
+        pattern = self._sources[first][0][0]
+        targets = self._converter_of_pattern[pattern].target_patterns if pattern is not None else [first]
+        return [first.replace(targets[0], target) for target in targets]
 
     def fill_dense(self, model: torch.nn.Module, expert_parameter_names: frozenset[str]) -> None:
         wanted = {n: t for n, t in model.state_dict(keep_vars=True).items() if n not in expert_parameter_names}
         filled: set[str] = set()
         for target in self._sources:
-            if target in wanted:
+            if not wanted.keys().isdisjoint(self._made_with(target)):
                 for name, value in self._convert(target, self._sources[target], model).items():
+                    if name not in wanted:
+                        continue
                     if wanted[name].shape != value.shape:
                         shapes = f"{list(value.shape)}, the model wants {list(wanted[name].shape)}"
                         raise InvalidInput(f"{self._folder}: {name} has shape {shapes}")
@@ -74,24 +83,24 @@ class CheckpointWeights:
 
     def read_experts(self, entry: ExpertsModule, parameter_name: str, logical_ids: Sequence[int]) -> torch.Tensor:
         target = f"{entry.name}.{parameter_name}"
-        sources = self._sources.get(target)
-        if sources is None:
+        if target not in self._filed_under:
             raise InvalidInput(f"{self._folder} lacks {target}")
+        filed_under = self._filed_under[target]
+        sources = self._sources[filed_under]
         if sources[0][0] is None:
             rows = self._slice(sources[0][1])
             return torch.stack([rows[logical_id] for logical_id in logical_ids])
         per_pattern: dict[str | None, list[str]] = {}
         for pattern, key in sources:
             per_pattern.setdefault(pattern, []).append(key)
-        num_keys = {len(keys) for keys in per_pattern.values()}
-        if len(num_keys) == 1 and num_keys.pop() > max(logical_ids):
+        if {len(keys) for keys in per_pattern.values()} == {entry.num_experts}:
             chosen = [(pattern, keys[e]) for pattern, keys in per_pattern.items() for e in logical_ids]
-            return self._convert(target, chosen, None)[target]
+            return self._convert(target, chosen, _FullExperts(entry))[target]
         # Not one tensor per expert: convert the whole layer, keep the wanted rows.
-        return self._convert(target, sources, None)[target][list(logical_ids)].clone()
+        return self._convert(filed_under, sources, _FullExperts(entry))[target][list(logical_ids)].clone()
 
     def _convert(
-        self, target: str, sources: Iterable[tuple[str | None, str]], model: torch.nn.Module | None
+        self, target: str, sources: Iterable[tuple[str | None, str]], model: "torch.nn.Module | _FullExperts"
     ) -> dict[str, torch.Tensor]:
         sources = list(sources)
         if sources[0][0] is None:
@@ -116,6 +125,17 @@ class CheckpointWeights:
         return self._handles[file]
 
 
+class _FullExperts:
+    """What a conversion may ask of the model: the shape that a layer's experts have before they become slots."""
+
+    def __init__(self, entry: ExpertsModule) -> None:
+        self._entry = entry
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        now = self._entry.module.get_parameter(name.rpartition(".")[2])
+        return torch.empty(self._entry.num_experts, *now.shape[1:], device="meta")
+
+
 def _index(folder: Path) -> dict[str, str]:
     """Which file of the folder holds each tensor."""
     index = folder / "model.safetensors.index.json"
@@ -133,7 +153,7 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(str(path), framework="pt", device="cpu")
     except SafetensorError as error:
-        raise OSError(f"{path} is not a readable safetensors file: {error}") from error
+        raise InvalidInput(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def _tied_names(model: torch.nn.Module) -> set[str]:

@@ -28,6 +28,8 @@ from moe_runtime.gateway.tokenizer import Tokenizer
 from moe_runtime.metrics import CONTENT_TYPE, GatewayMetrics
 
 _MAX_BODY_BYTES = 16 << 20
+_STREAM = web.RequestKey("stream", web.StreamResponse)
+"""Where a request keeps the answer that it has begun to stream."""
 
 
 @dataclass(slots=True)
@@ -115,7 +117,7 @@ class GatewayFace:
 
     async def _metrics(self, _: web.Request) -> web.Response:
         self.metrics.epoch.set(self._directory.epoch)
-        self.metrics.active_ranks.set(len(self._directory.usable()))
+        self.metrics.ranks.set(len(self._directory.usable()))
         return web.Response(body=self.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
@@ -229,8 +231,8 @@ class GatewayFace:
             async with asyncio.TaskGroup() as group:
                 for source in sources:
                     group.create_task(drain(source))
-        except* (NoRankLeft, AllBusy, RequestRefused) as errors:
-            raise _as_api_error(errors.exceptions[0]) from errors
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None  # of several the first; whatever it is, the middleware knows its shape
         body = api.completion(
             completion_id=completion_id,
             created=int(time.time()),
@@ -250,31 +252,26 @@ class GatewayFace:
         sources: list[AsyncIterator[str]],
     ) -> web.StreamResponse:
         created = int(time.time())
-        pieces: asyncio.Queue[tuple[_Answer, str | None] | BaseException] = asyncio.Queue()
+        pieces: asyncio.Queue[tuple[_Answer, str | None]] = asyncio.Queue()
 
         async def pump(answer: _Answer, source: AsyncIterator[str]) -> None:
             try:
                 async for text in source:
                     pieces.put_nowait((answer, text))
+            finally:
                 pieces.put_nowait((answer, None))
-            except (NoRankLeft, AllBusy, RequestRefused) as error:
-                pieces.put_nowait(error)
 
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-        tasks = [asyncio.create_task(pump(a, s)) for a, s in zip(answers, sources, strict=True)]
+        request[_STREAM] = response
+        pumps = {a.index: asyncio.create_task(pump(a, s)) for a, s in zip(answers, sources, strict=True)}
         try:
             open_choices = len(answers)
             while open_choices:
-                piece = await pieces.get()
-                if isinstance(piece, BaseException):
-                    error = _as_api_error(piece)
-                    if not response.prepared:
-                        raise error
-                    await response.write(api.event(error.body()))
-                    raise _StreamBroken(response)
+                answer, text = await pieces.get()
+                if text is None:
+                    await pumps[answer.index]  # raises what ended it
                 if not response.prepared:
                     await response.prepare(request)
-                answer, text = piece
                 finish = answer.finish_reason if text is None else None
                 open_choices -= text is None
                 chunk = api.choice(answer.index, text or "", finish)
@@ -301,18 +298,10 @@ class GatewayFace:
             await response.write(api.DONE_EVENT)
             await response.write_eof()
         finally:
-            for task in tasks:
+            for task in pumps.values():
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*pumps.values(), return_exceptions=True)
         return response
-
-
-class _StreamBroken(Exception):
-    """A stream failed after its head was sent: the error went out as an event."""
-
-    def __init__(self, response: web.StreamResponse) -> None:
-        super().__init__("stream broken")
-        self.response = response
 
 
 @web.middleware
@@ -320,24 +309,43 @@ async def _errors_in_openai_shape(request: web.Request, handler: Any) -> web.Str
     try:
         answer: web.StreamResponse = await handler(request)
         return answer
-    except _StreamBroken as broken:
+    except (ApiError, AllBusy, RequestRefused, NoRankLeft, web.HTTPException) as error:
+        return await _tell(request, _as_api_error(error, request))
+    except ConnectionResetError:  # nobody is there to be told
+        raise
+    except Exception:
+        await _tell(request, ApiError(500, "the gateway made a mistake; its log says which", code="internal"))
+        raise  # the server logs it, and closes the connection
+
+
+async def _tell(request: web.Request, error: ApiError) -> web.StreamResponse:
+    """Sends it: as an answer, or as the last event of the one that has begun."""
+    headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s else {}
+    begun: web.StreamResponse | None = request.get(_STREAM)
+    if begun is not None and begun.prepared:
         with contextlib.suppress(ConnectionError):
-            await broken.response.write_eof()
-        return broken.response
-    except ApiError as error:
-        headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s else {}
-        return web.json_response(error.body(), status=error.status, headers=headers)
-    except web.HTTPException as error:
-        shaped = ApiError(error.status, f"{request.method} {request.path}: {error.reason}")
-        return web.json_response(shaped.body(), status=error.status)
+            await begun.write(api.event(error.body()))
+            await begun.write_eof()
+        return begun
+    answer = web.json_response(error.body(), status=error.status, headers=headers)
+    with contextlib.suppress(ConnectionError):
+        await answer.prepare(request)
+        await answer.write_eof()
+    return answer
 
 
-def _as_api_error(error: BaseException) -> ApiError:
-    if isinstance(error, AllBusy):
-        return ApiError(429, f"every rank is busy: {error}", code="overloaded", retry_after_s=1)
-    if isinstance(error, RequestRefused):
-        return ApiError(400 if error.kind == "too_long" else 503, str(error), code=error.kind)
-    return ApiError(503, str(error), code="no_rank", retry_after_s=2)
+def _as_api_error(error: Exception, request: web.Request) -> ApiError:
+    match error:
+        case ApiError():
+            return error
+        case AllBusy():
+            return ApiError(429, f"every rank is busy: {error}", code="overloaded", retry_after_s=1)
+        case RequestRefused(kind=kind):
+            return ApiError(400 if kind == "too_long" else 503, str(error), code=kind)
+        case web.HTTPException():
+            return ApiError(error.status, f"{request.method} {request.path}: {error.reason}")
+        case _:
+            return ApiError(503, str(error), code="no_rank", retry_after_s=2)
 
 
 def _usage(answers: list[_Answer], asked: CompletionRequest) -> dict[str, int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 _MAX_STOPS = 4
 _MAX_CHOICES = 128
+"""Of one request, over all of its prompts: each is a sequence of its own."""
 _DEFAULT_MAX_TOKENS = 16
 _KNOWN = frozenset({
     "model", "prompt", "max_tokens", "temperature", "top_p", "seed", "stop", "n", "stream", "stream_options", "user",
@@ -81,13 +82,16 @@ def parse_completion(body: bytes) -> CompletionRequest:
     n = _integer(raw, "n", default=1, low=1, high=_MAX_CHOICES)
     if raw.get("best_of") not in (None, n):
         raise ApiError(400, "best_of is not supported here", param="best_of", code="unsupported_parameter")
+    prompts = _prompts(raw.get("prompt"))
+    if len(prompts) * n > _MAX_CHOICES:
+        raise ApiError(400, f"{len(prompts)} prompts of {n} choices are more than {_MAX_CHOICES}", param="prompt")
     model = raw.get("model")
     if not isinstance(model, str) or not model:
         raise ApiError(400, "you must provide a model parameter", param="model")
     stream = _boolean(raw, "stream")
     return CompletionRequest(
         model=model,
-        prompts=_prompts(raw.get("prompt")),
+        prompts=prompts,
         max_tokens=_integer(raw, "max_tokens", default=_DEFAULT_MAX_TOKENS, low=1, high=1 << 24),
         temperature=_number(raw, "temperature", default=1.0, low=0.0, high=2.0),
         top_p=_number(raw, "top_p", default=1.0, low=0.0, high=1.0),

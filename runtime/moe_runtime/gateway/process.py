@@ -7,11 +7,12 @@ Ray's head included, is dead. Only finding a rank that this gateway has never me
 import asyncio
 import contextlib
 import signal
+import socket
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import ray
 from aiohttp import web
 from ray.actor import ActorHandle
@@ -19,19 +20,16 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from moe_core.contract.membership import Membership
 from moe_core.contract.names import rank_actor_name
-from moe_core.outcome import InvalidInput
 from moe_runtime.engine.scheduler import GenerationRequest
 from moe_runtime.gateway.face import GatewayFace
 from moe_runtime.gateway.ranks import RankDirectory
 from moe_runtime.gateway.replay import RankForgot, RankUnreachable
+from moe_runtime.gateway.scout import Scout
 from moe_runtime.gateway.tokenizer import load_tokenizer
 from moe_runtime.host.pod_env import PodEnv
 from moe_runtime.host.ray_env import head_listens, is_loopback, ray_temp_dir
 from moe_runtime.rank.desk import Poll, UnknownRequest
-from moe_runtime.registration import GatewayReport, MembersView
 
-_REPORT_EVERY_S = 0.5
-_ASK_RANKS_EVERY_S = 1.0
 _CALL_S = 3.0
 _CONNECT_S = 120.0
 
@@ -90,67 +88,6 @@ class RayRanks:
             del self._handles[pod_uid]
 
 
-class Scout:
-    """Keeps the directory true: from the coordinator while it answers, and from the ranks in any case."""
-
-    def __init__(self, env: PodEnv, directory: RankDirectory, ranks: RayRanks, face: GatewayFace) -> None:
-        self._env = env
-        self._directory = directory
-        self._ranks = ranks
-        self._face = face
-
-    async def follow_coordinator(self) -> None:
-        """Report this gateway's counts, get the members in return."""
-        headers = {"Authorization": f"Bearer {self._env.token}"}
-        timeout = aiohttp.ClientTimeout(total=_CALL_S)
-        async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
-            while True:
-                counts = self._face.counts
-                report = GatewayReport(
-                    pod_uid=self._env.pod_uid,
-                    requests_ok=counts.ok,
-                    requests_failed=counts.failed,
-                    requests_replayed=counts.replayed,
-                    tokens_out=counts.tokens_out,
-                )
-                url = f"{self._env.coordinator_url}/v1/register"
-                with contextlib.suppress(aiohttp.ClientError, TimeoutError, InvalidInput):
-                    async with session.post(url, data=report.canonical()) as response:
-                        if response.status == 200:
-                            self._take(MembersView.parse(await response.read()))
-                await asyncio.sleep(_REPORT_EVERY_S)
-
-    def _take(self, view: MembersView) -> None:
-        # A coordinator that has just started knows nobody yet: no members is no news.
-        if view.ranks and view.epoch >= self._directory.epoch:
-            active = [(r.rank, r.pod_uid) for r in view.ranks if r.phase == "Active"]
-            if active:
-                self._directory.tell(view.epoch, active)
-            self._directory.covered, self._directory.total = view.covered, view.total
-
-    async def ask_ranks(self) -> None:
-        """Any rank knows the committed membership: one is asked in turn, a dead or hung one is found out on the way."""
-        turn = 0
-        while True:
-            await asyncio.sleep(_ASK_RANKS_EVERY_S)
-            uids = self._directory.active_uids()
-            if not uids:
-                continue
-            turn += 1
-            uid = uids[turn % len(uids)]
-            try:
-                membership = await self._ranks.view(uid)
-            except RankUnreachable as error:
-                self._directory.suspect(uid, is_gone=error.is_gone)
-                continue
-            except RankForgot:
-                continue
-            self._directory.clear(uid)
-            if membership is not None and membership.epoch > self._directory.epoch:
-                self._directory.tell(membership.epoch, [(m.rank, m.pod_uid) for m in membership.members])
-            self._ranks.forget(set(self._directory.known_uids()))
-
-
 def _connect(env: PodEnv) -> None:
     """Join the Ray cluster as a driver; waits for its head. Raises ConnectionError after two minutes."""
     deadline = time.monotonic() + _CONNECT_S
@@ -179,34 +116,48 @@ def _take_signals_back() -> None:
             signal.signal(number, handler)
 
 
-async def serve_gateway(env: PodEnv) -> None:
-    """Serve until cancelled. Raises TokenizerMissing, OSError (port), ConnectionError (no Ray)."""
+async def serve_gateway(
+    env: PodEnv, listener: socket.socket, waiting: Sequence[socket.socket], *, ready: Callable[[], None]
+) -> None:
+    """Serve on the bound `listener`, and the connections that `waiting` holds, until cancelled.
+
+    `ready` is called once requests can be answered. Raises TokenizerMissing, OSError (port), ConnectionError (no Ray).
+    """
     source = env.config.model.path
     tokenizer = await asyncio.to_thread(load_tokenizer, Path(source) if source else None)
     directory, ranks = RankDirectory(), RayRanks(env.ray_namespace)
     face = GatewayFace(env.config, directory, ranks, tokenizer)
     runner = web.AppRunner(face.app(), access_log=None, shutdown_timeout=0.5, handler_cancellation=True)
     await runner.setup()
-    assert env.config.serving is not None
-    host = env.pod_ip if is_loopback(env.pod_ip) else None
-    port = env.config.serving.gateway_port
+    # A port that gateways of one machine share: whoever listens there gets requests, so a new one waits until it can
+    # answer them. On a port of its own a gateway says at once that it lives; whether it is ready is another question.
+    is_shared = is_loopback(env.pod_ip)
     tasks = []
     try:
         if env.health_port is not None:
-            await web.TCPSite(runner, host, env.health_port).start()
+            await web.TCPSite(runner, env.pod_ip, env.health_port).start()
+        if not is_shared:
+            await _open(runner, listener, waiting)
         await head_listens(env)
         await asyncio.to_thread(_connect, env)
         _take_signals_back()
         scout = Scout(env, directory, ranks, face)
         tasks = [asyncio.create_task(scout.follow_coordinator()), asyncio.create_task(scout.ask_ranks())]
-        # The port that gateways of one machine share: whoever listens there gets requests, so a new one waits until it
-        # can answer them.
-        while not directory.usable() and not any(task.done() for task in tasks):
+        while is_shared and not directory.usable() and not any(task.done() for task in tasks):
             await asyncio.sleep(0.1)
-        await web.TCPSite(runner, host, port, reuse_port=True).start()
-        print(f"moe-pod: gateway on port {port}", flush=True)
+        if is_shared:
+            await _open(runner, listener, waiting)
+        ready()
         await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()
         await runner.cleanup()
+
+
+async def _open(runner: web.AppRunner, listener: socket.socket, waiting: Sequence[socket.socket]) -> None:
+    await web.SockSite(runner, listener).start()
+    assert runner.server is not None, "setup comes first"
+    for connection in waiting:
+        await asyncio.get_running_loop().connect_accepted_socket(runner.server, connection)
+    print(f"moe-pod: gateway on port {listener.getsockname()[1]}", flush=True)

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 _SUSPECT_S = 3.0
 """A suspect gets no request for this long; long enough for the ranks to agree on the next epoch."""
 
+_DESERTED_S = 10.0
+"""No rank has confirmed the known epoch for this long: longer than any recovery (seconds) and than asking each in turn
+(one a second, and a coordinator that answers tells twice a second)."""
+
 
 @dataclass(slots=True)
 class KnownRank:
@@ -31,15 +35,20 @@ class RankDirectory:
         self._clock = clock
         self._known: dict[str, KnownRank] = {}
         self._change = asyncio.Event()
+        self._confirmed_at = clock()
         self.epoch = 0
         self.covered = 0
         self.total = 0
 
-    def tell(self, epoch: int, members: Iterable[tuple[int, str]]) -> None:
-        """Somebody says: in this epoch these (rank, pod uid) are members. Older news than known is ignored."""
-        if epoch < self.epoch:
-            return
-        self.epoch = epoch
+    def tell(self, epoch: int, members: Iterable[tuple[int, str]]) -> bool:
+        """Somebody says: in this epoch these (rank, pod uid) are members. False for older news than known.
+
+        Unless the known epoch is deserted: a group whose ranks and coordinator all went may count from one again.
+        """
+        now = self._clock()
+        if epoch < self.epoch and now - self._confirmed_at <= _DESERTED_S:
+            return False
+        self.epoch, self._confirmed_at = epoch, now
         present = {uid: rank for rank, uid in members}
         for uid, rank in present.items():
             self._known.setdefault(uid, KnownRank(rank, uid)).is_active = True
@@ -49,6 +58,7 @@ class RankDirectory:
                 if known.in_flight == 0:
                     del self._known[uid]
         self._wake()
+        return True
 
     def suspect(self, pod_uid: str, *, is_gone: bool = False) -> None:
         known = self._known.get(pod_uid)
@@ -57,10 +67,11 @@ class RankDirectory:
             known.is_gone = known.is_gone or is_gone
 
     def clear(self, pod_uid: str) -> None:
-        """The rank answered."""
+        """The rank wrote tokens, or says that it is a member of the known epoch."""
         known = self._known.get(pod_uid)
         if known is not None:
             known.suspected_until = 0.0
+            self._confirmed_at = self._clock()
 
     def usable(self) -> list[KnownRank]:
         now = self._clock()

@@ -6,6 +6,7 @@ on (seed, position) only, so the continuation is the one the first rank would ha
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
@@ -20,9 +21,10 @@ ANSWER_S = 3.0
 """A rank that does not answer a poll within POLL_S + ANSWER_S is taken for hung. Its event loop answers also while the
 step loop waits for a recovery; a wrong guess costs a replay, not a token."""
 NO_PROGRESS_S = 60.0
-"""How long a sequence waits for a next token, over all ranks, before its request fails."""
-MAX_ATTEMPTS = 60
+"""How long a sequence waits for a next token, over all ranks, before its request fails. The only bound: how many ranks
+are full, or say that they take nothing now, ends no sequence."""
 BACKOFF_S = 0.1
+_MAX_BACKOFF_S = 1.0
 
 
 class RankUnreachable(Exception):
@@ -103,6 +105,8 @@ class _Visit:
     degraded: dict[str, int] = field(default_factory=dict)
     end: str = ""
     message: str = ""
+    was_taken: bool = False
+    """The rank held the request for a while; one outside of every epoch says `moved` at once."""
 
     async def tokens(self, client: RankClient) -> AsyncGenerator[tuple[int, ...], None]:
         """Yields tokens as they come, until the end."""
@@ -110,6 +114,7 @@ class _Visit:
         try:
             async for poll in self._polls(client):
                 self.degraded = poll.degraded
+                self.was_taken |= poll.end is None or bool(poll.tokens)
                 if poll.tokens:
                     yield poll.tokens
                 self.end, self.message = poll.end or "", poll.message
@@ -146,20 +151,22 @@ async def generate(
     sampling: Sampling,
     trace: Trace,
 ) -> AsyncGenerator[tuple[int, ...], None]:
-    """Yields tokens as they come. Raises NoRankLeft, AllBusy (only before the first token), RequestRefused."""
+    """Yields tokens as they come. Raises NoRankLeft, AllBusy (while no rank has taken it), RequestRefused."""
     sent: list[int] = []
     avoid: frozenset[str] = frozenset()
     busy: frozenset[str] = frozenset()
+    was_taken = False
+    in_vain = 0  # rounds since the last token
     progress_at = time.monotonic()
-    for attempt in range(MAX_ATTEMPTS):
+    for attempt in itertools.count():
         known = await directory.wait_for_rank(progress_at + NO_PROGRESS_S, avoid | busy)
-        if known is None:
+        if known is None or time.monotonic() - progress_at > NO_PROGRESS_S:
             break
         visit = _Visit(known, _request(f"{sequence_id}.{attempt}", prompt, sent, sampling))
         async with contextlib.aclosing(visit.tokens(client)) as parts:
             async for part in parts:
                 sent += part
-                progress_at = time.monotonic()
+                progress_at, in_vain = time.monotonic(), 0
                 directory.clear(known.pod_uid)
                 trace.degraded_by_attempt[attempt] = visit.degraded
                 yield part
@@ -170,19 +177,22 @@ async def generate(
             raise RequestRefused(visit.end, visit.message)
         if visit.end == "overloaded":
             busy |= {known.pod_uid}
-            if busy.issuperset(k.pod_uid for k in directory.usable()):
-                if not sent:
-                    raise AllBusy(visit.message)
-                busy = frozenset()
-                await asyncio.sleep(BACKOFF_S)
-            continue
-        if len(sent) >= sampling.max_tokens:  # all was sent, only the last word was lost
+            if not busy.issuperset(k.pod_uid for k in directory.usable()):
+                continue
+            if not was_taken:
+                raise AllBusy(visit.message)
+            busy = frozenset()
+        elif len(sent) >= sampling.max_tokens:  # all was sent, only the last word was lost
             trace.finish_reason = "length"
             return
-        trace.replays.append(visit.end)
-        directory.suspect(known.pod_uid, is_gone=visit.end == "died")
-        avoid = frozenset({known.pod_uid})
-        await asyncio.sleep(BACKOFF_S * min(attempt, 5))
+        else:
+            if visit.end != "moved" or visit.was_taken:
+                was_taken = True
+                trace.replays.append(visit.end)
+            directory.suspect(known.pod_uid, is_gone=visit.end == "died")
+            avoid = frozenset({known.pod_uid})
+        await asyncio.sleep(min(BACKOFF_S * in_vain, _MAX_BACKOFF_S))
+        in_vain += 1
     waited = time.monotonic() - progress_at
     raise NoRankLeft(f"no rank could go on: {len(trace.replays)} replays, no token for {waited:.0f} s")
 

@@ -79,23 +79,31 @@ class CheckpointTokenizer:
 
 
 class _CheckpointStream:
-    """Decodes from a fixed earlier point and gives out the growth, holding back an unfinished character."""
+    """Decodes only the newest tokens, behind those that were given out last: what a token looks like may depend on the
+    one before it (a leading space), not on the whole answer. Holds back an unfinished character."""
 
     def __init__(self, tokenizer: CheckpointTokenizer) -> None:
         self._tokenizer = tokenizer
         self._token_ids: list[int] = []
+        """From the piece given out last on."""
         self._given = 0
+        """Tokens of that piece."""
 
     def push(self, token_ids: Sequence[int]) -> str:
         self._token_ids += token_ids
-        text = self._tokenizer.decode(self._token_ids)
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+        fresh = self._fresh()
+        if not fresh or fresh.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
-        fresh, self._given = text[self._given :], len(text)
+        del self._token_ids[: self._given]
+        self._given = len(self._token_ids)
         return fresh
 
     def finish(self) -> str:
-        return self._tokenizer.decode(self._token_ids)[self._given :]
+        return self._fresh()
+
+    def _fresh(self) -> str:
+        before = self._tokenizer.decode(self._token_ids[: self._given])
+        return self._tokenizer.decode(self._token_ids)[len(before) :]
 
 
 def load_tokenizer(checkpoint: Path | None) -> Tokenizer:

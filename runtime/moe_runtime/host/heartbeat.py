@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 BEAT_S = 0.25
+SETTLED_BEAT = b"+"
+"""A beat of a rank that has taken part in an epoch; the others are dots."""
 EXIT_GUARD_GONE = 70
 _CONNECT_S = 5.0
 
@@ -26,6 +28,7 @@ class Heartbeat:
     def __init__(self, path: Path, *, pod_uid: str, end_process: Callable[[int], None] = _end_process) -> None:
         self._end_process = end_process
         self._closed = threading.Event()
+        self._settled = threading.Event()
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._sock.settimeout(_CONNECT_S)
         try:
@@ -37,6 +40,10 @@ class Heartbeat:
         self._sock.settimeout(BEAT_S)
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
+
+    def settle(self) -> None:
+        """From now on silence means a fault: imports and loading are over, and others wait for this process."""
+        self._settled.set()
 
     def close(self) -> None:
         """Say goodbye: the guard then expects this process to end by itself soon."""
@@ -52,7 +59,7 @@ class Heartbeat:
     def _beat(self) -> None:
         while not self._closed.is_set():
             try:
-                self._sock.sendall(b".\n")
+                self._sock.sendall((SETTLED_BEAT if self._settled.is_set() else b".") + b"\n")
                 order = self._sock.recv(256)
             except TimeoutError:
                 continue

@@ -16,6 +16,7 @@ from moe_core.contract.runtime_config import (
     ENV_POD_NAME,
     ENV_POD_UID,
     ENV_RANK,
+    ENV_REATTACH,
     ENV_ROLE,
     ENV_SHARED_RAY,
     ENV_STATE_DIR,
@@ -52,6 +53,8 @@ class PodEnv:
     token_path: Path
     config: RuntimeConfig
     health_port: int | None = None
+    reattach: bool = False
+    """This coordinator takes the place of one that is gone, and pods of the group may live."""
     run_folder: Path = Path("/tmp")
     """What pods of one machine share lies here."""
 
@@ -97,9 +100,10 @@ def read_pod_env(environ: Mapping[str, str]) -> PodEnv:
     health_port = environ.get(ENV_HEALTH_PORT, "")
     if health_port and not (health_port.isdecimal() and 0 < int(health_port) < 65536):
         problems.append(Problem(ENV_HEALTH_PORT, health_port, "must be a port"))
-    shared = environ.get(ENV_SHARED_RAY, "")
-    if shared not in ("", "0", "1"):
-        problems.append(Problem(ENV_SHARED_RAY, shared, "must be 0 or 1"))
+    shared, reattach = environ.get(ENV_SHARED_RAY, ""), environ.get(ENV_REATTACH, "")
+    for switch, value in ((ENV_SHARED_RAY, shared), (ENV_REATTACH, reattach)):
+        if value not in ("", "0", "1"):
+            problems.append(Problem(switch, value, "must be 0 or 1"))
     token = _read_token(token_path, problems) if token_path else ""
     config = _read_config(config_path, problems) if config_path else None
     if problems or config is None:
@@ -117,6 +121,7 @@ def read_pod_env(environ: Mapping[str, str]) -> PodEnv:
         token_path=Path(token_path),
         config=config,
         health_port=int(health_port) if health_port else None,
+        reattach=reattach == "1",
         run_folder=Path(environ.get(ENV_RUN) or "/tmp"),
     )
 

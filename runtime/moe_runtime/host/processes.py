@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -36,7 +36,9 @@ def die_with_parent(parent_pid: int) -> Callable[[], None]:
     return in_child
 
 
-def start(command: Sequence[str], *, env: Mapping[str, str], log: Path | None = None) -> "subprocess.Popen[bytes]":
+def start(
+    command: Sequence[str], *, env: Mapping[str, str], log: Path | None = None, pass_fds: Collection[int] = ()
+) -> "subprocess.Popen[bytes]":
     """Start a child that dies with this process. From the main thread only: the kernel watches the forking thread."""
     out = log.open("ab") if log is not None else None
     try:
@@ -46,6 +48,7 @@ def start(command: Sequence[str], *, env: Mapping[str, str], log: Path | None = 
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT if out is not None else None,
+            pass_fds=tuple(pass_fds),
             preexec_fn=die_with_parent(os.getpid()),  # noqa: PLW1509 - one system call, no lock, no import
         )
     finally:

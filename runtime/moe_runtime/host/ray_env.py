@@ -28,7 +28,12 @@ def ray_environment(env: PodEnv, environ: Mapping[str, str]) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(token_path),
         "RAY_gcs_rpc_server_reconnect_timeout_s": str(_RECONNECT_S),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_metrics_report_interval_ms": "3600000",  # else the head writes counters into its store every 5 s
         "RAY_enable_metrics_collection": "false",
+        # A head that is lost with its node closes no connection: after 300 + 120 s by default, here after 20 s, its
+        # nodes and drivers go to the new one. Seen with the old one cut off: not within 150 s, and after 10 s.
+        "RAY_grpc_client_keepalive_time_ms": "10000",
+        "RAY_grpc_client_keepalive_timeout_ms": "10000",
         "RAY_timeout_ms_task_wait_for_death_info": "100",  # default 1000: how long a caller waits to learn why
         "RAY_worker_register_timeout_seconds": "120",
         "RAY_agent_register_timeout_ms": "120000",  # a node on busy cores: its agent needs its imports first
@@ -44,9 +49,14 @@ def ray_environment(env: PodEnv, environ: Mapping[str, str]) -> dict[str, str]:
 
 def head_environment(env: PodEnv, environ: Mapping[str, str]) -> dict[str, str]:
     """For the head: its state lies in an embedded store, so that a new head on the same folder takes its nodes back."""
-    store = env.state_dir / "gcs"
+    store = head_store_dir(env)
     store.mkdir(parents=True, exist_ok=True)
     return {**ray_environment(env, environ), "RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(store)}
+
+
+def head_store_dir(env: PodEnv) -> Path:
+    """Where the head keeps its state, in the coordinator's pod."""
+    return env.state_dir / "gcs"
 
 
 def write_ray_token(env: PodEnv) -> Path:

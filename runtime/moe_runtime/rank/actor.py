@@ -69,6 +69,7 @@ class RankActor:
                 guard_address=boot.guard_address,
                 coordinator_url=boot.coordinator_url,
                 desk=self._desk,
+                settled=self._heartbeat.settle,
             )
             self._loop.run()
         finally:

@@ -1,6 +1,7 @@
 """Puts one rank's parts together. Imports torch and transformers: only inside the rank's own process."""
 
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -22,8 +23,9 @@ def assemble(
     guard_address: str,
     coordinator_url: str,
     desk: Desk,
+    settled: Callable[[], None],
 ) -> StepLoop:
-    """The step loop with its link started; `run` it in a thread of its own."""
+    """The step loop with its link started; `run` it in a thread of its own. `settled` is called after each step."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     keeper = MembershipKeeper(
         rank=rank,
@@ -41,6 +43,7 @@ def assemble(
         keeper=keeper,
         work=_work(config, rank=rank, desk=desk),
         directive=lambda: link.directive,
+        settled=settled,
     )
     # A minority that waits in `recover` goes on at the word itself, not when it next looks at the directive.
     link.start(loop.report, heard=lambda d: keeper.vouch(d.vouched_dead, newest_epoch=d.newest_epoch))

@@ -5,6 +5,7 @@ While no coordinator answers, the last directive stays: ranks go on with what th
 
 import http.client
 import threading
+import time
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
@@ -15,6 +16,23 @@ _HOLD_S = 0.4
 """The coordinator holds its answer for so long when there is no news, so no phase is reported later than this."""
 _CALL_S = 3.0
 _RETRY_S = 0.3
+_LOAD_EVERY_S = 10.0
+"""A load of 61 layers x 256 experts is 80 kB of text, the rest of a report 8 (72 ranks); figures of balance need not
+be fresher."""
+
+
+class Loads:
+    """Leaves the load out of most reports: () says that there is none newer than the last."""
+
+    def __init__(self) -> None:
+        self._sent: tuple[tuple[int, ...], ...] = ()
+        self._due = 0.0
+
+    def thin(self, report: RankReport, now: float) -> RankReport:
+        if now < self._due or report.load == self._sent:
+            return report.model_copy(update={"load": ()})
+        self._sent, self._due = report.load, now + _LOAD_EVERY_S
+        return report
 
 
 class CoordinatorLink:
@@ -36,10 +54,14 @@ class CoordinatorLink:
 
     def _run(self, make_report: Callable[[], RankReport], heard: Callable[[Directive], object]) -> None:
         connection: http.client.HTTPConnection | None = None
+        loads = Loads()
         while not self._stop.is_set():
             if connection is None:
                 connection = http.client.HTTPConnection(self._host, self._port, timeout=_CALL_S)
-            report = make_report().model_copy(update={"directive_seen": self.directive.seal, "wait_s": _HOLD_S})
+                loads = Loads()  # whoever answers may be a new coordinator, which knows none
+            report = loads.thin(make_report(), time.monotonic()).model_copy(
+                update={"directive_seen": self.directive.seal, "wait_s": _HOLD_S}
+            )
             try:
                 connection.request("POST", "/v1/register", body=report.canonical(), headers=self._headers)
                 response = connection.getresponse()

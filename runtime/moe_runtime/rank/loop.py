@@ -19,6 +19,8 @@ from moe_runtime.errors import Fenced, GroupFault, MinorityStop
 from moe_runtime.host.processes import resident_bytes
 from moe_runtime.membership.group import EpochGroup
 from moe_runtime.membership.keeper import MembershipKeeper
+from moe_runtime.rank.recovery import Recovering
+from moe_runtime.rank.slot_check import SlotCheck
 from moe_runtime.rank.staging import Staging
 from moe_runtime.rank.work import ModelUnusable, Work, coverage
 from moe_runtime.registration import Directive, RankReport
@@ -33,7 +35,8 @@ _KEPT_RECOVERIES = 16
 
 
 class StepLoop:
-    """`run` is the thread's; it ends when halted or when the model is unusable. `directive()` gives the newest one."""
+    """`run` is the thread's; it ends when halted or when the model is unusable. `directive()` gives the newest one,
+    `settled()` is called after every step."""
 
     def __init__(
         self,
@@ -44,10 +47,12 @@ class StepLoop:
         keeper: MembershipKeeper,
         work: Work,
         directive: Callable[[], Directive],
+        settled: Callable[[], None],
     ) -> None:
         self._config, self._rank, self._token = config, rank, token
-        self._keeper, self._work, self._directive = keeper, work, directive
+        self._keeper, self._work, self._directive, self._settled = keeper, work, directive, settled
         self._staging = Staging()
+        self._slots = SlotCheck()
         self._group: EpochGroup | None = None
         self._halt = threading.Event()
         self._phase: RankPhase = "Starting"
@@ -55,7 +60,7 @@ class StepLoop:
         self._failure = ""
         self._coverage: Coverage | None = None
         self._recoveries: tuple[Recovery, ...] = ()
-        self._recovering: tuple[tuple[int, ...], float, float, float] | None = None
+        self._recovering: Recovering | None = None
         self._quiet_rounds = 0
         self.crashed: BaseException | None = None
 
@@ -80,13 +85,14 @@ class StepLoop:
             applied_digest=epm.expert_map.digest if epm is not None else "",
             memory_bytes=resident_bytes(),
             tokens=work.tokens,
-            message=self._message,
+            message=self._message or self._staging.problem,
             degraded_tokens=work.degraded_tokens,
             coverage=self._coverage,
             recoveries=self._recoveries,
             load=work.load,
             training=work.training,
             failure=self._failure,
+            digest_mismatches=self._slots.mismatches,
         )
 
     # -- the thread --
@@ -138,7 +144,10 @@ class StepLoop:
         wanted, epm = directive.expert_map, self._work.epm
         if wanted is None or epm is None:
             return
-        self._staging.want(wanted, epm, wait=outside)
+        if self._staging.want(wanted, epm, wait=outside):
+            self._say(
+                f"stages map {wanted.digest}" + (f" again: {self._staging.problem}" if self._staging.problem else "")
+            )
         if outside and self._staging.digest == wanted.digest and epm.expert_map.digest != wanted.digest:
             self._apply_map(wanted.digest)
 
@@ -193,15 +202,16 @@ class StepLoop:
         )
         self._apply_map(membership.map_digest)
         epm.bind(self._group)
+        if self._config.mode == "serve":  # a training run takes its experts from snapshots that carry digests
+            self._slots.placed(self._group, epm)
         self._coverage = coverage(epm)
         self._work.enter(self._group, membership.epoch)
         self._phase, self._message = "Active", ""
         self._say(
             f"active in epoch {membership.epoch} with ranks {list(membership.ranks)}, map {membership.map_digest}"
         )
-        if self._recovering is not None and self._recovering[3] == 0.0:
-            lost, detected, agreed, _ = self._recovering
-            self._recovering = (lost, detected, agreed, time.time())
+        if self._recovering is not None:
+            self._recovering.rebuilt(time.time())
 
     def _step(self) -> bool:
         """One boundary and one step; False when this rank is out. Raises GroupFault, Fenced."""
@@ -213,15 +223,18 @@ class StepLoop:
         if known is not None and known.epoch > current.epoch:
             raise GroupFault(f"epoch {known.epoch} is decided, this rank steps in {current.epoch}")
         directive = self._directive()
-        if directive.ranks and self._rank not in directive.ranks:
-            self._phase = "Draining"
+        # A wish that takes this rank back before it has left is heard as well.
+        self._phase = "Draining" if directive.ranks and self._rank not in directive.ranks else "Active"
         self._follow_map(directive, outside=False)
         plan = self._ready_plan(directive, current)
         rows = group.all_gather_ints((self._work.prepare(), _key(plan)))
         if plan is not None and all(row[1] == _key(plan) for row in rows):
-            return self._change(plan)
+            if self._may_change(plan):
+                return self._change(plan)
+            return True
         tokens = [row[0] for row in rows]
         self._work.run(tokens)
+        self._settled()
         self._resumed()
         if any(tokens):
             self._quiet_rounds = 0
@@ -240,6 +253,18 @@ class StepLoop:
         has_map = plan.map_digest in (epm.expert_map.digest, self._staging.digest)
         return plan if has_map or not stays else None
 
+    def _may_change(self, plan: Membership) -> bool:
+        """Whether every rank has in memory what the plan's map says. All members ask at the same boundary."""
+        group, epm = self._group, self._work.epm
+        assert group is not None and epm is not None
+        if self._config.mode != "serve" or plan.map_digest == epm.expert_map.digest:
+            return True
+        problem = self._slots.staged(group, epm, self._staging.staged(plan.map_digest))
+        if problem:
+            self._say(f"map {plan.map_digest} stays out of force: {problem}")
+            self._staging.reject(plan.map_digest, problem)
+        return not problem
+
     def _change(self, plan: Membership) -> bool:
         """All members saw the same plan at this boundary. False when this rank has left by it."""
         self._drop_group()
@@ -256,7 +281,7 @@ class StepLoop:
 
     def _recover(self, fault: GroupFault) -> Membership:
         """The next epoch without whom the fault took. Waits for a vouching as a minority. Raises Fenced."""
-        detected = time.time()
+        self._recovering = self._recovering or Recovering(time.time())
         self._message = str(fault)
         self._say(f"suspends its step: {fault}")
         before = self._keeper.current
@@ -274,27 +299,17 @@ class StepLoop:
                     raise Fenced(f"epoch {directive.newest_epoch} was decided without this rank") from stop
                 if self._halt.is_set():
                     raise Fenced("stopped while recovering") from stop
-        lost = tuple(sorted(set(before.ranks if before else ()) - set(membership.ranks)))
-        if lost and self._recovering is None:
-            self._recovering = (lost, detected, time.time(), 0.0)
+        lost = frozenset(before.ranks if before else ()) - frozenset(membership.ranks)
+        self._recovering.agreed(lost, time.time())
         return membership
 
     def _resumed(self) -> None:
         """The first step after a recovery is through."""
-        if self._recovering is None or self._recovering[3] == 0.0:
+        recovering, self._recovering, current = self._recovering, None, self._keeper.current
+        if recovering is None or current is None:
             return
-        lost, detected, agreed, rebuilt = self._recovering
-        self._recovering = None
-        current = self._keeper.current
-        recovery = Recovery(
-            epoch=current.epoch if current else 0,
-            lost_ranks=lost,
-            detected_at=detected,
-            agreed_at=agreed,
-            rebuilt_at=rebuilt,
-            resumed_at=time.time(),
-        )
-        self._recoveries = (*self._recoveries, recovery)[-_KEPT_RECOVERIES:]
+        if (recovery := recovering.resumed(current.epoch, time.time())) is not None:
+            self._recoveries = (*self._recoveries, recovery)[-_KEPT_RECOVERIES:]
 
     def _say(self, what: str) -> None:
         """One line in the pod's log, for people."""

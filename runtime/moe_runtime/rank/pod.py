@@ -9,14 +9,13 @@ import contextlib
 import json
 import os
 import sys
-import tempfile
 import time
 from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
 
 from moe_runtime.host import processes
-from moe_runtime.host.guard import Guard
+from moe_runtime.host.guard import Guard, guard_socket_path
+from moe_runtime.host.guard_face import GuardFace
 from moe_runtime.host.pod_env import PodEnv
 from moe_runtime.host.ray_env import head_listens, ray_environment, ray_temp_dir
 from moe_runtime.rank.boot import RankBoot
@@ -35,17 +34,12 @@ async def guard_rank(env: PodEnv) -> None:
     """Runs until the rank has ended (RankEnded) or this is cancelled, which ends the rank."""
     assert env.rank is not None
     env.state_dir.mkdir(parents=True, exist_ok=True)
-    guard = Guard(
-        pod_uid=env.pod_uid,
-        token=env.token,
-        socket_path=_socket_path(env),
-        host=env.pod_ip,
-        faults_enabled=env.config.faults_enabled,
-    )
+    guard = Guard(pod_uid=env.pod_uid, socket_path=guard_socket_path(env))
+    face = GuardFace(guard, token=env.token, host=env.pod_ip, faults_enabled=env.config.faults_enabled)
     log = env.state_dir / "rank.log"
     following = asyncio.create_task(_follow(log))
     try:
-        await _create(env, guard, log)
+        await _create(env, guard, face.address, log)
         while not guard.ended.is_set():
             await asyncio.sleep(0.1)
         raise RankEnded(f"rank {env.rank}: {guard.reason}")
@@ -54,18 +48,11 @@ async def guard_rank(env: PodEnv) -> None:
         following.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await following
+        face.close()
         guard.close()
 
 
-def _socket_path(env: PodEnv) -> Path:
-    """Short: a unix socket's path must stay under 108 bytes."""
-    key = sha256(f"{env.config.uid}:{env.pod_uid}".encode()).hexdigest()[:12]
-    folder = Path(tempfile.gettempdir()) / f"moe-guard-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder / f"{key}.sock"
-
-
-async def _create(env: PodEnv, guard: Guard, log: Path) -> None:
+async def _create(env: PodEnv, guard: Guard, guard_address: str, log: Path) -> None:
     boot = RankBoot(
         config_path=str(env.config_path),
         token_path=str(env.token_path),
@@ -73,7 +60,7 @@ async def _create(env: PodEnv, guard: Guard, log: Path) -> None:
         pod_uid=env.pod_uid,
         pod_ip=env.pod_ip,
         guard_socket=str(guard.socket_path),
-        guard_address=guard.address,
+        guard_address=guard_address,
         coordinator_url=env.coordinator_url,
         log_path=str(log),
         ray_address=env.ray_address,

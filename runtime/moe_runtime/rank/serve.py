@@ -1,21 +1,18 @@
 """Serving, as the step loop drives it: scheduler, model, sampling, desk."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.runtime_config import RuntimeConfig
-from moe_core.outcome import InvalidInput
-from moe_runtime.engine.cache import SlotKVCache
+from moe_runtime.engine.cache import StepCache
 from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.engine.sampling import sample
 from moe_runtime.engine.scheduler import Chunk, Overloaded, Scheduler, TooLong
-from moe_runtime.experts.families import UnsupportedModel
 from moe_runtime.membership.group import EpochGroup
 from moe_runtime.rank.desk import Desk
-from moe_runtime.rank.work import ModelUnusable, WorkReport
+from moe_runtime.rank.work import WorkReport, loading
 
 _LOAD_EVERY_STEPS = 20
 
@@ -29,7 +26,7 @@ class ServeWork:
         self._config, self._serving, self._rank, self._desk = config, config.serving, rank, desk
         self.report = WorkReport()
         self.epm: ExpertParallelModel | None = None
-        self._cache: SlotKVCache | None = None
+        self._cache: StepCache | None = None
         self._scheduler = self._new_scheduler()
         self._chunks: tuple[Chunk, ...] = ()
         self._steps = 0
@@ -39,7 +36,7 @@ class ServeWork:
         return Scheduler(max_sequences=self._serving.max_sequences, max_context=self._serving.max_context)
 
     def load(self, expert_map: ExpertMap) -> None:
-        try:
+        with loading(self._config.model.path or "the configured shape"):
             self.epm = ExpertParallelModel.load(
                 self._config.model,
                 expert_map=expert_map,
@@ -47,13 +44,12 @@ class ServeWork:
                 device=self._config.device,
                 fallback=self._serving.fallback,
             )
-        except (UnsupportedModel, InvalidInput, OSError) as error:
-            where = self._config.model.path or "the configured shape"
-            raise ModelUnusable(f"{Path(where)}: {error}") from error
-        self.epm.module.eval()
-        self._cache = self.epm.new_cache(num_rows=self._serving.max_sequences, max_length=self._serving.max_context)
+            self.epm.module.eval()
+            rows, length = self._serving.max_sequences, self._serving.max_context
+            self._cache = self.epm.new_cache(num_rows=rows, max_length=length)
+            self.epm.slot_digests()  # now, not when the others wait for them
 
-    def _parts(self) -> tuple[ExpertParallelModel, SlotKVCache]:
+    def _parts(self) -> tuple[ExpertParallelModel, StepCache]:
         assert self.epm is not None and self._cache is not None, "load comes first"
         return self.epm, self._cache
 
@@ -106,7 +102,7 @@ class ServeWork:
         logits_BV: torch.Tensor,
         is_degraded_B: Sequence[bool],
         reasons: Sequence[str],
-        cache: SlotKVCache,
+        cache: StepCache,
     ) -> None:
         refused = {
             chunk.request_id

@@ -12,12 +12,9 @@ from pathlib import Path
 from moe_core.contract.exchange import TrainingProgress
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.runtime_config import RuntimeConfig
-from moe_core.outcome import InvalidInput
 from moe_runtime.engine.model import ExpertParallelModel
-from moe_runtime.experts.families import UnsupportedModel
 from moe_runtime.membership.group import EpochGroup
-from moe_runtime.rank.work import ModelUnusable, WorkReport
-from moe_runtime.train.data import DataError
+from moe_runtime.rank.work import ModelUnusable, WorkReport, loading
 from moe_runtime.train.loop import Diverged, OutOfStep, Trainer
 from moe_runtime.train.snapshot import SnapshotDamaged
 
@@ -45,7 +42,7 @@ class TrainWork:
         self._restored_from: int | None = None
 
     def load(self, expert_map: ExpertMap) -> None:
-        try:
+        with loading(self._config.model.path or "the configured shape"):
             self.epm = ExpertParallelModel.load(
                 self._config.model,
                 expert_map=expert_map,
@@ -53,9 +50,8 @@ class TrainWork:
                 device=self._config.device,
                 seed=self._training.seed,
             )
+        with loading("the training run"):
             self._trainer = Trainer(self._training, self.epm, run_id=self._config.uid)
-        except (UnsupportedModel, InvalidInput, DataError, OSError) as error:
-            raise ModelUnusable(str(error)) from error
         self.epm.module.train()
 
     def _parts(self) -> tuple[ExpertParallelModel, Trainer, EpochGroup]:

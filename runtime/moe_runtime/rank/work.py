@@ -3,12 +3,19 @@
 A step is a transaction: `run` either finishes, or raises GroupFault and `rollback` leaves everything as before it.
 """
 
-from collections.abc import Sequence
+import contextlib
+import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
 from moe_core.contract.exchange import Coverage, TrainingProgress
 from moe_core.contract.expert_map import ExpertMap
+from moe_core.outcome import MoeratorError
 from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.membership.group import EpochGroup
 
@@ -27,6 +34,26 @@ class ModelUnusable(RuntimeError):
     """No restart can mend it: the checkpoint is missing, damaged, or of a family that is not supported."""
 
 
+@contextlib.contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Around the reading of a model: whatever can be wrong in a checkpoint becomes ModelUnusable, which says `what`.
+
+    What another try may mend passes as it is: a disk or volume (OSError), memory, the device.
+    """
+    try:
+        yield
+    except (OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except MoeratorError as error:
+        raise ModelUnusable(f"{what}: {error}") from error
+    except (
+        *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError),
+        *(SafetensorError, StrictDataclassError),
+    ) as error:
+        traceback.print_exc()  # not foreseen: whoever wants to know more finds it in the pod's log
+        raise ModelUnusable(f"{what}: {type(error).__name__}: {error}") from error
+
+
 class Work(Protocol):
     """One rank's work in steps."""
 
@@ -34,7 +61,7 @@ class Work(Protocol):
     epm: ExpertParallelModel | None
 
     def load(self, expert_map: ExpertMap) -> None:
-        """Bring the model and this rank's slots into memory. Raises ModelUnusable."""
+        """Bring the model and this rank's slots into memory. Raises ModelUnusable; OSError for a disk or volume."""
 
     def enter(self, group: EpochGroup, epoch: int) -> None:
         """A new epoch: the model is bound already."""

@@ -85,8 +85,8 @@ def heldout_bits(epm: ExpertParallelModel, text_N: Bytes_N, chosen: Sample, *, g
     size, position = (group.size, group.position) if group is not None else (1, 0)
     windows = chosen.windows(text_N)
     rounds = math.ceil(len(windows) / (size * BATCH))
-    sums = torch.zeros(2, dtype=torch.float64)
     device = next(parameter for _, parameter in epm.dense_parameters()).device
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
     for number in range(rounds):
         first = (number * size + position) * BATCH
         mine = windows[first : first + BATCH]
@@ -95,7 +95,7 @@ def heldout_bits(epm: ExpertParallelModel, text_N: Bytes_N, chosen: Sample, *, g
         if len(mine):
             targets = ids_BQ[:, -chosen.scored :].reshape(-1)
             nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum")
-            sums += torch.tensor([float(nats), float(targets.numel())], dtype=torch.float64)
+            sums += torch.stack([nats.double(), nats.new_tensor(targets.numel(), dtype=torch.float64)])
         epm.rollback()
     if group is not None and group.size > 1:
         group.all_reduce_sum(sums)

@@ -5,6 +5,7 @@ already brought the gradients of all ranks' tokens to the owner; only experts wi
 the copies. Numbers that all ranks want summed (losses, squared norms) ride along.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,8 +32,8 @@ def copied_experts(expert_map: ExpertMap, ranks: Sequence[int]) -> tuple[tuple[i
     living = [slot_id for rank in ranks for slot_id in expert_map.slot_range(rank)]
     layers = []
     for row in expert_map.logical_of_slot:
-        held = [row[slot_id] for slot_id in living if row[slot_id] != EMPTY_SLOT]
-        layers.append(tuple(sorted({e for e in held if held.count(e) > 1})))
+        held = Counter(row[slot_id] for slot_id in living if row[slot_id] != EMPTY_SLOT)
+        layers.append(tuple(sorted(e for e, count in held.items() if count > 1)))
     return tuple(layers)
 
 
@@ -47,18 +48,19 @@ def complete_gradients(epm: ExpertParallelModel, group: Group | None, *, sums: S
     # what every rank contributes to, in one order on all ranks: dense, copied experts, numbers
     shared = [of[name] for name, _ in dense]
     stacks: list[tuple[str, list[tuple[int, int]], torch.Tensor]] = []
-    own_square = torch.zeros((), dtype=torch.float64)
+    device = next(iter(of.values())).device
+    own_square = torch.zeros((), dtype=torch.float64, device=device)
     for item in experts:
         ids = copied[item.layer_idx]
-        stack = torch.zeros((len(ids), *item.parameter.shape[1:]))
+        stack = torch.zeros((len(ids), *item.parameter.shape[1:]), device=device)
         pairs = [(slot, ids.index(e)) for slot, e in enumerate(item.logical_of_slot) if e in ids]
         for slot, row in pairs:
-            stack[row] += of[item.name][slot].cpu()
+            stack[row] += of[item.name][slot]
         single = [slot for slot, e in enumerate(item.logical_of_slot) if e != EMPTY_SLOT and e not in ids]
-        own_square += of[item.name][single].double().square().sum().cpu()
+        own_square += of[item.name][single].double().square().sum()
         shared.append(stack)
         stacks.append((item.name, pairs, stack))
-    numbers = torch.tensor([float(own_square), *sums], dtype=torch.float64)
+    numbers = torch.cat([own_square.view(1), torch.tensor(sums, dtype=torch.float64, device=device)])
 
     if group is not None and group.size > 1:
         flat = torch.cat([tensor.reshape(-1) for tensor in shared])
@@ -70,6 +72,7 @@ def complete_gradients(epm: ExpertParallelModel, group: Group | None, *, sums: S
         for slot, row in pairs:
             of[name][slot] = stack[row]
     shared_square = sum(float(tensor.double().square().sum()) for tensor in shared)
+    # device sync: the norm decides on the host
     return Complete(of, (float(numbers[0]) + shared_square) ** 0.5, tuple(numbers[1:].tolist()))
 
 

@@ -43,6 +43,12 @@ from moe_runtime.train.snapshot import RunState, SnapshotDamaged, SnapshotReader
 MAX_GRADIENT_NORM = 1.0
 BITS = 1.0 / math.log(2.0)
 MAX_SKIPPED = 20
+"""In a row."""
+IO_MS = 600_000
+"""For exchanges before which ranks read, write or hash files. A peer that dies there is seen at once all the same, and
+one that stops is ended by its guard, so this bounds nothing but a disk that hangs."""
+_PUBLISHED_S = 90.0
+"""How long a rank looks for a checkpoint that another one sees: NFS keeps attributes for up to a minute."""
 CALIBRATION_WINDOWS = 256
 """Windows of training text on which the generalists are fitted; held-out text only measures them."""
 
@@ -121,27 +127,29 @@ class Trainer:
         """Agree on a step, on all ranks together; returns it. Nothing is read when all stand at the same one.
 
         Else the newest snapshot that every rank can read in full is taken, damaged ones are passed over. A run that has
-        none begins with one; a run whose checkpoint is published already has finished. Raises GroupFault, and
+        none begins with one; a run whose checkpoint is published already has finished. Raises GroupFault, OSError, and
         SnapshotDamaged when no common snapshot is left.
         """
-        rows = self._gather((self.state.step, int(self._stale)))
+        rows = self._gather((self.state.step, int(self._stale)), timeout_ms=IO_MS)
         if len({row[0] for row in rows}) == 1 and not any(row[1] for row in rows):
             return self.state.step
         published = self._published_by_this_run()
-        if all(row[0] for row in self._gather((int(published is not None),))):
-            assert published is not None
+        # One that sees it is enough: a shared volume may show it to others later, and its snapshots are gone already.
+        if any(row[0] for row in self._gather((int(published is not None),), timeout_ms=IO_MS)):
+            published = published or self._await_published()
             self._summary, self._stale = published, False
             self.state = replace(self.state, step=published.steps, tokens=published.tokens, seconds=published.seconds)
             return self.state.step
         offered = self._readable_steps()
         padded = (*offered, *([-1] * snapshots.KEPT))[: snapshots.KEPT]
-        of_rank = self._gather(padded)
+        of_rank = self._gather(padded, timeout_ms=IO_MS)
         common = set.intersection(*({step for step in row if step >= 0} for row in of_rank))
         if common:
             self._load(SnapshotReader(snapshots.step_folder(self.output, max(common))))
-        elif all(row == (0, 1) for row in map(tuple, rows)) and not any(step >= 0 for r in of_rank for step in r):
-            self._stale = False
+        elif all(row[0] == 0 for row in rows) and not any(step >= 0 for r in of_rank for step in r):
+            # The beginning, for survivors of a fault in the first snapshot too: step 0 follows from the source.
             self.snapshot()
+            self._stale = False
         else:
             raise SnapshotDamaged(f"{self.output}: no snapshot that all ranks can read, they offer {of_rank}")
         self._mark = self._clock()
@@ -202,21 +210,22 @@ class Trainer:
     def _commit(self, gradients: dict[str, torch.Tensor], *, norm: float, share: float) -> None:
         """Needs no other rank. A step whose gradient is no number is passed over, on all ranks alike."""
         if not math.isfinite(norm):
-            self._skipped += 1
+            self._skipped += 1  # the same on all ranks
             if self._skipped > MAX_SKIPPED:
                 raise Diverged(
-                    f"the gradient was no number in {self._skipped} steps, last at step {self.state.step}; "
+                    f"the gradient was no number in {self._skipped} steps in a row, last at step {self.state.step}; "
                     f"lower training.learningRate ({self.config.learning_rate:g})"
                 )
             return
         if norm > MAX_GRADIENT_NORM:
             torch._foreach_mul_(list(gradients.values()), MAX_GRADIENT_NORM / norm)
         self._optimizer.apply(gradients, rate_share=share, step=self.state.step)
+        self._skipped = 0
 
     # ---------------------------------------------------------------- snapshots
 
     def snapshot(self) -> Path:
-        """Write this step on all ranks together; complete when position 0 has put the manifest. Raises GroupFault."""
+        """Write this step on all ranks together; it is complete when this returns. Raises GroupFault."""
         ranks = self._group.ranks if self._group is not None else (self.epm.rank,)
         position = self._group.position if self._group is not None else 0
         folder = snapshots.step_folder(self.output, self.state.step)
@@ -231,7 +240,7 @@ class Trainer:
             digests.append(
                 snapshots.write_tensors(folder, snapshots.DENSE_FILE, dense_tensors(self.epm, self._optimizer))
             )
-        of_rank = self._gather(_as_ints(digests[0]))
+        of_rank = self._gather(_as_ints(digests[0]), timeout_ms=IO_MS)
         if position == 0:
             files = {snapshots.experts_file(rank): _as_hex(row) for rank, row in zip(ranks, of_rank, strict=True)}
             snapshots.write_manifest(
@@ -249,6 +258,7 @@ class Trainer:
             )
             kept = snapshots.complete_steps(self.output, self._identity)[: snapshots.KEPT]
             snapshots.prune(self.output, keep=kept)
+        self._gather((1,), timeout_ms=IO_MS)  # nobody waits for position 0 in a step's exchange
         return folder
 
     def _readable_steps(self) -> list[int]:
@@ -336,13 +346,21 @@ class Trainer:
         summary = read_summary(self.output)
         return summary if summary is not None and summary.run == self._identity else None
 
+    def _await_published(self) -> Summary:
+        deadline = self._clock() + _PUBLISHED_S
+        while (published := self._published_by_this_run()) is None:
+            if self._clock() > deadline:
+                raise OSError(f"{self.output}: another rank sees the finished checkpoint there, this one does not")
+            time.sleep(0.5)
+        return published
+
     # ---------------------------------------------------------------- parts
 
     def _slots_now(self) -> list[tuple[str, int, tuple[int, ...]]]:
         return [(item.name, id(item.parameter), item.logical_of_slot) for item in self.epm.expert_parameters()]
 
-    def _gather(self, row: tuple[int, ...]) -> list[list[int]]:
-        return self._group.all_gather_ints(row) if self._group is not None else [list(row)]
+    def _gather(self, row: tuple[int, ...], *, timeout_ms: int | None = None) -> list[list[int]]:
+        return self._group.all_gather_ints(row, timeout_ms=timeout_ms) if self._group is not None else [list(row)]
 
     @property
     def _device(self) -> torch.device:

@@ -1,0 +1,91 @@
+"""What ranks and gateways have counted, those that are gone included: nothing counted falls because a process went.
+
+A new coordinator knows the counts of those that report to it, and no others.
+"""
+
+from collections.abc import Collection, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_core.contract.exchange import ServingProgress
+from moe_runtime.registration import GatewayReport, RankReport
+
+
+class Tally:
+    """Sums of counters by name. A process whose count falls has been started anew: what it had before stays counted.
+
+    >>> tally = Tally()
+    >>> for ok in (5, 7, 1):
+    ...     tally.note("g", {"ok": ok})
+    >>> tally.total()
+    {'ok': 8}
+    """
+
+    def __init__(self) -> None:
+        self._past: dict[str, int] = {}
+        self._newest: dict[str, Mapping[str, int]] = {}
+
+    def note(self, process: str, counts: Mapping[str, int]) -> None:
+        before = self._newest.get(process, {})
+        if any(counts.get(name, 0) < count for name, count in before.items()):
+            _add(self._past, before)
+        self._newest[process] = dict(counts)
+
+    def total(self) -> dict[str, int]:
+        total = dict(self._past)
+        for counts in self._newest.values():
+            _add(total, counts)
+        return total
+
+
+def _add(total: dict[str, int], counts: Mapping[str, int]) -> None:
+    for name, count in counts.items():
+        total[name] = total.get(name, 0) + count
+
+
+class Counts:
+    """Of one group, by pod uid."""
+
+    def __init__(self) -> None:
+        self._degraded = Tally()
+        self._tokens = Tally()
+        self._gateways = Tally()
+        self._load_of: dict[str, npt.NDArray[np.int64]] = {}
+
+    def note_rank(self, report: RankReport) -> None:
+        """A report without a load says that there is none newer than the last."""
+        uid, rank = report.member.pod_uid, str(report.member.rank)
+        self._degraded.note(uid, report.degraded_tokens)
+        self._tokens.note(f"{rank} {uid}", {rank: report.tokens})
+        if report.load:
+            self._load_of[uid] = np.array(report.load, dtype=np.int64)
+
+    def note_gateway(self, report: GatewayReport) -> None:
+        self._gateways.note(
+            report.pod_uid,
+            {
+                "requests_ok": report.requests_ok,
+                "requests_failed": report.requests_failed,
+                "requests_replayed": report.requests_replayed,
+                "tokens_out": report.tokens_out,
+            },
+        )
+
+    def forget_load(self, pod_uid: str) -> None:
+        self._load_of.pop(pod_uid, None)
+
+    def serving(self) -> ServingProgress:
+        return ServingProgress(**self._gateways.total(), degraded_tokens=self._degraded.total())
+
+    def tokens_of_rank(self) -> dict[int, int]:
+        """Over all pods that a rank ever had."""
+        return {int(rank): tokens for rank, tokens in sorted(self._tokens.total().items(), key=lambda r: int(r[0]))}
+
+    def load(self, pod_uids: Collection[str]) -> tuple[tuple[int, ...], ...]:
+        """[L][E] over these pods; empty when none has one, or they do not agree on the shape."""
+        loads_LE = [load_LE for uid, load_LE in self._load_of.items() if uid in pod_uids]
+        if not loads_LE or any(load_LE.shape != loads_LE[0].shape for load_LE in loads_LE):
+            return ()
+        total: list[list[int]] = np.sum(loads_LE, axis=0).tolist()
+        return tuple(map(tuple, total))

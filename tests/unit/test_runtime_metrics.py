@@ -1,0 +1,54 @@
+"""What Prometheus reads of coordinator and gateways: parsed as it parses them."""
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from moe_core.contract.exchange import RankPhase
+from moe_core.contract.membership import Member
+from moe_runtime.coordinator.book import Book
+from moe_runtime.metrics import CoordinatorMetrics, GatewayMetrics
+from moe_runtime.registration import GatewayReport, RankReport
+
+
+def rank(uid: str, tokens: int, phase: RankPhase = "Active") -> RankReport:
+    return RankReport(member=Member(rank=1, pod_uid=uid, address="h:1"), phase=phase, tokens=tokens)
+
+
+def scrape(book: Book) -> dict[tuple[str, str], float]:
+    text = CoordinatorMetrics().render(book.state(), None, tokens_of_rank=book.counts.tokens_of_rank()).decode()
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    found = {(s.name, ",".join(f"{k}={v}" for k, v in sorted(s.labels.items()))): s.value for s in samples}
+    assert len(found) == len(samples), "Prometheus refuses a scrape that holds one series twice"
+    return found
+
+
+def test_two_pods_of_one_rank_are_one_series_that_never_falls() -> None:
+    now = [0.0]
+    book = Book(lambda: now[0], is_serving=True)
+    book.note_rank(rank("old", 70))
+    book.note_rank(rank("new", 5, phase="Loading"))
+    assert scrape(book)["moe_rank_tokens_total", "rank=1"] == 75
+    for _ in range(8):
+        now[0] += 1.0
+        book.tick()
+        book.note_rank(rank("new", 6))
+    assert [r.pod_uid for r in book.state().ranks] == ["new"]
+    assert scrape(book)["moe_rank_tokens_total", "rank=1"] == 76
+
+
+def test_a_gateway_that_was_started_again_in_its_pod_keeps_what_it_had_counted() -> None:
+    book = Book(lambda: 0.0, is_serving=True)
+    for ok, failed in ((5, 1), (8, 1), (2, 0)):
+        book.note_gateway(GatewayReport(pod_uid="g", requests_ok=ok, requests_failed=failed))
+    serving = book.state().serving
+    assert serving is not None
+    assert (serving.requests_ok, serving.requests_failed) == (10, 1)
+
+
+def test_no_name_has_two_sources() -> None:
+    def names(text: bytes) -> set[str]:
+        return {family.name for family in text_string_to_metric_families(text.decode())}
+
+    book = Book(lambda: 0.0, is_serving=True)
+    coordinator = CoordinatorMetrics().render(book.state(), None, tokens_of_rank={0: 1})
+    assert names(coordinator) & names(GatewayMetrics().render()) == set()
+    assert "moe_requests" in names(GatewayMetrics().render())
