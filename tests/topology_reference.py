@@ -114,12 +114,6 @@ class Case:
         """Depth of the narrowest domain, no narrower than needed, that holds the whole gang."""
         return max(d for d in range(self.dealt_over + 1) if len(self.domains_used(way, d)) == 1)
 
-    def domain_key(self, way: Way) -> tuple[int, int, int]:
-        """Rule 2: narrow, then few, then few of the broadest level that is crossed."""
-        depth = self.narrowest(way)
-        above = len(self.domains_used(way, depth + 1)) if depth + 1 < self.dealt_over else 0
-        return -depth, len(self.domains_used(way, self.dealt_over)), above
-
     def even_key(self, way: Way) -> tuple[int, int]:
         """Rule 3 over domains: at home first, then even."""
         homes = {p for p, count in self.by_domain(self.kept or (0,), self.dealt_over).items() if count}

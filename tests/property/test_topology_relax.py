@@ -109,7 +109,7 @@ def applied(change: Relaxation, wish: Wish, nodes: Nodes, amount: int) -> Iterab
     return ((wish, others) for others in facts[change.kind]())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(clusters(), plain)
 def test_for_a_plain_gang_every_relaxation_is_enough_and_no_more_than_needed(nodes: Nodes, wish: Wish) -> None:
     found = wish.on(nodes)
@@ -121,7 +121,7 @@ def test_for_a_plain_gang_every_relaxation_is_enough_and_no_more_than_needed(nod
         assert not any(w.fits(n) for w, n in less), f"less than {change} would do"
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(clusters(), grouped())
 def test_with_subgroups_and_spares_too_every_relaxation_is_enough(nodes: Nodes, wish: Wish) -> None:
     found = wish.on(nodes)

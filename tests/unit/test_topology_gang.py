@@ -144,13 +144,13 @@ def test_a_lost_rank_goes_where_its_neighbours_by_number_are() -> None:
     assert found.node_of_rank == {1: "b", 6: "a"}, "along the tree alone it would be the other way round"
 
 
-def test_of_as_few_racks_those_in_the_fewest_blocks_are_taken() -> None:
+def test_a_block_more_is_avoided_before_a_rack_more() -> None:
     nodes = (
-        *(node("a", "b1.r1", 6), node("b", "b2.r1", 5), node("c", "b2.r2", 5)),
-        *(node("d", "b3.r1", 5), node("e", "b3.r2", 5)),
+        *(node("a", "b1.r1", 8), node("b", "b2.r1", 8), node("c", "b3.r1", 8)),
+        *(node(name, f"{block}.{name}", 4) for block in ("b4", "b5") for name in ("d", "e", "f")),
     )
-    found = fit(nodes, range(20), needs=GPU, pack=Pack(LEVELS, preferred="rack"))
-    assert {rack[:2] for rack in racks_of(found, nodes)} == {"b2", "b3"}, "the largest rack would open a third block"
+    found = fit(nodes, range(24), needs=GPU, pack=Pack(LEVELS, preferred="rack"))
+    assert {rack[:2] for rack in racks_of(found, nodes)} == {"b4", "b5"}, "three racks would do, in three blocks"
 
 
 @pytest.mark.parametrize(

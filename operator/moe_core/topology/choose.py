@@ -4,7 +4,6 @@ import numpy as np
 
 from moe_core.topology.board import Board
 from moe_core.topology.deal import pour
-from moe_core.topology.fewest import fewest_parents, largest_first
 from moe_core.topology.score import pairs_apart
 from moe_core.topology.tree import IntArray, Span
 
@@ -35,8 +34,8 @@ def _spread(board: Board, span: Span, floor: int, stages: tuple[int, ...], *, wa
 def _narrowest(board: Board, span: Span, floor: int, wanted: int, stage: int) -> IntArray | None:
     """Domains of `stage` in the narrowest domain, no broader than `floor`, that holds `wanted` and all kept ranks.
 
-    Of several as narrow: the one that needs the fewest domains, then with the least traffic between the levels above
-    them, then the tightest, then the first path.
+    Of several as narrow: the one that needs the fewest domains, then with the least traffic between them, then the
+    tightest, then the first path.
     """
     for depth in range(stage, floor - 1, -1):
         first, after = board.tree.domains_in(depth, span)
@@ -50,56 +49,41 @@ def _narrowest(board: Board, span: Span, floor: int, wanted: int, stage: int) ->
         if depth == stage:
             tightest = roomy[np.argmin(board.caps[depth][roomy])]
             return np.array([tightest])
-        options = [_Option(board, depth, int(domain), wanted, stage) for domain in roomy]
-        fewest = min(option.num_new for option in options)
-        options = [option for option in options if option.num_new == fewest]
-        if len(options) > 1 and stage - depth > 1:
-            return min(options, key=_Option.by_traffic).choice()
-        return min(options, key=lambda option: option.cap).choice()
+        options = (_fewest(board, depth, int(domain), wanted, stage) for domain in roomy)
+        return min(options, key=lambda option: _traffic(board, option, wanted, depth, stage))
     return None
 
 
-class _Option:
-    """Domains of `stage` inside one broader domain."""
+def _fewest(board: Board, depth: int, domain: int, wanted: int, stage: int) -> IntArray:
+    """Domains of `stage` in one broader domain: the fewest of the level below it, in them the fewest of the next.
 
-    def __init__(self, board: Board, depth: int, domain: int, wanted: int, stage: int) -> None:
-        self._board, self._depth, self._wanted, self._stage = board, depth, wanted, stage
-        inside = np.arange(*board.tree.domains_in(stage, board.tree.span(depth, domain)))
-        kept = board.kept_in[stage][inside] > 0
-        caps = board.caps[stage]
-        self.cap = int(board.caps[depth][domain])
-        self._homes = inside[kept]
-        """Kept ranks make their domains free of charge: they are in use anyway."""
-        self._missing = max(0, wanted - int(caps[self._homes].sum()))
-        self._others = largest_first(inside[~kept], caps)
-        grown = np.cumsum(caps[self._others])
-        self.num_new = int(np.searchsorted(grown, self._missing)) + 1 if self._missing else 0
+    Broad levels first, because their links are the narrow ones: one rack more costs less than one block more. Domains
+    with kept ranks are in use anyway; of the others the largest first, and the tightest that will do comes last.
+    """
+    tree = board.tree
+    chosen = np.array([domain])
+    for level in range(depth + 1, stage + 1):
+        inside = np.concatenate([np.arange(*tree.domains_in(level, tree.span(level - 1, int(of)))) for of in chosen])
+        caps, is_home = board.caps[level][inside], board.kept_in[level][inside] > 0
+        missing = wanted - int(caps[is_home].sum())
+        order = np.lexsort((inside, -caps, is_home))[: len(inside) - int(is_home.sum())]
+        count = int(np.searchsorted(np.cumsum(caps[order]), missing)) + 1 if missing > 0 else 0
+        taken = order[: max(0, count - 1)]
+        if count:
+            last = order[count - 1 :][caps[order[count - 1 :]] >= missing - int(caps[taken].sum())]
+            taken = np.append(taken, last[np.lexsort((inside[last], caps[last]))[0]])
+        chosen = np.sort(np.append(inside[is_home], inside[taken]))
+    return chosen
 
-    def choice(self) -> IntArray:
-        """The fewest domains, of them in the fewest domains of every level above: largest first, the last tightest."""
-        tree, caps = self._board.tree, self._board.caps[self._stage]
-        others = self._others
-        if self.num_new:
-            for level in range(self._depth + 1, self._stage):
-                parents = tree.parents(self._stage, others, level)
-                at_home = set(tree.parents(self._stage, self._homes, level).tolist())
-                others = fewest_parents(others, caps, parents, at_home, num=self.num_new, missing=self._missing)
-            full = others[: self.num_new - 1]
-            rest = self._missing - int(caps[full].sum())
-            enough = others[self.num_new - 1 :][caps[others[self.num_new - 1 :]] >= rest]
-            others = np.append(full, enough[np.lexsort((enough, caps[enough]))[0]])
-        else:
-            others = others[:0]
-        return np.sort(np.append(self._homes, others))
 
-    def by_traffic(self) -> tuple[list[int], list[int], int]:
-        """Sorts by domains of the levels above, broad to narrow, then by pairs of ranks across them, then by room."""
-        found = self.choice()
-        share_of = _share_out(self._board, found, self._wanted, self._stage)
-        levels = range(self._depth + 1, self._stage)
-        by_level = [np.bincount(self._board.tree.parents(self._stage, found, d), weights=share_of) for d in levels]
-        num_domains = [int(np.count_nonzero(ranks)) for ranks in by_level]
-        return num_domains, [pairs_apart(ranks) for ranks in by_level], self.cap
+def _traffic(board: Board, domains: IntArray, wanted: int, depth: int, stage: int) -> tuple[list[int], list[int], int]:
+    """Sorts by domains of each level, broad to narrow, then by pairs of ranks across them, then by room."""
+    share_of = _share_out(board, domains, wanted, stage)
+    parents = [board.tree.parents(stage, domains, level) for level in range(depth + 1, stage)]
+    by_level = [np.bincount(of, weights=share_of) for of in parents]
+    num_domains = [int(np.count_nonzero(ranks)) for ranks in by_level] + [len(domains)]
+    room = int(board.caps[depth][board.tree.parents(stage, domains[:1], depth)[0]])
+    return num_domains, [pairs_apart(ranks) for ranks in by_level], room
 
 
 def _share_out(board: Board, domains: IntArray, wanted: int, stage: int) -> IntArray:

@@ -3,9 +3,9 @@
 Rules, in this order:
 1. required level: all ranks lie in one domain of it. Ranks that are kept (a replacement, a resize) fix which one.
    Subgroups: each lies in one domain of its own level, and ranks that are lost return to the rest of their subgroup.
-2. preferred level: as few domains of it as possible, found from the narrowest domain that holds all, kept ranks too
-   (one rack, else one block with the fewest racks, else the whole cluster). Domains with kept ranks are free of charge.
-   Of equal numbers of racks those in the fewest blocks, level by level from the broadest.
+2. preferred level: as few domains of it as possible, found from the narrowest domain that holds all, kept ranks too:
+   one rack, else one block with the fewest racks, else one zone with the fewest blocks and in them the fewest racks.
+   Domains with kept ranks are in use anyway and come first.
 3. inside the chosen domains: evenly over domains, then evenly over nodes; of equal choices the tightest fit, then the
    first path, so that big domains stay whole for big gangs. Beside kept ranks, their domains are filled before others.
 4. ranks are numbered along the tree, so neighbours by number are neighbours by wire; a rank that is replaced goes where
@@ -14,10 +14,10 @@ Rules, in this order:
 With ranks_per_node, nodes are filled whole instead of evenly. spares_per_domain keeps places free in every domain (of
 the narrowest level that was named) that takes a rank, and names their nodes.
 
-    shape    what is asked, in levels            choose   which domains       relax   what would help
-    tree     the domains                         fewest   in which broader    score   what it costs an all-to-all
-    room     places per node                     deal     which nodes
-    board    places per domain                   attempt  all of it, once
+    shape   what is asked, in levels     choose    which domains       relax   what would help
+    tree    the domains                  deal      which nodes         least   how much of it
+    room    places per node              attempt   all of it, once     score   what it costs an all-to-all
+    board   places per domain
 """
 
 from collections.abc import Mapping, Sequence
