@@ -147,7 +147,7 @@ def test_a_lost_rank_goes_where_its_neighbours_by_number_are() -> None:
 def test_a_block_more_is_avoided_before_a_rack_more() -> None:
     nodes = (
         *(node("a", "b1.r1", 8), node("b", "b2.r1", 8), node("c", "b3.r1", 8)),
-        *(node(name, f"{block}.{name}", 4) for block in ("b4", "b5") for name in ("d", "e", "f")),
+        *(node(f"{block}{rack}", f"{block}.{rack}", 4) for block in ("b4", "b5") for rack in ("r1", "r2", "r3")),
     )
     found = fit(nodes, range(24), needs=GPU, pack=Pack(LEVELS, preferred="rack"))
     assert {rack[:2] for rack in racks_of(found, nodes)} == {"b4", "b5"}, "three racks would do, in three blocks"
