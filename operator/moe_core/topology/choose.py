@@ -64,16 +64,21 @@ def _fewest(board: Board, depth: int, domain: int, wanted: int, stage: int) -> I
     chosen = np.array([domain])
     for level in range(depth + 1, stage + 1):
         inside = np.concatenate([np.arange(*tree.domains_in(level, tree.span(level - 1, int(of)))) for of in chosen])
-        caps, is_home = board.caps[level][inside], board.kept_in[level][inside] > 0
-        missing = wanted - int(caps[is_home].sum())
-        order = np.lexsort((inside, -caps, is_home))[: len(inside) - int(is_home.sum())]
-        count = int(np.searchsorted(np.cumsum(caps[order]), missing)) + 1 if missing > 0 else 0
-        taken = order[: max(0, count - 1)]
-        if count:
-            last = order[count - 1 :][caps[order[count - 1 :]] >= missing - int(caps[taken].sum())]
-            taken = np.append(taken, last[np.lexsort((inside[last], caps[last]))[0]])
-        chosen = np.sort(np.append(inside[is_home], inside[taken]))
+        is_home = board.kept_in[level][inside] > 0
+        homes, caps = inside[is_home], board.caps[level]
+        chosen = np.sort(np.append(homes, _largest(inside[~is_home], caps, wanted - int(caps[homes].sum()))))
     return chosen
+
+
+def _largest(domains: IntArray, caps: IntArray, missing: int) -> IntArray:
+    """The fewest that hold `missing`; ties go to the first path."""
+    if missing <= 0:
+        return domains[:0]
+    order = domains[np.lexsort((domains, -caps[domains]))]
+    num_full = int(np.searchsorted(np.cumsum(caps[order]), missing))
+    full, rest = order[:num_full], order[num_full:]
+    enough = rest[caps[rest] >= missing - int(caps[full].sum())]
+    return np.append(full, enough[np.lexsort((enough, caps[enough]))[0]])
 
 
 def _traffic(board: Board, domains: IntArray, wanted: int, depth: int, stage: int) -> tuple[list[int], list[int], int]:
