@@ -52,6 +52,32 @@ def validate(filename: Files) -> None:
 
 
 @app.command()
+def plan(  # noqa: PLR0917  typer's way
+    filename: Files,
+    nodes: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Nodes to place on: what `kubectl get nodes -o yaml` prints.")
+    ] = None,
+    load: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Routing trace (JSON lines, Megatron's fields) to plan for.")
+    ] = None,
+    ranks: Annotated[
+        str | None, typer.Option(metavar="A..B", help="Other numbers of ranks: one, or a range that doubles.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Draw slots by rank, coloured by load, into this file.")
+    ] = None,
+) -> None:
+    """Say what would come of resources before anything starts: placement, experts, bytes, memory, survival.
+
+    Runs the same decisions as the operator; a ClusterTopology that they name must be in the files.
+    """
+    from moe_operator.cli_plan import show_plan
+
+    raise typer.Exit(show_plan(filename, nodes=nodes, load=load, ranks=ranks, as_json=as_json, plot=plot))
+
+
+@app.command()
 def demo(
     examples: Annotated[Path, typer.Option(help="Folder with job-tiny, service-tiny and drill-tiny.yaml.")] = Path(
         "examples"

@@ -189,6 +189,11 @@ def test_few_ranks_less_come_before_new_nodes_and_many_after() -> None:
     assert [(r.kind, r.amount) for r in many.relaxations] == [("add nodes", 41), ("fewer ranks", 41)]
 
 
+def test_a_refusal_that_nobody_reads_can_leave_the_relaxations_out() -> None:
+    found = refused(fit(CLUSTER, range(20), needs=GPU, pack=ANYWHERE, explain=False))
+    assert str(found) == "needs room for 20 ranks in the cluster; best is 19"
+
+
 def test_a_rank_that_stays_is_no_rank_to_do_without() -> None:
     kept = dict.fromkeys(range(4), "a")
     nodes = (node("a", "b1.r1"),)

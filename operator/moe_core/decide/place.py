@@ -63,8 +63,9 @@ def bind(plan: Plan, facts: Facts, *, ranks: Mapping[int, Seat], helpers: Sequen
 
 
 def _bind_group(bound: Bound, board: _Board, group: Sequence[int], placed: dict[int, str], *, one_by_one: bool) -> None:
-    found = _find(board, group, placed)
-    if isinstance(found, NoFit) and one_by_one and len(group) > 1:
+    is_first_try = one_by_one and len(group) > 1
+    found = _find(board, group, placed, explain=bound.no_fit is None and not is_first_try)
+    if isinstance(found, NoFit) and is_first_try:
         for rank in group:
             _bind_group(bound, board, [rank], placed, one_by_one=False)
         return
@@ -77,13 +78,17 @@ def _bind_group(bound: Bound, board: _Board, group: Sequence[int], placed: dict[
         bound.actions.append(BindPod(name=pod.name, uid=pod.uid, node=node))
 
 
-def _find(board: _Board, group: Sequence[int], placed: Mapping[int, str]) -> Fit | NoFit:
-    """Beside pods that are still Terminating; if that is too tight, in their place: the scheduler waits for them."""
+def _find(board: _Board, group: Sequence[int], placed: Mapping[int, str], *, explain: bool) -> Fit | NoFit:
+    """Beside pods that are still Terminating; if that is too tight, in their place: the scheduler waits for them.
+
+    Only one NoFit is told per cycle, so only that one is explained: it takes forty fits where a fit takes one.
+    """
     first: NoFit | None = None
     for count_leaving in (True, False):
         own = _own_use(board, placed, count_leaving=count_leaving)
         plan = board.plan
-        found = fit(board.tree, group, needs=plan.needs, pack=plan.pack, kept=placed, own=own)
+        told = explain and count_leaving
+        found = fit(board.tree, group, needs=plan.needs, pack=plan.pack, kept=placed, own=own, explain=told)
         if isinstance(found, Fit):
             found = _with_helpers(board, found, own)
         if isinstance(found, Fit):

@@ -54,18 +54,20 @@ def coverage(expert_map: ExpertMap, live_ranks: Collection[int] | None = None) -
     return Coverage(covered=int((copies > 0).sum()), total=int(copies.size))
 
 
-def load_of_ranks(expert_map: ExpertMap, load: ArrayLike, live_ranks: Collection[int] | None = None) -> FloatArray:
-    """[L, live ranks] load that falls on each live rank that owns slots, ranks ascending."""
+def load_of_slots(expert_map: ExpertMap, load: ArrayLike, live_ranks: Collection[int] | None = None) -> FloatArray:
+    """[L, S] load of each slot, an expert's split evenly over its live copies; slots of lost ranks are counted too."""
     load_LE = as_load_LE(load, num_layers=expert_map.num_layers, num_logical_experts=expert_map.num_logical_experts)
     copies = copies_of_logical(expert_map, live_ranks)
     per_copy_LX = np.concatenate([load_LE / np.maximum(copies, 1), np.zeros((len(load_LE), 1))], axis=1)
-    weight_LS = np.take_along_axis(per_copy_LX, expert_map.table_LS, axis=1)  # an empty slot, -1, takes the last column
+    return np.take_along_axis(per_copy_LX, expert_map.table_LS, axis=1)  # an empty slot, -1, takes the last column
+
+
+def load_of_ranks(expert_map: ExpertMap, load: ArrayLike, live_ranks: Collection[int] | None = None) -> FloatArray:
+    """[L, live ranks] load that falls on each live rank that owns slots, ranks ascending."""
+    of_slot_LS = load_of_slots(expert_map, load, live_ranks)
     ranks = range(expert_map.num_ranks) if live_ranks is None else sorted(set(live_ranks))
-    columns = [
-        weight_LS[:, expert_map.slot_range(rank).start : expert_map.slot_range(rank).stop].sum(1)
-        for rank in ranks
-        if expert_map.slots_of_rank[rank]
-    ]
+    slots = [expert_map.slot_range(rank) for rank in ranks if expert_map.slots_of_rank[rank]]
+    columns = [of_slot_LS[:, own.start : own.stop].sum(1) for own in slots]
     return np.stack(columns, axis=1) if columns else np.zeros((expert_map.num_layers, 0))
 
 

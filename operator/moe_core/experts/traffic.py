@@ -52,9 +52,13 @@ class Traffic:
     combine_RR: FloatArray
 
     @property
+    def total_RR(self) -> FloatArray:
+        """Both ways; whoever sends stands first."""
+        return self.dispatch_RR + self.combine_RR
+
+    @property
     def sent_bytes(self) -> float:
-        total_RR = self.dispatch_RR + self.combine_RR
-        return float(total_RR.sum() - np.trace(total_RR))
+        return float(self.total_RR.sum() - np.trace(self.total_RR))
 
     def by_scope(self, path_of_rank: Sequence[Sequence[str]], levels: Sequence[str]) -> Mapping[str, float]:
         """Bytes by the narrowest level whose domain holds both ends, narrow to broad, `across` for none.
@@ -65,7 +69,7 @@ class Traffic:
         for rank, path in enumerate(path_of_rank):
             if len(path) != len(levels):
                 raise InvalidInput(f"path_of_rank[{rank}] must name a domain of {list(levels)}, got {list(path)}")
-        total_RR = self.dispatch_RR + self.combine_RR
+        total_RR = self.total_RR
         num_ranks = len(total_RR)
         depth_RR = np.zeros((num_ranks, num_ranks), dtype=np.int64)
         for depth in range(1, len(levels) + 1):

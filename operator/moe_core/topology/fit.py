@@ -52,12 +52,14 @@ def fit(
     subgroups: Subgroups | None = None,
     ranks_per_node: int = 0,
     spares_per_domain: int = 0,
+    explain: bool = True,
 ) -> Fit | NoFit:
     """Nodes for `ranks`, all or none.
 
     nodes: or their tree (`tree_of`), where several fits share one. kept: node of each rank that stays where it is.
-    own: base units that this owner's pods use per node (kept ranks included). Raises InvalidInput for a level that
-    `pack.levels` does not name, and for ranks that are no whole subgroups or nodes.
+    own: base units that this owner's pods use per node (kept ranks included). explain: False leaves the relaxations out
+    of a NoFit. Raises InvalidInput for a level that `pack.levels` does not name, and for ranks that are no whole
+    subgroups or nodes.
     """
     shape = shape_of(pack, subgroups=subgroups, ranks_per_node=ranks_per_node, spares_per_domain=spares_per_domain)
     tree = nodes if isinstance(nodes, Tree) else build_tree(nodes, pack.levels, needed=shape.narrowest)
@@ -73,7 +75,7 @@ def fit(
     rooms = ask.rooms()
     found = attempt(ask, rooms.ranks)
     if not isinstance(found, Placed):
-        return no_fit(ask, found, rooms, pack=pack, subgroups=subgroups)
+        return no_fit(ask, found, rooms, pack=pack, subgroups=subgroups, explain=explain)
     names = tree.nodes
     return Fit(
         node_of_rank={rank: names[index].name for rank, index in sorted(found.node_of_rank.items())},

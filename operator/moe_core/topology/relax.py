@@ -22,19 +22,20 @@ FEW = 4
 """A gang that gives up at most one rank in FEW would rather do that than wait for new nodes."""
 
 
-def no_fit(ask: Ask, stuck: Stuck, rooms: Rooms, *, pack: Pack, subgroups: Subgroups | None) -> NoFit:
+def no_fit(ask: Ask, stuck: Stuck, rooms: Rooms, *, pack: Pack, subgroups: Subgroups | None, explain: bool) -> NoFit:
     excluded = rooms.excluded(stuck.span) | _set_aside(stuck.board, stuck)
     for _, label in ask.tree.unlabelled:
         excluded[f"no label {label}"] = excluded.get(f"no label {label}", 0) + 1
     best = int(_caps(stuck).max(initial=0))
-    relaxations = tuple(_relaxations(ask, stuck, rooms, pack=pack, subgroups=subgroups, best=best))
+    changes = _relaxations(ask, stuck, rooms, pack=pack, subgroups=subgroups, best=best)
+    relaxations = tuple(changes) if explain else ()
     return NoFit(
         wanted=stuck.wanted,
         level=pack.levels[stuck.depth - 1][0] if stuck.depth else "",
         best=best,
         best_domain=_domain_name(ask, stuck, best),
         excluded=dict(sorted(excluded.items())),
-        lever=relaxations[0].text,
+        lever=relaxations[0].text if relaxations else "",
         relaxations=relaxations,
         terms=_terms(ask, stuck, pack, subgroups),
     )

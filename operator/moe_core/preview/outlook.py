@@ -1,0 +1,174 @@
+"""One resource at one number of ranks: where they would be, which experts they would hold, what a step would cost.
+
+What is shown is what `decide` would do with the same facts. Beside it, where a load is given, what an assignment made
+for that load would win over it and what its moves would cost (experts.replan): the number by which to judge whether
+the load is worth acting on.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from moe_core.contract.expert_map import ExpertMap
+from moe_core.decide.accept import Accepted, Refusal, accept
+from moe_core.experts.bounds import bound_of_slots
+from moe_core.experts.checks import FloatArray
+from moe_core.experts.fleet import Fleet
+from moe_core.experts.measure import Balance, balance, copies_of_logical, load_of_ranks, load_of_slots
+from moe_core.experts.replan import Prices, Replan, replan
+from moe_core.experts.survival import Survival, survival
+from moe_core.experts.traffic import StepShape, Traffic, traffic_by_pick
+from moe_core.facts import Facts, Wish
+from moe_core.manifests.plan import Plan
+from moe_core.outcome import NoFit
+from moe_core.preview.size import ModelSize
+from moe_core.spec.job import MoEJobSpec
+from moe_core.topology.fit import Fit, fit
+
+MOST_FAILURES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """placement is None where no nodes were given; size and traffic None where the model cannot be read.
+
+    load_of_rank, balance and bound are of the given load, else of an even one.
+    """
+
+    num_ranks: int
+    note: str
+    expert_map: ExpertMap
+    placement: Fit | NoFit | None
+    least_copies: int
+    most_copies: int
+    survival: tuple[Survival, ...]
+    survival_of_nodes: tuple[Survival, ...]
+    balance: Balance
+    bound: float
+    load_of_rank: tuple[float, ...]
+    load_of_slot: FloatArray
+    """[L, S]"""
+    size: ModelSize | None = None
+    traffic: Traffic | None = None
+    bytes_by_scope: Mapping[str, float] = field(default_factory=dict)
+    planned: Replan | None = None
+    planned_balance: float = 0.0
+
+
+def look_ahead(
+    wish: Wish,
+    facts: Facts,
+    *,
+    num_ranks: int | None = None,
+    load: FloatArray | None = None,
+    size: ModelSize | None = None,
+    prices: Prices | None = None,
+) -> Outlook | Refusal:
+    """What would come of `wish`, with its own number of ranks or another one. load [L, E] as picks of one window.
+
+    Raises InvalidInput for a load of another shape than the model's.
+    """
+    if num_ranks is not None:
+        parallelism = {**dict(wish.spec.get("parallelism") or {}), "expert": num_ranks}
+        wish = replace(wish, spec={**wish.spec, "parallelism": parallelism})
+    accepted = accept(wish, facts)
+    if isinstance(accepted, Refusal):
+        return accepted
+    plan = accepted.plan
+    expert_map = plan.expert_map(plan.num_ranks)
+    copies = copies_of_logical(expert_map)
+    placement = _placed(plan, facts)
+    load_LE = np.ones((plan.num_layers, plan.num_experts)) if load is None else load
+    nodes = _nodes_of(placement, plan.num_ranks)
+    traffic = None if size is None else _traffic(accepted, expert_map, load_LE, size)
+    planned = None if load is None else _planned(expert_map, load_LE, nodes, size, prices or Prices())
+    fleet = Fleet(expert_map.slots_of_rank)
+    return Outlook(
+        num_ranks=plan.num_ranks,
+        note=accepted.note,
+        expert_map=expert_map,
+        placement=placement,
+        least_copies=int(copies.min()),
+        most_copies=int(copies.max()),
+        survival=_survivals(expert_map, None),
+        survival_of_nodes=() if nodes is None else _survivals(expert_map, nodes),
+        balance=balance(expert_map, load_LE),
+        bound=_mean_over(load_LE, bound_of_slots(load_LE, fleet), plan.num_ranks),
+        load_of_rank=tuple(load_of_ranks(expert_map, load_LE).sum(0).tolist()),
+        load_of_slot=load_of_slots(expert_map, load_LE),
+        size=size,
+        traffic=traffic,
+        bytes_by_scope={} if traffic is None else _by_scope(traffic, plan, facts, nodes),
+        planned=planned,
+        planned_balance=_balance_of(planned, load_LE, plan.num_ranks),
+    )
+
+
+def _placed(plan: Plan, facts: Facts) -> Fit | NoFit | None:
+    return fit(facts.nodes, range(plan.num_ranks), needs=plan.needs, pack=plan.pack) if facts.nodes else None
+
+
+def _nodes_of(placement: Fit | NoFit | None, num_ranks: int) -> tuple[str, ...] | None:
+    if not isinstance(placement, Fit):
+        return None
+    return tuple(placement.node_of_rank[rank] for rank in range(num_ranks))
+
+
+def _survivals(expert_map: ExpertMap, unit_of_rank: Sequence[str] | None) -> tuple[Survival, ...]:
+    names = [str(rank) for rank in range(expert_map.num_ranks)] if unit_of_rank is None else list(unit_of_rank)
+    ids = {name: index for index, name in enumerate(dict.fromkeys(names))}
+    units = [ids[name] for name in names]
+    failures = range(1, min(MOST_FAILURES, len(ids) - 1) + 1)
+    return tuple(survival(expert_map, failures=count, unit_of_rank=units) for count in failures)
+
+
+def _mean_over(load_LE: FloatArray, worst_L: FloatArray, num_ranks: int) -> float:
+    """Balancedness of heaviest ranks: mean over max, meant over layers; a layer without load is even."""
+    mean_L = load_LE.sum(1) / num_ranks
+    return float(np.where(worst_L > 0, mean_L / np.where(worst_L > 0, worst_L, 1.0), 1.0).mean())
+
+
+def _traffic(accepted: Accepted, expert_map: ExpertMap, load_LE: FloatArray, size: ModelSize) -> Traffic:
+    shape = StepShape(
+        tokens_per_rank=_tokens_per_rank(accepted),
+        hidden_size=size.hidden_size,
+        top_k=size.top_k,
+        bytes_per_number=size.bytes_per_number,
+    )
+    return traffic_by_pick(expert_map, load_LE, shape)
+
+
+def _by_scope(traffic: Traffic, plan: Plan, facts: Facts, nodes: Sequence[str] | None) -> Mapping[str, float]:
+    """Without a placement only what stays on a rank is told apart."""
+    if nodes is None:
+        return traffic.by_scope([()] * plan.num_ranks, ())
+    labels_of_node = {node.name: node.labels for node in facts.nodes}
+    levels = plan.pack.levels
+    paths = [(*(labels_of_node[name].get(label, "") for _, label in levels), name) for name in nodes]
+    return traffic.by_scope(paths, (*(name for name, _ in levels), "node"))
+
+
+def _balance_of(planned: Replan | None, load_LE: FloatArray, num_ranks: int) -> float:
+    return 0.0 if planned is None else _mean_over(load_LE, np.asarray(planned.worst_after), num_ranks)
+
+
+def _tokens_per_rank(accepted: Accepted) -> int:
+    """Of one step: a training step's sequences, or one token of every sequence that a serving rank decodes."""
+    spec = accepted.spec
+    if isinstance(spec, MoEJobSpec):
+        return spec.training.sequences_per_rank * spec.training.sequence_length
+    return spec.serving.max_sequences
+
+
+def _planned(
+    expert_map: ExpertMap,
+    load_LE: FloatArray,
+    nodes: Sequence[str] | None,
+    size: ModelSize | None,
+    prices: Prices,
+) -> Replan:
+    fleet = Fleet(expert_map.slots_of_rank, domain_of_rank=tuple(nodes or ()))
+    if size is not None:
+        prices = replace(prices, bytes_per_expert=size.expert_bytes)
+    return replan(load_LE, fleet, expert_map.logical_of_slot, prices=prices)

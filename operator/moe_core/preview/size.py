@@ -1,0 +1,92 @@
+"""How big a model is, as far as a preview needs it: what travels with a token, and what a rank holds in memory."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moe_core.contract.expert_map import ExpertMap
+from moe_core.outcome import InvalidInput
+from moe_core.spec.common import ModelShapeSpec
+
+BYTES_OF_DTYPE = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
+_GATED = 3
+"""Matrices of one expert: gate, up and down."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """dense_numbers: what every rank holds, all layers together: embeddings, attention, routers, shared experts."""
+
+    hidden_size: int
+    moe_intermediate_size: int
+    top_k: int
+    bytes_per_number: int
+    dense_numbers: int
+
+    @property
+    def expert_bytes(self) -> int:
+        """One physical expert of one layer."""
+        return _GATED * self.hidden_size * self.moe_intermediate_size * self.bytes_per_number
+
+    def rank_bytes(self, expert_map: ExpertMap) -> tuple[int, ...]:
+        """Parameters in each rank's memory; caches, activations and optimizer state come on top."""
+        dense = self.dense_numbers * self.bytes_per_number
+        return tuple(dense + slots * expert_map.num_layers * self.expert_bytes for slots in expert_map.slots_of_rank)
+
+
+def size_of_shape(shape: ModelShapeSpec) -> ModelSize:
+    """A model that a job builds: float32."""
+    return ModelSize(
+        hidden_size=shape.hidden_size,
+        moe_intermediate_size=shape.moe_intermediate_size,
+        top_k=shape.num_experts_per_tok,
+        bytes_per_number=4,
+        dense_numbers=_dense_numbers(
+            hidden=shape.hidden_size,
+            layers=shape.num_hidden_layers,
+            heads=shape.num_attention_heads,
+            kv_heads=shape.num_key_value_heads,
+            head_dim=shape.head_dim,
+            vocab=shape.vocab_size,
+            experts=shape.num_experts,
+        ),
+    )
+
+
+def size_of_config(config: Mapping[str, Any]) -> ModelSize:
+    """A checkpoint's config.json, by the names that transformers' families use. Raises InvalidInput."""
+    heads = _number(config, "num_attention_heads")
+    hidden = _number(config, "hidden_size")
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    if dtype not in BYTES_OF_DTYPE:
+        raise InvalidInput(f"config.dtype must be one of {', '.join(BYTES_OF_DTYPE)}, got {dtype!r}")
+    return ModelSize(
+        hidden_size=hidden,
+        moe_intermediate_size=_number(config, "moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"),
+        top_k=_number(config, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts"),
+        bytes_per_number=BYTES_OF_DTYPE[dtype],
+        dense_numbers=_dense_numbers(
+            hidden=hidden,
+            layers=_number(config, "num_hidden_layers"),
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or hidden // heads),
+            vocab=_number(config, "vocab_size"),
+            experts=_number(config, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+        ),
+    )
+
+
+def _dense_numbers(
+    *, hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, vocab: int, experts: int
+) -> int:
+    attention = 2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim
+    return 2 * vocab * hidden + layers * (attention + hidden * experts + 2 * hidden) + hidden
+
+
+def _number(config: Mapping[str, Any], *names: str) -> int:
+    for name in names:
+        value = config.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    raise InvalidInput(f"config must give {' or '.join(names)} as a positive number, got {config.get(names[0])!r}")

@@ -1,0 +1,258 @@
+"""`moerator plan`: what would come of a resource, as a table, as JSON, or as a picture; nothing is started."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from moe_core.decide.accept import Refusal
+from moe_core.experts.checks import FloatArray
+from moe_core.experts.trace import Trace, read_lines
+from moe_core.facts import Facts, ModelFact, NodeFact, Wish
+from moe_core.outcome import InvalidInput, NoFit
+from moe_core.preview.outlook import Outlook, look_ahead
+from moe_core.preview.size import ModelSize, size_of_config, size_of_shape
+from moe_core.spec.job import MoEJobSpec
+from moe_core.spec.load import Document
+from moe_core.spec.others import ClusterTopologySpec
+from moe_core.spec.service import MoEServiceSpec
+from moe_operator.cli_files import EXIT_INVALID, read_files
+from moe_operator.cluster.local_model import read_model
+from moe_operator.observe import node_fact
+from moe_operator.plan_picture import picture
+
+EXIT_NOT_AS_WISHED = 1
+_RANGE = re.compile(r"(\d+)(?:\.\.(\d+))?")
+
+
+def show_plan(
+    names: Sequence[str], *, nodes: str | None, load: str | None, ranks: str | None, as_json: bool, plot: Path | None
+) -> int:
+    """0 when everything would be accepted and placed, 1 when something would not be, 2 for bad input."""
+    documents = read_files(names)
+    planned = [doc for doc in documents if isinstance(doc.spec, (MoEJobSpec, MoEServiceSpec))]
+    if not planned:
+        return _refuse("-f: no MoEJob and no MoEService in these files")
+    try:
+        counts = _counts(ranks)
+        facts = _facts(documents, nodes)
+        trace = None if load is None else _trace(Path(load))
+        outlooks = [(doc, _look(doc, facts, counts, trace)) for doc in planned]
+    except InvalidInput as error:
+        return _refuse(str(error))
+    if as_json:
+        typer.echo(json.dumps([_as_json(doc, found) for doc, found in outlooks], indent=2))
+    else:
+        console = Console()
+        for doc, found in outlooks:
+            _print(console, doc, found)
+    if plot is not None:
+        shown = [found for _, looks in outlooks for found in looks if isinstance(found, Outlook)]
+        if not shown:
+            return _refuse("--plot: nothing that would be accepted")
+        plot.write_text(picture(shown[0]), encoding="utf-8")
+    wished = all(_is_wished(found) for _, looks in outlooks for found in looks)
+    return 0 if wished else EXIT_NOT_AS_WISHED
+
+
+def _refuse(text: str) -> int:
+    typer.echo(text, err=True)
+    return EXIT_INVALID
+
+
+def _counts(ranks: str | None) -> tuple[int, ...] | None:
+    """`8` or `4..64`, which doubles. Raises InvalidInput."""
+    if ranks is None:
+        return None
+    match = _RANGE.fullmatch(ranks.strip())
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= first <= last <= 1024:
+        raise InvalidInput(f"--ranks must be a number or A..B within 1..1024, got {ranks!r}")
+    counts = [first]
+    while counts[-1] * 2 < last:
+        counts.append(counts[-1] * 2)
+    return (*counts, last) if last > counts[-1] else tuple(counts)
+
+
+def _facts(documents: Iterable[Document], nodes: str | None) -> Facts:
+    topologies = {
+        doc.name: tuple((level.name, level.node_label) for level in doc.spec.levels)
+        for doc in documents
+        if isinstance(doc.spec, ClusterTopologySpec)
+    }
+    return Facts(nodes=() if nodes is None else _nodes(Path(nodes)), topologies=topologies)
+
+
+def _nodes(file: Path) -> tuple[NodeFact, ...]:
+    """What `kubectl get nodes -o yaml` prints. Raises InvalidInput."""
+    try:
+        loaded = [part for part in yaml.safe_load_all(file.read_text(encoding="utf-8")) if part is not None]
+        objects = [node for part in loaded for node in (part["items"] if part["kind"] == "List" else [part])]
+        strangers = sorted({str(node["kind"]) for node in objects} - {"Node"})
+        found = tuple(node_fact(node) for node in objects if not strangers)
+    except OSError as error:
+        raise InvalidInput(f"--nodes: {file}: {error.strerror}") from error
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"--nodes: {file} is not what `kubectl get nodes -o yaml` prints: {error!r:.200}") from error
+    if strangers or not found:
+        raise InvalidInput(f"--nodes: {file} must hold nodes, got {', '.join(strangers) or 'none'}")
+    return found
+
+
+def _trace(file: Path) -> Trace:
+    try:
+        with file.open(encoding="utf-8") as lines:
+            return Trace.of(read_lines(lines))
+    except OSError as error:
+        raise InvalidInput(f"--load: {file}: {error.strerror}") from error
+    except (InvalidInput, UnicodeDecodeError) as error:
+        raise InvalidInput(f"--load: {file}: {error}") from error
+
+
+def _look(
+    doc: Document, facts: Facts, counts: tuple[int, ...] | None, trace: Trace | None
+) -> tuple[Outlook | Refusal, ...]:
+    wish = Wish(
+        kind="MoEJob" if isinstance(doc.spec, MoEJobSpec) else "MoEService",
+        namespace=doc.namespace,
+        name=doc.name,
+        uid="00000000-0000-0000-0000-000000000000",
+        generation=1,
+        spec=doc.raw["spec"],
+    )
+    model, size = _model(doc)
+    facts = replace(facts, model=model)
+    looks = []
+    for count in counts or (None,):
+        load = None if trace is None else _load(trace, look_ahead(wish, facts, num_ranks=count, size=size))
+        looks.append(look_ahead(wish, facts, num_ranks=count, load=load, size=size))
+    return tuple(looks)
+
+
+def _model(doc: Document) -> tuple[ModelFact | None, ModelSize | None]:
+    if isinstance(doc.spec, MoEJobSpec):
+        return None, size_of_shape(doc.spec.model.shape)
+    assert isinstance(doc.spec, MoEServiceSpec)
+    folder = Path(doc.spec.model.path)
+    fact = read_model(folder)
+    if fact is None or fact.problem:
+        return fact, None
+    config = json.loads((folder / "config.json").read_text())
+    return fact, size_of_config(config.get("text_config", config))
+
+
+def _load(trace: Trace, plain: Outlook | Refusal) -> FloatArray | None:
+    """Picks of the whole trace. Raises InvalidInput when it is of another model."""
+    if isinstance(plain, Refusal):
+        return None
+    shape = (plain.expert_map.num_layers, plain.expert_map.num_logical_experts)
+    if len(trace.layers) != shape[0] or trace.num_experts > shape[1]:
+        raise InvalidInput(
+            f"--load: the trace has {len(trace.layers)} layers and experts up to {trace.num_experts - 1}, "
+            f"the model has {shape[0]} layers and experts 0..{shape[1] - 1}"
+        )
+    load_LE: FloatArray = replace(trace, num_experts=shape[1]).load_of_steps().sum(0).astype(np.float64)
+    return load_LE
+
+
+def _is_wished(found: Outlook | Refusal) -> bool:
+    return isinstance(found, Outlook) and not isinstance(found.placement, NoFit)
+
+
+def _print(console: Console, doc: Document, looks: Sequence[Outlook | Refusal]) -> None:
+    table = Table(title=f"{doc.kind}/{doc.name}", title_justify="left", show_lines=len(looks) > 1)
+    table.add_column("")
+    for found in looks:
+        table.add_column("refused" if isinstance(found, Refusal) else f"{found.num_ranks} ranks")
+    rows = [_cells(found) for found in looks]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for name in names:
+        table.add_row(name, *(row.get(name, "") for row in rows))
+    console.print(table)
+
+
+def _cells(found: Outlook | Refusal) -> dict[str, str]:
+    if isinstance(found, Refusal):
+        return {"accepted": f"no, {found.reason}: {found.message}"}
+    cells = {"accepted": found.note, "placement": _placement(found)}
+    cells["copies of an expert"] = f"{found.least_copies} to {found.most_copies}"
+    cells["coverage survives"] = ", ".join(
+        f"{one.failures} rank{'s' if one.failures > 1 else ''} {one.chance:.1%}" for one in found.survival
+    )
+    if found.survival_of_nodes:
+        cells["coverage survives nodes"] = ", ".join(f"{s.failures}: {s.chance:.1%}" for s in found.survival_of_nodes)
+    cells["balancedness"] = f"{found.balance.balancedness:.3f} (best possible {found.bound:.3f})"
+    if found.size is not None:
+        cells["parameters per rank"] = _bytes(max(found.size.rank_bytes(found.expert_map)))
+    if found.traffic is not None:
+        by_scope = ", ".join(f"{scope} {_bytes(count)}" for scope, count in found.bytes_by_scope.items())
+        cells["bytes of a step"] = f"{_bytes(found.traffic.sent_bytes)} sent ({by_scope})"
+    if found.planned is not None:
+        cells["planned for this load"] = f"balancedness {found.planned_balance:.3f}; {found.planned.reason}"
+    return cells
+
+
+def _placement(found: Outlook) -> str:
+    if found.placement is None:
+        return "not asked (--nodes)"
+    if isinstance(found.placement, NoFit):
+        return str(found.placement)
+    nodes = list(dict.fromkeys(found.placement.node_of_rank.values()))
+    return f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}: {', '.join(nodes[:4])}{' ...' if len(nodes) > 4 else ''}"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _as_json(doc: Document, looks: Sequence[Outlook | Refusal]) -> dict[str, Any]:
+    return {"kind": doc.kind, "name": doc.name, "plans": [_plan_as_json(found) for found in looks]}
+
+
+def _plan_as_json(found: Outlook | Refusal) -> dict[str, Any]:
+    if isinstance(found, Refusal):
+        return {"accepted": False, "reason": str(found.reason), "message": found.message}
+    placed = found.placement
+    return {
+        "accepted": True,
+        "ranks": found.num_ranks,
+        "note": found.note,
+        "nodeOfRank": dict(placed.node_of_rank) if placed is not None and not isinstance(placed, NoFit) else None,
+        "noFit": str(placed) if isinstance(placed, NoFit) else None,
+        "slotsOfRank": found.expert_map.slots_of_rank,
+        "mapDigest": found.expert_map.digest,
+        "logicalOfSlot": found.expert_map.logical_of_slot,
+        "copies": {"least": found.least_copies, "most": found.most_copies},
+        "survival": {str(s.failures): {"chance": s.chance, "error": s.error} for s in found.survival},
+        "survivalOfNodes": {str(s.failures): {"chance": s.chance, "error": s.error} for s in found.survival_of_nodes},
+        "balancedness": found.balance.balancedness,
+        "balancednessMin": found.balance.balancedness_min,
+        "bestBalancedness": found.bound,
+        "parameterBytesOfRank": None if found.size is None else found.size.rank_bytes(found.expert_map),
+        "bytesByScope": dict(found.bytes_by_scope),
+        "bytesBetweenRanks": None
+        if found.traffic is None
+        else (found.traffic.dispatch_RR + found.traffic.combine_RR).tolist(),
+        "planned": None
+        if found.planned is None
+        else {
+            "balancedness": found.planned_balance,
+            "moves": found.planned.moves,
+            "gainSeconds": found.planned.gain_s,
+            "costSeconds": found.planned.cost_s,
+            "reason": found.planned.reason,
+            "logicalOfSlot": found.planned.logical_of_slot,
+        },
+    }

@@ -1,0 +1,123 @@
+"""`moerator plan`: what it says of a resource, and what it refuses, with the field and the value."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from moe_operator.cli import app
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+JOB = str(EXAMPLES / "job-tiny.yaml")
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["plan", *map(str, arguments)])
+    return result.exit_code, result.output
+
+
+def nodes_file(folder: Path, count: int, cpu: str = "8") -> Path:
+    nodes = [
+        {
+            "apiVersion": "v1",
+            "kind": "Node",
+            "metadata": {"name": f"n{number}", "labels": {}},
+            "status": {
+                "allocatable": {"cpu": cpu, "memory": "16Gi", "pods": "110"},
+                "conditions": [{"type": "Ready", "status": "True"}],
+            },
+        }
+        for number in range(count)
+    ]
+    file = folder / "nodes.yaml"
+    file.write_text(yaml.safe_dump({"apiVersion": "v1", "kind": "List", "items": nodes}))
+    return file
+
+
+def trace_file(folder: Path, *, num_layers: int = 4) -> Path:
+    """Every expert is chosen, and the four of rank 0 most of all."""
+    file = folder / "trace.jsonl"
+    lines = [
+        {
+            "step": 0,
+            "stage": "pre_dispatch",
+            "block": "decoder",
+            "layer": layer,
+            "rank": 0,
+            "num_tokens": 1200,
+            "topk": 2,
+        }
+        | {"top_indices": ([[0, 1], [2, 3]] * 8 + [[even, even + 1] for even in range(0, 16, 2)]) * 50}
+        for layer in range(num_layers)
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    return file
+
+
+def test_a_job_is_planned_without_a_cluster(tmp_path: Path) -> None:
+    code, text = run("-f", JOB, "--nodes", nodes_file(tmp_path, 2), "--json")
+    (plan,) = json.loads(text)[0]["plans"]
+    assert (code, plan["accepted"], plan["ranks"]) == (0, True, 4)
+    assert set(plan["nodeOfRank"].values()) == {"n0", "n1"}
+    assert plan["slotsOfRank"] == [4, 4, 4, 4]
+    assert plan["survival"]["1"]["chance"] == 0.0  # without copies every rank holds an expert that nobody else has
+    assert plan["bytesByScope"]["across"] > 0
+
+
+def test_a_load_shows_what_a_plan_for_it_would_win(tmp_path: Path) -> None:
+    code, text = run("-f", JOB, "--load", trace_file(tmp_path), "--json")
+    (plan,) = json.loads(text)[0]["plans"]
+    assert code == 0
+    assert plan["balancedness"] < plan["planned"]["balancedness"] <= plan["bestBalancedness"] + 1e-9
+    assert plan["planned"]["moves"] > 0
+    assert plan["planned"]["gainSeconds"] >= plan["planned"]["costSeconds"]
+
+
+def test_numbers_of_ranks_stand_side_by_side(tmp_path: Path) -> None:
+    code, text = run("-f", JOB, "--ranks", "2..6", "--json")
+    assert code == 0
+    assert [plan["ranks"] for plan in json.loads(text)[0]["plans"]] == [2, 4, 6]
+    assert "2 ranks" in run("-f", JOB, "--ranks", "2..6")[1]
+
+
+def test_a_gang_that_does_not_fit_ends_with_one_and_says_why(tmp_path: Path) -> None:
+    code, text = run("-f", JOB, "--nodes", nodes_file(tmp_path, 1, cpu="100m"), "--json")
+    (plan,) = json.loads(text)[0]["plans"]
+    assert code == 1
+    assert plan["nodeOfRank"] is None
+    assert "needs room for 4 ranks" in plan["noFit"]
+
+
+def test_the_picture_has_a_square_for_every_slot(tmp_path: Path) -> None:
+    drawn = tmp_path / "plan.svg"
+    assert run("-f", JOB, "--plot", drawn)[0] == 0
+    assert drawn.read_text().count("<title>") == 4 * 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--ranks", "many"), "--ranks must be a number or A..B within 1..1024, got 'many'"),
+        (("--ranks", "8..2"), "got '8..2'"),
+        (("--nodes", "/nowhere"), "--nodes: /nowhere: No such file"),
+        (("--nodes", JOB), "must hold nodes, got MoEJob"),
+        (("--nodes", EXAMPLES.parent / "LICENSE"), "is not what `kubectl get nodes -o yaml` prints"),
+        (("--load", JOB), "line 1: not JSON"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: tuple[object, ...], words: str) -> None:
+    code, text = run("-f", JOB, *arguments)
+    assert code == 2
+    assert words in text.replace("\n", " ")
+
+
+def test_a_trace_of_another_model_is_refused(tmp_path: Path) -> None:
+    code, text = run("-f", JOB, "--load", trace_file(tmp_path, num_layers=3))
+    assert code == 2
+    assert "the trace has 3 layers and experts up to 15, the model has 4 layers and experts 0..15" in text
+
+
+def test_files_without_a_job_or_a_service_are_refused() -> None:
+    assert run("-f", EXAMPLES / "drill-tiny.yaml") == (2, "-f: no MoEJob and no MoEService in these files\n")
