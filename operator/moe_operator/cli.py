@@ -78,6 +78,32 @@ def plan(  # noqa: PLR0917  typer's way
 
 
 @app.command()
+def trace(  # noqa: PLR0917  typer's way
+    file: Annotated[Path, typer.Argument(help="Routing trace: JSON lines in the fields of Megatron's tracer.")],
+    ranks: Annotated[int, typer.Option(min=1, max=1024, help="Ranks to assign to.")] = 4,
+    redundant: Annotated[int, typer.Option(min=0, max=4096, help="Redundant slots of each rank and layer.")] = 1,
+    window: Annotated[int, typer.Option(min=1, help="Steps in one window.")] = 1,
+    horizon: Annotated[float, typer.Option(min=0.001, help="Windows for which a load is believed to last.")] = 10.0,
+    expert_bytes: Annotated[int, typer.Option(min=0, help="Bytes of one expert, for what moving it costs.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+) -> None:
+    """Play a routing trace through ways of assigning experts: how even each keeps the ranks, and what it moves."""
+    from moe_operator.cli_trace import show_trace
+
+    raise typer.Exit(
+        show_trace(
+            file,
+            ranks=ranks,
+            redundant=redundant,
+            window=window,
+            horizon=horizon,
+            expert_bytes=expert_bytes,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
 def demo(
     examples: Annotated[Path, typer.Option(help="Folder with job-tiny, service-tiny and drill-tiny.yaml.")] = Path(
         "examples"

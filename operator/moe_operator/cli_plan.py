@@ -44,7 +44,7 @@ def show_plan(
     try:
         counts = _counts(ranks)
         facts = _facts(documents, nodes)
-        trace = None if load is None else _trace(Path(load))
+        trace = None if load is None else read_trace(Path(load))
         outlooks = [(doc, _look(doc, facts, counts, trace)) for doc in planned]
     except InvalidInput as error:
         return _refuse(str(error))
@@ -107,14 +107,15 @@ def _nodes(file: Path) -> tuple[NodeFact, ...]:
     return found
 
 
-def _trace(file: Path) -> Trace:
+def read_trace(file: Path) -> Trace:
+    """Raises InvalidInput that names the file."""
     try:
         with file.open(encoding="utf-8") as lines:
             return Trace.of(read_lines(lines))
     except OSError as error:
-        raise InvalidInput(f"--load: {file}: {error.strerror}") from error
+        raise InvalidInput(f"{file}: {error.strerror}") from error
     except (InvalidInput, UnicodeDecodeError) as error:
-        raise InvalidInput(f"--load: {file}: {error}") from error
+        raise InvalidInput(f"{file}: {error}") from error
 
 
 def _look(

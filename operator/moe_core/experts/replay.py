@@ -1,0 +1,100 @@
+"""A routing trace played through ways of assigning experts: what each would have made of it, window by window.
+
+A plan is made from one window's load and judged by the next one's, as it is in life. The first window only teaches.
+
+    linear     the map without any load, never changed
+    deepseek   EPLB's plan anew for every window (its slots must be equal on all ranks)
+    fresh      our best plan anew for every window
+    replan     from the map there is, as far as its moves pay
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+
+from moe_core.contract.expert_map import ExpertMap
+from moe_core.experts.align import arrivals, slots_on_ranks
+from moe_core.experts.assign import assign
+from moe_core.experts.checks import FloatArray
+from moe_core.experts.counts import count_copies
+from moe_core.experts.fleet import Fleet
+from moe_core.experts.measure import balance
+from moe_core.experts.pack import pack
+from moe_core.experts.replan import Prices, Rows, replan
+from moe_core.outcome import InvalidInput
+
+Way = Callable[[FloatArray, Rows], Rows]
+"""(load of the last window, map there is) -> map for the next one."""
+WAYS = ("linear", "deepseek", "fresh", "replan")
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """balancedness and moves for every window but the first; `slots` of one map over all layers."""
+
+    way: str
+    balancedness: tuple[float, ...]
+    moves: tuple[int, ...]
+    slots: int
+
+    @property
+    def mean(self) -> float:
+        return sum(self.balancedness) / len(self.balancedness)
+
+    @property
+    def moved_share(self) -> float:
+        """Slots that change in a window, of all."""
+        return sum(self.moves) / len(self.moves) / self.slots
+
+
+def replay(load_WLE: FloatArray, slots_of_rank: Sequence[int], way: str, *, prices: Prices | None = None) -> Replayed:
+    """`load_WLE` [windows, layers, experts]. Raises InvalidInput for fewer than two windows or an unknown way."""
+    if way not in WAYS:
+        raise InvalidInput(f"way must be one of {', '.join(WAYS)}, got {way!r}")
+    if len(load_WLE) < 2:
+        raise InvalidInput(f"the trace must have at least two windows, got {len(load_WLE)}")
+    _, num_layers, num_experts = load_WLE.shape
+    fleet = Fleet(tuple(slots_of_rank))
+    plain = assign("linear", num_layers=num_layers, num_logical_experts=num_experts, slots_of_rank=slots_of_rank)
+    next_rows = _way(way, fleet, prices or Prices())
+    rows, balances, moves = plain.logical_of_slot, [], []
+    for last, coming in pairwise(load_WLE):
+        before = slots_on_ranks(rows, fleet, num_experts=num_experts)
+        rows = next_rows(last, rows)
+        moves.append(int(arrivals(before, slots_on_ranks(rows, fleet, num_experts=num_experts), num_experts).sum()))
+        expert_map = ExpertMap(
+            generation=0, num_logical_experts=num_experts, slots_of_rank=fleet.slots_of_rank, logical_of_slot=rows
+        )
+        balances.append(balance(expert_map, coming).balancedness)
+    return Replayed(way, tuple(balances), tuple(moves), fleet.num_slots * num_layers)
+
+
+def _way(name: str, fleet: Fleet, prices: Prices) -> Way:
+    match name:
+        case "linear":
+            return lambda _, rows: rows
+        case "deepseek":
+            return partial(_deepseek, fleet)
+        case "fresh":
+            return partial(_fresh, fleet)
+    return lambda load, rows: replan(load, fleet, rows, prices=prices).logical_of_slot
+
+
+def _deepseek(fleet: Fleet, load_LE: FloatArray, _rows: Rows) -> Rows:
+    num_layers, num_experts = load_LE.shape
+    planned = assign(
+        "deepseek",
+        num_layers=num_layers,
+        num_logical_experts=num_experts,
+        slots_of_rank=fleet.slots_of_rank,
+        load=load_LE,
+    )
+    return planned.logical_of_slot
+
+
+def _fresh(fleet: Fleet, load_LE: FloatArray, _rows: Rows) -> Rows:
+    room = int(np.minimum(fleet.slots_R, load_LE.shape[1]).sum())
+    return pack(load_LE, count_copies(load_LE, room, most=fleet.ranks_with_slots), fleet).rows()
