@@ -83,6 +83,8 @@ node: $(VENV)/.dev  ## pods that really run: a real kubelet and containerd (need
 .PHONY: bench
 bench: $(VENV)/.dev  ## measure against raw limits, as ratios in one run (figures, no verdicts)
 	PYTHONPATH=tests $(BIN)/python tests/bench/recovery.py
+	$(BIN)/python tests/bench/planner.py
+	$(BIN)/python tests/bench/topology.py
 	PYTHONPATH=tests $(BIN)/python tests/bench/topology.py
 
 .PHONY: crds
