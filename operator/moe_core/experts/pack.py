@@ -21,8 +21,7 @@ from moe_core.experts.shelf import BoolArray, Shelf
 ROUNDS = 4
 """Rounds of step 3. On 58 layers of 288 slots, 32 ranks, four load kinds: 0.997 after step 2, 0.9990 after 4 rounds,
 0.9993 after 6, 0.9996 after 10, each round 1 to 2 ms."""
-_EVEN_ENOUGH = 2e-4
-"""A rank this little above the mean load is left alone."""
+EVEN_ENOUGH = 2e-4
 
 
 def pack(load_LE: FloatArray, copies_LE: IntArray, fleet: Fleet) -> Shelf:
@@ -37,9 +36,9 @@ def deal(load_LE: FloatArray, copies_LE: IntArray, fleet: Fleet) -> Shelf:
     """Step 1. Wider ranks take part in more rounds, and these come last, with the lightest copies."""
     num_layers, num_experts = load_LE.shape
     widest = int(fleet.slots_R.max())
-    logical_LC = _heaviest_first(load_LE / copies_LE, copies_LE, fill=num_experts, width=fleet.num_slots)
+    logical_LC = _heaviest_first(load_LE / np.maximum(copies_LE, 1), copies_LE, fill=num_experts, width=fleet.num_slots)
     weight_LC = np.take_along_axis(
-        np.concatenate([load_LE / copies_LE, np.zeros((num_layers, 1))], axis=1), logical_LC, axis=1
+        np.concatenate([load_LE / np.maximum(copies_LE, 1), np.zeros((num_layers, 1))], axis=1), logical_LC, axis=1
     )
     logical_LRS = np.full((num_layers, fleet.num_ranks, widest), num_experts + 1, dtype=np.int64)
     load_LR = np.zeros((num_layers, fleet.num_ranks))
@@ -146,8 +145,11 @@ def _lay_out_anew(shelf: Shelf, layer: int) -> None:
     shelf.take(only, Shelf.of(load_E[None], shelf.copies_LE[only], shelf.fleet, shelf.logical_LRS[only]))
 
 
-def even(shelf: Shelf, *, rounds: int) -> None:
-    """Step 3. No exchange makes the heavier rank of a pair as heavy as before, so the largest load never grows."""
+def even(shelf: Shelf, *, rounds: int, even_enough: float = EVEN_ENOUGH) -> None:
+    """Step 3. No exchange makes the heavier rank of a pair as heavy as before, so the largest load never grows.
+
+    A rank that is no more than `even_enough` above the mean load is left alone.
+    """
     fleet = shelf.fleet
     working_R = np.flatnonzero(fleet.slots_R)
     if len(working_R) < 2:
@@ -156,7 +158,7 @@ def even(shelf: Shelf, *, rounds: int) -> None:
     mean_L = total_L / fleet.speed_R[working_R].sum()
     for turn in range(rounds):
         load_LR = shelf.load_LR[:, working_R]
-        is_heavy_LR = load_LR > mean_L[:, None] * (1 + _EVEN_ENOUGH)
+        is_heavy_LR = load_LR > mean_L[:, None] * (1 + even_enough)
         num_pairs = min(int(is_heavy_LR.sum(1).max(initial=0)), len(working_R) // 2)
         if num_pairs == 0:
             return

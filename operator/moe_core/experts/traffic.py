@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from moe_core.contract.expert_map import ExpertMap
-from moe_core.experts.checks import FloatArray, as_load_LE
+from moe_core.experts.checks import FloatArray, IntArray, as_load_LE
 from moe_core.experts.choice import NO_SLOT, choose_slots_of_all
 from moe_core.outcome import InvalidInput
 
@@ -124,3 +124,26 @@ def traffic_by_token(expert_map: ExpertMap, shape: StepShape) -> Traffic:
     there = row + shape.top_k * (ADDRESS_BYTES + WEIGHT_BYTES)
     tokens = expert_map.num_layers * shape.tokens_per_rank
     return Traffic(dispatch_RR=pairs_RR * tokens * there, combine_RR=pairs_RR * tokens * row)
+
+
+def domains_per_token(
+    expert_map: ExpertMap, layer_idx: int, picks_TK: IntArray, source_T: IntArray, *, domain_of_rank: Sequence[str]
+) -> float:
+    """How many failure domains other than its own a token of a trace has to be sent to, on average.
+
+    source_T: the rank each token is on. A pick goes to the copy that its source chooses; lost experts count nowhere.
+    """
+    ranks = [rank for rank, count in enumerate(expert_map.slots_of_rank) if count]
+    ids = {name: index for index, name in enumerate(dict.fromkeys(domain_of_rank))}
+    domain_R = np.asarray([ids[name] for name in domain_of_rank])
+    chosen_RE = choose_slots_of_all(expert_map, ranks, domain_of_rank=domain_of_rank)[:, layer_idx]
+    row_of_rank = np.full(expert_map.num_ranks, -1)
+    row_of_rank[ranks] = np.arange(len(ranks))
+    slot_TK = chosen_RE[row_of_rank[source_T][:, None], picks_TK]
+    domain_TK = np.where(
+        slot_TK == NO_SLOT, domain_R[source_T][:, None], domain_R[np.asarray(expert_map.rank_of_slot)[slot_TK]]
+    )
+    meets_TG = np.zeros((len(picks_TK), len(ids)), dtype=bool)
+    np.put_along_axis(meets_TG, domain_TK, True, axis=1)
+    meets_TG[np.arange(len(picks_TK)), domain_R[source_T]] = False
+    return float(meets_TG.sum(1).mean())

@@ -1,0 +1,133 @@
+"""Experts that the same tokens choose live in the same failure domain, so that a token crosses fewer of them.
+
+1. homes    each expert gets a home domain: the hottest first, each where most of what is chosen with it is already, as
+            long as the domain has room and is not too heavy; then pairs change homes while that brings more together
+2. copies   further copies go to other domains, to the lightest that lacks the expert: sources there stop crossing
+3. ranks    inside each domain pack.py spreads what is there over the ranks; what is then still uneven by more than a
+            few percent is exchanged between domains after all
+
+Kernighan and Lin's exchange is where the second half of step 1 comes from. What it needs is a trace (trace.py): a load
+alone cannot say who is chosen with whom.
+"""
+
+import numpy as np
+
+from moe_core.experts.checks import FloatArray, IntArray
+from moe_core.experts.fleet import Fleet
+from moe_core.experts.pack import even, pack, part
+from moe_core.experts.shelf import Shelf
+from moe_core.outcome import InvalidInput
+
+_HEAVY = 1.05
+"""A domain may carry this much of the mean load after step 1; copies and ranks even out the rest."""
+_MOST_EXCHANGES = 400
+_ROUNDS, _UNEVEN = 12, 0.02
+
+
+def pack_together(load_LE: FloatArray, copies_LE: IntArray, fleet: Fleet, together_LEE: FloatArray) -> Shelf:
+    """As `pack`, with `together_LEE` tokens that chose both. Raises InvalidInput for another shape of it."""
+    num_layers, num_experts = load_LE.shape
+    if together_LEE.shape != (num_layers, num_experts, num_experts):
+        raise InvalidInput(
+            f"together must have the shape {[num_layers, num_experts, num_experts]}, got {list(together_LEE.shape)}"
+        )
+    room_G = np.bincount(fleet.domain_R, weights=fleet.slots_R, minlength=fleet.num_domains).astype(np.int64)
+    logical_LRS = np.full((num_layers, fleet.num_ranks, int(fleet.slots_R.max())), num_experts + 1, dtype=np.int64)
+    held_LEG = np.stack(
+        [
+            _copies_of_domains(load, copies, _homes(load, together, room_G), room_G, fleet)
+            for load, copies, together in zip(load_LE, copies_LE, together_LEE, strict=True)
+        ]
+    )
+    per_copy_LE = load_LE / copies_LE
+    for domain in range(fleet.num_domains):
+        ranks = np.flatnonzero((fleet.domain_R == domain) & (fleet.slots_R > 0))
+        if ranks.size == 0:
+            continue
+        own = Fleet(tuple(fleet.slots_R[ranks].tolist()), tuple(fleet.speed_R[ranks].tolist()))
+        held_LE = held_LEG[:, :, domain]
+        inside = pack(per_copy_LE * held_LE, held_LE, own).logical_LRS
+        logical_LRS[:, ranks, : inside.shape[2]] = inside
+    shelf = Shelf.of(load_LE, copies_LE, fleet, logical_LRS)
+    part(shelf)
+    even(shelf, rounds=_ROUNDS, even_enough=_UNEVEN)
+    return shelf
+
+
+def _homes(load_E: FloatArray, together_EE: FloatArray, room_G: IntArray) -> IntArray:
+    """[E] the home of each expert: in proportion to the domains' slots, together with what is chosen with it."""
+    num_experts = len(load_E)
+    together = together_EE - np.diag(np.diag(together_EE))
+    seats_G = _shares(num_experts, room_G)
+    limit_G = load_E.sum() * room_G / room_G.sum() * _HEAVY
+    home_E = np.full(num_experts, -1, dtype=np.int64)
+    near_EG = np.zeros((num_experts, len(room_G)))
+    load_G = np.zeros(len(room_G))
+    for expert in np.argsort(-load_E, kind="stable").tolist():
+        fits = seats_G > 0
+        light = fits & (load_G + load_E[expert] <= limit_G)
+        keys = (load_G / room_G, -near_EG[expert], ~light, ~fits)
+        home = int(np.lexsort(keys)[0])
+        home_E[expert] = home
+        seats_G[home] -= 1
+        load_G[home] += load_E[expert]
+        near_EG[:, home] += together[:, expert]
+    return _exchange(home_E, near_EG, together, load_E, load_G, limit_G)
+
+
+def _exchange(  # noqa: PLR0917
+    home_E: IntArray,
+    near_EG: FloatArray,
+    together: FloatArray,
+    load_E: FloatArray,
+    load_G: FloatArray,
+    limit_G: FloatArray,
+) -> IntArray:
+    """Pairs that bring more together, the best first; no domain grows beyond its limit by one."""
+    rows = np.arange(len(home_E))
+    for _ in range(_MOST_EXCHANGES):
+        here_E = near_EG[rows, home_E]
+        there_EE = near_EG[:, home_E]  # [a, b]: what a would be near to in b's home
+        gain_EE = there_EE + there_EE.T - here_E[:, None] - here_E[None, :] - 2 * together
+        shift_EE = load_E[None, :] - load_E[:, None]  # what a's home gains when b comes
+        too_heavy = (load_G[home_E][:, None] + shift_EE > limit_G[home_E][:, None]) & (shift_EE > 0)
+        gain_EE[(home_E[:, None] == home_E[None, :]) | too_heavy | too_heavy.T] = 0.0
+        best = int(gain_EE.argmax())
+        a, b = divmod(best, len(home_E))
+        if gain_EE[a, b] <= 1e-9:
+            break
+        home_a, home_b = int(home_E[a]), int(home_E[b])
+        near_EG[:, home_a] += together[:, b] - together[:, a]
+        near_EG[:, home_b] += together[:, a] - together[:, b]
+        load_G[home_a] += load_E[b] - load_E[a]
+        load_G[home_b] += load_E[a] - load_E[b]
+        home_E[a], home_E[b] = home_b, home_a
+    return home_E
+
+
+def _copies_of_domains(
+    load_E: FloatArray, copies_E: IntArray, home_E: IntArray, room_G: IntArray, fleet: Fleet
+) -> IntArray:
+    """[E, G] copies in each domain: one at home, the others where the load is lightest, evenly over the domains."""
+    ranks_G = np.bincount(fleet.domain_R[fleet.slots_R > 0], minlength=fleet.num_domains)
+    held_EG = np.zeros((len(load_E), len(room_G)), dtype=np.int64)
+    per_copy_E = load_E / copies_E
+    held_EG[np.arange(len(load_E)), home_E] = 1
+    load_G = per_copy_E @ held_EG
+    free_G = room_G - held_EG.sum(0)
+    further = np.repeat(np.arange(len(load_E)), copies_E - 1)
+    for expert in further[np.argsort(-per_copy_E[further], kind="stable")].tolist():
+        is_full = (free_G <= 0) | (held_EG[expert] >= ranks_G)
+        domain = int(np.lexsort((load_G / np.maximum(room_G, 1), held_EG[expert], is_full))[0])
+        held_EG[expert, domain] += 1
+        load_G[domain] += per_copy_E[expert]
+        free_G[domain] -= 1
+    return held_EG
+
+
+def _shares(total: int, room_G: IntArray) -> IntArray:
+    """`total` in proportion to the rooms, largest remainders first."""
+    shares = total * room_G // room_G.sum()
+    rest = np.argsort(-(total * room_G % room_G.sum()), kind="stable")[: total - int(shares.sum())]
+    shares[rest] += 1
+    return np.asarray(shares)
