@@ -203,7 +203,7 @@ def drifted(num_ranks: int, windows: int, peer: Peer, num_layers: int = 4) -> di
     of_peer = slots_on_ranks(peer(load, 1, 1, num_ranks).tolist(), fleet, num_experts=EXPERTS)
     balances: dict[str, list[float]] = {"replan": [], "fresh": [], "peer": []}
     moves = dict.fromkeys(balances, 0)
-    prices = Prices(seconds_per_pick=1.5e-7, bytes_per_expert=44_000_000, bytes_per_s=5e10, horizon=100)
+    prices = Prices(seconds_per_pick=1.5e-7, bytes_per_expert=44_000_000, bytes_per_s=5e10, horizon=400)
     for _ in range(windows):
         for row in chances:
             turned = rng.choice(EXPERTS, max(2, EXPERTS // 100), replace=False)

@@ -51,6 +51,27 @@ def test_the_unit_of_the_load_does_not_matter(problem: tuple[FloatArray, Fleet],
     assert (copies_of(scaled, fleet) == copies).all()
 
 
+@given(problems(), st.integers(1, 4), st.integers(0, 30))
+def test_copies_are_counted_as_if_each_went_to_the_hottest_one_after_the_other(
+    problem: tuple[FloatArray, Fleet], least: int, spare: int
+) -> None:
+    load, _ = problem
+    num_experts, most = load.shape[1], 5
+    counted = count_copies(load, num_experts + spare, most=most, least=least)
+    slots = min(num_experts + spare, num_experts * most)
+    assert counted.sum(1).tolist() == [slots] * len(load)
+    assert counted.max(initial=1) <= most
+    if slots >= num_experts * min(least, most):
+        assert counted.min(initial=most) >= min(least, most)
+    elif spare < num_experts:
+        assert counted.max(initial=1) <= max(2, least)
+    for load_E, copies_E in zip(load, counted, strict=True):  # no copy would do more good elsewhere
+        takes_E = np.where(copies_E < most, load_E / copies_E, 0.0)
+        gives_E = np.where(copies_E > max(1, min(least, most)), load_E / np.maximum(copies_E - 1, 1), np.inf)
+        if slots >= num_experts * min(least, most):
+            assert takes_E.max() <= gives_E.min() * (1 + 1e-6) + 1e-9
+
+
 @given(st.integers(2, 5), st.integers(1, 3), st.integers(1, 6), st.data())
 def test_equal_ranks_in_equal_domains_part_all_copies(
     num_domains: int, ranks_per_domain: int, slots: int, data: st.DataObject

@@ -49,6 +49,8 @@ def _in_bulk(weight_LE: FloatArray, copies_LE: IntArray, *, num_slots: int, most
         limit_L = np.where(open_L > 0, (weight_LE * is_open_LE).sum(1) / np.maximum(open_L, 1), np.inf)
         due_LE = np.minimum(np.ceil(weight_LE / limit_L[:, None]), most).astype(np.int64)
         raised_LE = np.where(is_open_LE, np.maximum(copies_LE, due_LE), copies_LE)
+        too_many_L = raised_LE.sum(1) > num_slots  # only where `least` has given more than was due
+        raised_LE[too_many_L] = copies_LE[too_many_L]
         if (raised_LE == copies_LE).all():
             return copies_LE, spare_L
         copies_LE = raised_LE
