@@ -1,5 +1,7 @@
 """Gang fit on small drawn clusters."""
 
+import re
+
 import pytest
 
 from moe_core.facts import NodeFact, Taint
@@ -159,18 +161,30 @@ def test_no_nodes_at_all_is_said() -> None:
     [
         ("cpu", "2", 2000),
         ("cpu", "0.0001", 1),
+        ("cpu", "100m", 100),
+        ("cpu", "1n", 1),
         ("memory", "1.5Gi", 1610612736),
         ("memory", "1k", 1000),
+        ("memory", "1Ki", 1024),
+        ("memory", "128974848", 128974848),
+        ("memory", "129e6", 129000000),
+        ("memory", "2E-1", 1),
+        ("memory", "3Ei", 3 * 2**60),
+        ("memory", "3E", 3 * 10**18),
+        ("memory", ".5M", 500000),
+        ("memory", "400m", 1),
         ("gpu", "8", 8),
+        ("gpu", 8, 8),
     ],
 )
-def test_quantities_are_read_in_base_units(resource: str, text: str, units: int) -> None:
+def test_quantities_are_read_in_base_units(resource: str, text: object, units: int) -> None:
     assert base_units(resource, text) == units
 
 
 def test_a_bad_quantity_is_refused_by_name() -> None:
-    with pytest.raises(InvalidInput, match="memory must be a Kubernetes quantity, got '1Q'"):
-        base_units("memory", "1Q")
+    for text in ("1Q", "", "1 Gi", "Gi", "1GiB", "..", ".", "0x10", "1e999999999", "1\n"):
+        with pytest.raises(InvalidInput, match=f"memory must be a Kubernetes quantity, got {re.escape(repr(text))}"):
+            base_units("memory", text)
 
 
 def test_a_limit_counts_where_no_request_is_given() -> None:

@@ -20,6 +20,9 @@ ENV_CONFIG = "MOERATOR_CONFIG"  # path of the RuntimeConfig JSON
 ENV_TOKEN_FILE = "MOERATOR_TOKEN_FILE"  # path of the bearer token of the control faces; Ray's token is derived from it
 ENV_REATTACH = "MOERATOR_REATTACH"  # role=coordinator: "1" when it replaces one and pods of the group may live
 ENV_STATE_DIR = "MOERATOR_STATE_DIR"  # scratch that outlives a container restart (Ray's embedded store)
+# Local shell only:
+ENV_RUN = "MOERATOR_RUN"  # the run folder, on every process of a run: for what pods share, and to sweep by
+ENV_HEALTH_PORT = "MOERATOR_HEALTH_PORT"  # role=gateway: /healthz of its own, where several share the service's port
 ENV_SHARED_RAY = "MOERATOR_SHARED_RAY"  # local shell: "1" when pods of ranks share one Ray node that already runs
 
 
