@@ -49,6 +49,8 @@ class EpochGroup:
         self.device = torch.device(device)
         self._timeout_ms = timeout_ms
         self._broken = ""
+        self.sent_bytes = [0] * len(self.ranks)
+        """By position: what all-to-alls have sent there; at this rank's own position, what stayed."""
         self._backend: Any = None  # a c10d.Backend; torch's stubs leave its operations out
         if len(self.ranks) > 1:
             try:
@@ -113,6 +115,7 @@ class EpochGroup:
         if self._backend is None:
             self._check("all_to_all")
             out.copy_(rows)
+            self._count(rows, in_splits)
             return
         options = c10d.AllToAllOptions()
         source, outs, ins = rows.contiguous(), list(out_splits), list(in_splits)
@@ -122,6 +125,12 @@ class EpochGroup:
             options,
             timeout_ms,
         )
+        self._count(rows, in_splits)
+
+    def _count(self, rows: torch.Tensor, in_splits: Sequence[int]) -> None:
+        row_bytes = rows.element_size() * math.prod(rows.shape[1:])
+        for position, count in enumerate(in_splits):
+            self.sent_bytes[position] += count * row_bytes
 
     def all_gather_ints(self, row: Sequence[int], *, timeout_ms: int | None = None) -> list[list[int]]:
         """Every member's row of equally many integers, by position."""
