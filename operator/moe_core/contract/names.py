@@ -4,6 +4,8 @@ GROUP = "moerator.dev"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
 FIELD_MANAGER = "moerator"
+MANAGER = f"{GROUP}/operator"
+"""spec.managedBy of an object that is ours."""
 
 LABEL_OWNER_KIND = f"{GROUP}/owner-kind"
 LABEL_OWNER_NAME = f"{GROUP}/owner-name"
