@@ -16,8 +16,10 @@ import json
 import selectors
 import socket
 import socketserver
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
@@ -67,8 +69,10 @@ class LineServer:
             block_on_close = False
             request_queue_size = 256
 
-            def handle_error(self, request: object, client_address: object) -> None:
-                """A client that hangs up is no event worth a traceback on stderr."""
+            def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002 - not ours to name
+                """A client that hangs up is no event worth a traceback on stderr; a mistake of ours is."""
+                if not isinstance(sys.exc_info()[1], OSError):
+                    traceback.print_exc()
 
         class Handler(socketserver.StreamRequestHandler):
             timeout = _IDLE_S
