@@ -96,7 +96,8 @@ class InvalidSpec(MoeratorError):
 class NoFit:
     """The gang does not fit whole; nothing was placed.
 
-    `excluded` counts, per cause in words, the nodes or devices that could not be used.
+    `excluded` counts per cause, in words, the ranks that would have had room otherwise; where a cause begins with
+    `nodes` it counts nodes on which no rank ever has room.
     """
 
     wanted: int

@@ -70,6 +70,12 @@ def test_the_lever_is_the_cheapest_change_that_helps() -> None:
     found = fit(tainted, range(8), needs=GPU)
     assert isinstance(found, NoFit)
     assert found.lever == "tolerate taint gpu=reserved in template.spec.tolerations"
+    both = fit((*tainted, node("n3", unschedulable=True)), range(8), needs=GPU)
+    assert isinstance(both, NoFit)
+    assert both.lever == "uncordon nodes with room for 4 more"
+    small = fit((node("n1"), node("n2", gpu=0), node("n3", gpu=0)), range(8), needs=GPU)
+    assert isinstance(small, NoFit)
+    assert small.excluded == {"nodes with too little gpu": 2}
     split = fit((node("n1"), node("n2", rack="r2")), range(8), needs=GPU, pack=ONE_RACK)
     assert isinstance(split, NoFit)
     assert "pack.preferred" in split.lever
@@ -126,7 +132,7 @@ def test_a_taint_that_only_prefers_keeps_nobody_away() -> None:
 def test_a_node_without_the_needed_label_is_counted_not_guessed() -> None:
     found = fit((NodeFact(name="bare", allocatable={"gpu": 8}),), range(8), needs=GPU, pack=ONE_RACK)
     assert isinstance(found, NoFit)
-    assert found.excluded == {"no label net/block": 1}
+    assert found.excluded == {"nodes without label net/block": 1}
 
 
 def test_a_label_narrower_than_the_named_levels_is_not_needed() -> None:

@@ -158,7 +158,7 @@ def _no_fit(  # noqa: PLR0917
             for cause, count in rooms[index].excluded.items():
                 excluded[cause] = excluded.get(cause, 0) + count
     for _, label in board.tree.unlabelled:
-        excluded[f"no label {label}"] = excluded.get(f"no label {label}", 0) + 1
+        excluded[f"nodes without label {label}"] = excluded.get(f"nodes without label {label}", 0) + 1
     best = min(candidates, key=lambda p: (-board.capacity(candidates[p]), p), default=())
     best_room = board.capacity(candidates[best]) if candidates else 0
     name = f"{pack.required} {'/'.join(best)}" if pack.required and best else ""
@@ -173,17 +173,16 @@ def _no_fit(  # noqa: PLR0917
 
 
 def _lever(board: _Board, excluded: Mapping[str, int], *, wanted: int, best: int, pack: Pack, needs: Needs) -> str:
-    """The smallest change that would help, from the cheapest to the dearest."""
+    """The smallest change that would help by itself, from the cheapest to the dearest."""
     if pack.required and board.capacity(range(len(board.room))) >= wanted:
         return f"the cluster has room outside one {pack.required}: use pack.preferred, or a broader pack.required"
     missing = wanted - best
-    opened = [cause for cause in sorted(excluded) if excluded[cause] >= missing]
-    for cause in opened:
-        if cause == "cordoned":
-            return "uncordon a node"
-        if cause.startswith("taint "):
-            return f"tolerate {cause} in template.spec.tolerations"
-        if cause == "in use":
-            return f"free room for {missing} more"
+    if excluded.get("cordoned", 0) >= missing:
+        return f"uncordon nodes with room for {missing} more"
+    taint = next((cause for cause in sorted(excluded) if cause.startswith("taint ") and excluded[cause] >= missing), "")
+    if taint:
+        return f"tolerate {taint} in template.spec.tolerations"
+    if excluded.get("in use", 0) >= missing:
+        return f"free room for {missing} more"
     asks = ", ".join(f"{resource} {amount}" for resource, amount in sorted(needs.request.items()))
     return f"add nodes with room for {missing} more" + (f" (each asks for {asks})" if asks else "")

@@ -36,7 +36,10 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """`ranks` more ranks fit; `excluded` counts per cause the ranks that would fit otherwise."""
+    """`ranks` more ranks fit; `excluded` counts per cause the ranks that would fit otherwise.
+
+    On a node where none ever could, there is no such number: a cause that begins with `nodes` counts nodes.
+    """
 
     ranks: int
     excluded: Mapping[str, int] = field(default_factory=dict)
@@ -47,7 +50,7 @@ def room_on(node: NodeFact, needs: Needs, *, own: Mapping[str, int], most: int) 
     empty = _times(node.allocatable, {}, needs.request, most=most)
     if empty == 0:
         short = [r for r in needs.request if node.allocatable.get(r, 0) < needs.request[r]]
-        return Room(0, {f"too little {short[0]}" if short else "too few pods allowed": 1})
+        return Room(0, {f"nodes with too little {short[0]}" if short else "nodes that allow no pod": 1})
     for cause in _closed(node, needs):
         return Room(0, {cause: empty})
     used = {r: node.used.get(r, 0) + own.get(r, 0) for r in sorted({*node.used, *own})}
