@@ -113,6 +113,7 @@ class Coordinator:
     on_fault: Callable[[str, str], None] = lambda namespace, pod: None
     """Called with the namespace and name of a pod that a drill injures."""
     forbids_faults: bool = False
+    look_s: float = 0.2
     trained: set[str] = field(default_factory=set)
     """`namespace/name` of the jobs that have trained to the end."""
 
@@ -155,7 +156,7 @@ class Coordinator:
             state = self._look(key, ranks)
             if state.version != after or time.monotonic() > deadline:
                 return web.Response(text=state.canonical(), content_type="application/json")
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(self.look_s)
 
     def _look(self, key: str, ranks: list[Object]) -> RuntimeState:
         wish = self.wishes[key][-1] if self.wishes.get(key) else None
