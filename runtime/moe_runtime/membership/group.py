@@ -78,10 +78,6 @@ class EpochGroup:
     def size(self) -> int:
         return len(self.ranks)
 
-    @property
-    def is_broken(self) -> bool:
-        return bool(self._broken)
-
     def all_to_all(
         self,
         rows: torch.Tensor,
@@ -153,21 +149,6 @@ class EpochGroup:
         options = c10d.AllreduceOptions()
         options.reduceOp = c10d.ReduceOp.SUM
         self._run("all_reduce", lambda: self._backend.allreduce([tensor], options), options, timeout_ms)
-
-    all_reduce = all_reduce_sum
-
-    def broadcast(self, tensor: torch.Tensor, root_position: int, *, timeout_ms: int | None = None) -> None:
-        """Every member's tensor becomes the root's, in place."""
-        self._check("broadcast")
-        if self._backend is None:
-            return
-        options = c10d.BroadcastOptions()
-        options.rootRank = root_position
-        self._run("broadcast", lambda: self._backend.broadcast([tensor], options), options, timeout_ms)
-
-    def barrier(self, *, timeout_ms: int | None = None) -> None:
-        """Returns once every member has called it."""
-        self.all_gather_ints([0], timeout_ms=timeout_ms)
 
     def destroy(self) -> None:
         """Close the sockets and threads of this group; peers that wait for it fault at once. Idempotent."""

@@ -147,12 +147,11 @@ class MembershipKeeper:
         """
         self._ledger.step_out()
 
-    def recover(self, *, suspects: Iterable[int] = ()) -> Membership:
+    def recover(self) -> Membership:
         """The next epoch after a fault, without members that are gone, silent or stuck in their step.
 
-        `suspects` are not taken at their word: a living member that answers stays. Raises MinorityStop, Fenced.
+        Raises MinorityStop, Fenced.
         """
-        del suspects
         return self._settle("recover", None)
 
     def change(self, to: Membership) -> Membership:
