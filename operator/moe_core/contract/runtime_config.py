@@ -84,17 +84,6 @@ class ServingConfig(WireModel):
     """Port of the OpenAI face; in the local shell gateways share it (SO_REUSEPORT)."""
 
 
-class Deadlines(WireModel):
-    """Bounds on waiting, in milliseconds."""
-
-    step_ms: int = 3000
-    """One collective inside a step; a rank silent for longer is taken for hung."""
-    probe_ms: int = 700
-    """A peer's answer to a membership probe."""
-    agree_ms: int = 5000
-    """One round of the agreement on a next epoch."""
-
-
 class RuntimeConfig(WireModel):
     owner_kind: Literal["MoEJob", "MoEService"]
     namespace: str
@@ -112,7 +101,6 @@ class RuntimeConfig(WireModel):
     device: Literal["cpu", "cuda"] = "cpu"
     training: TrainingConfig | None = None
     serving: ServingConfig | None = None
-    deadlines: Deadlines = Deadlines()
 
     @model_validator(mode="after")
     def _mode_matches(self) -> Self:

@@ -65,13 +65,11 @@ class EpochGroup:
     def build(
         cls, membership: Membership, *, rank: int, token: str, device: str = "cpu", timeout_ms: int = 3000
     ) -> "EpochGroup":
-        """The group of a committed epoch. Its members meet in the peer face that the membership names as its store."""
+        """The group of a committed epoch. Its members meet in the peer face of the first of them."""
         member = member_of(membership, rank)
         host, _ = split_address(member.address)
         prefix = f"{membership.epoch}-{'.'.join(m.pod_uid for m in membership.members)}"
-        store = RendezvousStore(
-            membership.store or membership.members[0].address, prefix=prefix, token=token, timeout_ms=timeout_ms
-        )
+        store = RendezvousStore(membership.members[0].address, prefix=prefix, token=token, timeout_ms=timeout_ms)
         return cls(store, membership.ranks, rank, address=host, device=device, timeout_ms=timeout_ms)
 
     @property

@@ -17,6 +17,7 @@ from moe_core.contract.membership import Membership
 from moe_core.contract.runtime_config import RuntimeConfig
 from moe_runtime.errors import Fenced, GroupFault, MinorityStop
 from moe_runtime.host.processes import resident_bytes
+from moe_runtime.membership.deadlines import Deadlines
 from moe_runtime.membership.group import EpochGroup
 from moe_runtime.membership.keeper import MembershipKeeper
 from moe_runtime.rank.recovery import Recovering
@@ -203,7 +204,7 @@ class StepLoop:
             rank=self._rank,
             token=self._token,
             device=self._config.device,
-            timeout_ms=self._config.deadlines.step_ms,
+            timeout_ms=Deadlines().step_ms,
         )
         self._traffic.follow(membership, self._group.sent_bytes)
         self._apply_map(membership.map_digest)
