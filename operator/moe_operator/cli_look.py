@@ -99,7 +99,9 @@ def run_drill(names: Sequence[str], *, run: Path | None) -> int:
         return 2
     folder = _find_run(run)
     if folder is None:
-        subprocess.run([_need_kubectl(), "apply", "-f", "-"], input=_as_text(documents), text=True, check=False)
+        command = [_need_kubectl(), "apply", "-f", "-"]
+        if code := subprocess.run(command, input=_as_text(documents), text=True, check=False).returncode:
+            return code
     elif not _apply_to_run(folder, documents):
         return EXIT_MISSING
     told: dict[str, str] = {}

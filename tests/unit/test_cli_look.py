@@ -137,6 +137,6 @@ def test_a_drill_on_a_cluster_is_applied_waited_for_and_judged(
     )
     ended, said = run("drill", "-f", str(file))
     assert (ended, f"MoEDrill/ouch: Drill{verdict}: restored after 9.0 s" in said) == (code, True)
-    assert "name: ouch" in (tmp_path / "applied").read_text()
+    assert json.loads((tmp_path / "applied").read_text())["metadata"]["name"] == "ouch"
     asked = (tmp_path / "asked").read_text().splitlines()
     assert asked == ["apply -f -", "get moedrills.moerator.dev ouch -n team-a -o json"]
