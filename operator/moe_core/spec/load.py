@@ -121,7 +121,7 @@ def _envelope_problems(value: Any) -> list[Problem]:
     if not isinstance(value, dict):
         return [Problem("document", value, "must be a mapping with apiVersion, kind, metadata and spec")]
     problems = [
-        Problem(str(key), value[key], "unknown field", _did_you_mean(str(key), _TOP_LEVEL))
+        Problem(_shown(str(key)), value[key], "unknown field", _did_you_mean(str(key), _TOP_LEVEL))
         for key in value
         if key not in _TOP_LEVEL
     ]
@@ -153,7 +153,7 @@ def _metadata_problems(metadata: Any, kind: ResourceKind | None) -> Sequence[Pro
 
 
 def _problem(model: type[SpecModel], where: str, detail: ErrorDetails) -> Problem:
-    path = where + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"])
+    path = where + "".join(f"[{part}]" if isinstance(part, int) else f".{_shown(part)}" for part in detail["loc"])
     match detail["type"]:
         case "extra_forbidden":
             known = _fields_at(model, detail["loc"][:-1])
@@ -166,6 +166,11 @@ def _problem(model: type[SpecModel], where: str, detail: ErrorDetails) -> Proble
             return Problem(path, detail["input"], f"must match {detail['ctx']['pattern']}")
     message = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return Problem(path, detail["input"], f"must be {message}" if message != detail["msg"] else message)
+
+
+def _shown(key: str) -> str:
+    """A key as it may stand in a line for people."""
+    return key if key.isprintable() else repr(key)
 
 
 def _fields_at(model: type[SpecModel], path: tuple[int | str, ...]) -> tuple[str, ...]:
