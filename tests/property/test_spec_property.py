@@ -60,5 +60,5 @@ def test_a_good_document_with_anything_in_any_place_is_read_or_refused(data: st.
     read(json.dumps(document))
     kind, spec = document["kind"], document.get("spec")
     if kind in ("MoEJob", "MoEService", "MoEDrill") and isinstance(spec, dict):
-        wish = Wish(kind, "default", "tiny", "u", 1, spec)  # type: ignore[arg-type]
+        wish = Wish(kind, "default", "tiny", "u", 1, spec)
         assert decide(wish, Facts(), 0.0).conditions
