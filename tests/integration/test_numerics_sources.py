@@ -144,7 +144,9 @@ def test_a_quantised_checkpoint_is_refused(references: dict[str, Reference], tmp
         read_facts(ModelSource(path=str(tmp_path)))
 
 
-def test_a_truncated_or_missing_weight_file_is_refused_by_name(references: dict[str, Reference], tmp_path: Path) -> None:
+def test_a_truncated_or_missing_weight_file_is_refused_by_name(
+    references: dict[str, Reference], tmp_path: Path
+) -> None:
     source = references["qwen3_moe"].folder
     whole = emap((8,), tuple(range(8)), num_layers=3, num_experts=8)
     with pytest.raises(OSError, match=r"config\.json"):
