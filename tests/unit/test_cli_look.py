@@ -140,3 +140,12 @@ def test_a_drill_on_a_cluster_is_applied_waited_for_and_judged(
     assert json.loads((tmp_path / "applied").read_text())["metadata"]["name"] == "ouch"
     asked = (tmp_path / "asked").read_text().splitlines()
     assert asked == ["apply -f -", "get moedrills.moerator.dev ouch -n team-a -o json"]
+
+
+@pytest.mark.parametrize(("generation", "outcome"), [(1, False), (2, None)])
+def test_a_refused_edit_ends_no_run_and_a_resource_that_was_never_accepted_does(
+    generation: int, outcome: bool | None
+) -> None:
+    refused = {"type": "Accepted", "status": "False", "reason": "CoverageImpossible", "message": ""}
+    thing = {"metadata": {"generation": generation}, "status": {"conditions": [refused]}}
+    assert outcome_of(thing) is outcome

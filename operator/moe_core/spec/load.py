@@ -55,10 +55,14 @@ def broken_changes(model: type[SpecModel], old: Mapping[str, Any], new: Mapping[
     """What of a change the API server would refuse (`oldSelf`). Raises InvalidSpec when one of the two is none."""
     before, after = parse_spec(model, old), parse_spec(model, new)
     return [
-        Problem("spec", rule.keeps(after), rule.message)
+        Problem("spec", _as_written(rule.keeps(after)), rule.message)
         for rule in model.rules
         if rule.keeps is not None and rule.keeps(before) != rule.keeps(after)
     ]
+
+
+def _as_written(value: object) -> object:
+    return value.model_dump(by_alias=True, exclude_defaults=True) if isinstance(value, SpecModel) else value
 
 
 def _without_nulls(value: Any) -> Any:
