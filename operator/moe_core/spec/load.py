@@ -105,15 +105,17 @@ def _line(text: str, mark: Any) -> str:
 
 def _read_one(value: Any, node: yaml.Node) -> Document | list[Problem]:
     problems = _envelope_problems(value)
-    if not problems:
+    kind = KIND_OF_NAME.get(str(value.get("kind"))) if isinstance(value, dict) else None
+    if kind is not None and isinstance(value.get("spec"), dict):
         try:
-            spec = parse_spec(KIND_OF_NAME[value["kind"]].model, value["spec"])
+            spec = parse_spec(kind.model, value["spec"])
         except InvalidSpec as invalid:
-            problems = list(invalid.problems)
+            problems += invalid.problems
         else:
-            metadata = value["metadata"]
-            namespace = str(metadata.get("namespace", "default"))
-            return Document(value["kind"], metadata["name"], namespace, spec, value, node.start_mark.line + 1)
+            if not problems:
+                metadata = value["metadata"]
+                namespace = str(metadata.get("namespace") or "default")
+                return Document(kind.kind, metadata["name"], namespace, spec, value, node.start_mark.line + 1)
     lines = _lines_of(node)
     return [
         Problem(f"line {_nearest(lines, problem.field)}: {problem.field}", problem.value, problem.message, problem.hint)
