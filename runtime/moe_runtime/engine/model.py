@@ -291,7 +291,8 @@ class ExpertParallelModel:
             moved += len(new) * sum(stack[:1].nbytes for stack in tensors.values())
             layer.install(tensors, logical_of_slot, device=self._device)
         self.expert_map = staged.expert_map
-        self._slot_digests = None
+        # On a CPU the staged tensors themselves lie in the slots now; elsewhere they were copied and are read again.
+        self._slot_digests = (staged.digests or None) if self._device == "cpu" else None
         return moved
 
     # ---------------------------------------------------------------- what lies in the slots

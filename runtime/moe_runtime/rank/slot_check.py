@@ -13,7 +13,8 @@ from moe_runtime.experts.digest import Expert, as_row, copies_of, named, wrong_c
 from moe_runtime.membership.group import EpochGroup
 
 _READ_MS = 60_000
-"""For the exchange after disputed experts were read again; a peer that dies meanwhile is seen at once."""
+"""For exchanges after slots or disputed experts were read; a peer that dies meanwhile is seen at once, one that stops
+is ended by its guard."""
 
 
 class SlotsCorrupt(RuntimeError):
@@ -53,9 +54,9 @@ class SlotCheck:
 
     def placed(self, group: EpochGroup, epm: ExpertParallelModel) -> None:
         """Raises SlotsCorrupt when this rank is to end. GroupFault as any exchange."""
-        copies = copies_of(
-            group.all_gather_ints(as_row(epm.slot_digests(), epm.expert_map)), group.ranks, epm.expert_map
-        )
+        mine = as_row(epm.slot_digests(), epm.expert_map)
+        rows = group.all_gather_ints(mine, timeout_ms=_READ_MS)
+        copies = copies_of(rows, group.ranks, epm.expert_map)
         if any(seen for (seen,) in group.all_gather_ints((len(wrong_copies(copies, self._known)),))):
             self._known = self._of_all(group, epm)
             wrong = wrong_copies(copies, self._known)
