@@ -233,9 +233,9 @@ def guard_main(order: dict[str, Any], folder: Path) -> None:
 
 
 def rank_main(order: dict[str, Any], folder: Path) -> None:
-    from moe_core.contract.runtime_config import Deadlines
     from moe_runtime.errors import Fenced
     from moe_runtime.host.heartbeat import Heartbeat
+    from moe_runtime.membership.deadlines import Deadlines
     from moe_runtime.membership.keeper import MembershipKeeper
 
     uid = order["pod_uid"]

@@ -287,7 +287,7 @@ class Sim:
             if has_begun and is_staged and all(running.get(rank) in self.registered for rank in wished):
                 self.members, self.map_in_force, self.draining = {r: running[r] for r in wished}, wished_map, set()
             elif has_begun and known_map:
-                self.members |= {r: running[r] for r in wished if r in running}
+                self.members |= {r: running[r] for r in wished if running.get(r) in self.registered}
         self.epoch += (self.members, self.map_in_force) != before
 
     def settle(self, rounds: int = 60) -> int:

@@ -20,7 +20,7 @@ def room_on(node: NodeFact, needs: Needs, *, own: Mapping[str, int], most: int) 
     empty = _times(node.allocatable, {}, needs.request, most=most)
     if empty == 0:
         short = [r for r in needs.request if node.allocatable.get(r, 0) < needs.request[r]]
-        return 0, {f"too little {short[0]}" if short else "too few pods allowed": 1}
+        return 0, {f"nodes with too little {short[0]}" if short else "nodes that allow no pod": 1}
     for cause in _closed(node, needs):
         return 0, {cause: empty}
     used = {r: node.used.get(r, 0) + own.get(r, 0) for r in {*node.used, *own}}

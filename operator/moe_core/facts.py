@@ -58,7 +58,6 @@ class PodFact:
     deleting: bool = False
     created_at: float = 0.0
     message: str = ""
-    spec_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +181,6 @@ class BindPod:
 class DeletePod:
     name: str
     uid: str
-    grace_seconds: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

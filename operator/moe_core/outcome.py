@@ -105,8 +105,9 @@ class Relaxation:
 class NoFit:
     """The gang does not fit whole; nothing was placed.
 
-    `excluded` counts, per cause in words, the nodes or devices that could not be used. `relaxations` were each tried
-    alone, the cheapest first; `lever` is what the message tells.
+    `excluded` counts per cause, in words, the ranks that would have had room otherwise; where a cause begins with
+    `nodes` it counts nodes on which no rank ever has room. `relaxations` were each tried alone, the cheapest first;
+    `lever` is what the message tells.
     """
 
     wanted: int

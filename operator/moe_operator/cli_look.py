@@ -92,39 +92,64 @@ def show_status(kind: str, name: str, *, namespace: str, run: Path | None, clust
 
 
 def run_drill(names: Sequence[str], *, run: Path | None) -> int:
-    """Apply the drills and wait for their verdicts. Exit code 1 when one failed."""
-    from moe_operator.cluster.local_face import FaceRefused, ask
-
+    """Apply the drills to a local run, or with kubectl, and wait for their verdicts. Exit code 1 when one failed."""
     documents = read_files(names)
     if wrong := [document for document in documents if document.kind != "MoEDrill"]:
         typer.echo(f"{wrong[0].kind}/{wrong[0].name} is no MoEDrill; `moerator apply` takes other kinds", err=True)
         return 2
     folder = _find_run(run)
     if folder is None:
-        return _kubectl("apply", *(part for name in names for part in ("-f", name)))
+        command = [_need_kubectl(), "apply", "-f", "-"]
+        if code := subprocess.run(command, input=_as_text(documents), text=True, check=False).returncode:
+            return code
+    elif not _apply_to_run(folder, documents):
+        return EXIT_MISSING
+    told: dict[str, str] = {}
+    waiting = {document.name: document for document in documents}
+    passed = True
+    while waiting:
+        for name, document in list(waiting.items()):
+            thing = _drill_of_cluster(document) if folder is None else _drill_of_run(folder, document)
+            complete = condition(thing, "Complete")
+            if complete and told.get(name) != complete["message"]:
+                told[name] = complete["message"]
+                typer.echo(f"MoEDrill/{name}: {complete['reason']}: {complete['message']}")
+            outcome = outcome_of(thing)
+            if outcome is not None:
+                del waiting[name]
+                passed = passed and outcome
+        time.sleep(DRILL_POLL_S)
+    return 0 if passed else 1
+
+
+def _apply_to_run(folder: Path, documents: Sequence[Document]) -> bool:
+    from moe_operator.cluster.local_face import FaceRefused, ask
+
     try:
         ask(folder, "POST", "/v1/apply", _as_text(documents))
     except FaceRefused as refused:
         typer.echo(str(refused), err=True)
-        return EXIT_MISSING
-    told: dict[str, str] = {}
-    waiting = {document.name for document in documents}
-    passed = True
-    while waiting:
-        if not is_living(folder):
-            typer.echo(f"the run {folder} ended before the drill did", err=True)
-            return EXIT_MISSING
-        for thing in _objects(folder, "MoEDrill"):
-            name, complete = thing["metadata"]["name"], condition(thing, "Complete")
-            if name in waiting and complete and told.get(name) != complete["message"]:
-                told[name] = complete["message"]
-                typer.echo(f"MoEDrill/{name}: {complete['reason']}: {complete['message']}")
-            outcome = outcome_of(thing)
-            if name in waiting and outcome is not None:
-                waiting.discard(name)
-                passed = passed and outcome
-        time.sleep(DRILL_POLL_S)
-    return 0 if passed else 1
+        return False
+    return True
+
+
+def _drill_of_run(folder: Path, drill: Document) -> dict[str, Any]:
+    if not is_living(folder):
+        typer.echo(f"the run {folder} ended before the drill did", err=True)
+        raise typer.Exit(EXIT_MISSING)
+    meant = (drill.namespace, drill.name)
+    things = (t for t in _objects(folder, "MoEDrill") if (t["metadata"]["namespace"], t["metadata"]["name"]) == meant)
+    return next(things, {})
+
+
+def _drill_of_cluster(drill: Document) -> dict[str, Any]:
+    """Where the file names no namespace, kubectl's own is meant."""
+    given = drill.raw["metadata"].get("namespace")
+    where = ["-n", given] if given else []
+    found: dict[str, Any] = json.loads(
+        _kubectl_output("get", "moedrills.moerator.dev", drill.name, *where, "-o", "json")
+    )
+    return found
 
 
 def evaluate_path(thing: Any, path: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from moe_core.outcome import Reason
 from moe_core.spec.load import Document
 from moe_operator.cli_files import EXIT_INVALID, read_files
 from moe_operator.cluster.local import RESOURCE_KINDS
@@ -61,19 +62,14 @@ def condition(thing: dict[str, Any], kind: str) -> dict[str, Any]:
     return next((c for c in thing.get("status", {}).get("conditions", ()) if c["type"] == kind), {})
 
 
+_FOR_GOOD = (Reason.INVALID_SPEC, Reason.MODEL_NOT_SUPPORTED, Reason.COVERAGE_IMPOSSIBLE)
+
+
 def outcome_of(thing: dict[str, Any]) -> bool | None:
     """How a resource ended: True well, False badly, None while it goes on."""
-    has_run = thing.get("status", {}).get("epoch")  # what runs is kept as it was
-    if (
-        not has_run
-        and condition(thing, "Accepted").get("status") == "False"
-        and condition(thing, "Accepted").get("reason")
-        in (
-            "InvalidSpec",
-            "ModelNotSupported",
-            "CoverageImpossible",
-        )
-    ):
+    accepted = condition(thing, "Accepted")
+    is_new = thing.get("metadata", {}).get("generation", 1) == 1  # a refused edit ends nothing
+    if is_new and accepted.get("status") == "False" and accepted.get("reason") in _FOR_GOOD:
         return False
     if condition(thing, "Failed").get("status") == "True":
         return False

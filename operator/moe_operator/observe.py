@@ -3,12 +3,9 @@
 What is not needed to decide (managedFields, most of a pod) is dropped here, so that caches of big clusters stay small.
 """
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime
-from decimal import Decimal, InvalidOperation
 from typing import Any, get_args
 
 from moe_core.contract.names import (
@@ -20,8 +17,11 @@ from moe_core.contract.names import (
     LABEL_ROLE,
     ROLE_RANK,
     SCHEDULING_GATE,
+    index_of_pod,
 )
+from moe_core.decide.times import seconds_of
 from moe_core.facts import Kind, NodeFact, ObjectFact, PodFact, Taint, Wish
+from moe_core.topology.quantity import base_units
 from moe_operator.cluster.protocol import Key
 
 Object = Mapping[str, Any]
@@ -30,9 +30,6 @@ HOSTNAME_LABEL = "kubernetes.io/hostname"
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _KIND_OF_SHORT: dict[str, Kind] = {"job": "MoEJob", "svc": "MoEService"}
 _POD_NAME = re.compile(r"(?P<owner>.+)-(?P<short>job|svc)-(?:coordinator|rank|gateway)-\d+-\d+")
-_QUANTITY = re.compile(r"([+-]?[0-9.]+(?:[eE][+-]?[0-9]+)?)(n|u|m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?")
-_DECIMAL = {"n": -9, "u": -6, "m": -3, "": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
-_BINARY = {"Ki": 10, "Mi": 20, "Gi": 30, "Ti": 40, "Pi": 50, "Ei": 60}
 _FINISHED = frozenset({"Succeeded", "Failed"})
 
 
@@ -58,32 +55,6 @@ class PodRecord:
     node: str | None
     hostname: str | None
     requests: Mapping[str, int]
-
-
-def base_units(resource: str, quantity: object) -> int:
-    """A Kubernetes quantity in base units, rounded up: cpu in millicores, all else in ones.
-
-    >>> base_units("cpu", "1.5"), base_units("memory", "2Gi"), base_units("nvidia.com/gpu", 8)
-    (1500, 2147483648, 8)
-
-    Raises:
-        ValueError: not a quantity.
-    """
-    match = _QUANTITY.fullmatch(str(quantity).strip())
-    if match is None:
-        raise ValueError(f"not a quantity: {quantity!r}")
-    number, suffix = match[1], match[2] or ""
-    try:
-        value = Decimal(number)
-    except InvalidOperation as error:
-        raise ValueError(f"not a quantity: {quantity!r}") from error
-    value = value * 2 ** _BINARY[suffix] if suffix in _BINARY else value.scaleb(_DECIMAL[suffix])
-    return math.ceil(value * 1000 if resource == "cpu" else value)
-
-
-def seconds_of(timestamp: str | None) -> float:
-    """RFC 3339 as seconds since the Unix epoch; 0 for none."""
-    return datetime.fromisoformat(timestamp).timestamp() if timestamp else 0.0
 
 
 def version_of(obj: Object) -> int:
@@ -122,7 +93,7 @@ def wish_of(obj: Object) -> Wish:
         generation=int(metadata.get("generation", 0)),
         spec=obj.get("spec") or {},
         status=obj.get("status") or {},
-        created_at=seconds_of(metadata.get("creationTimestamp")),
+        created_at=seconds_of(metadata.get("creationTimestamp")) or 0.0,
         deleting="deletionTimestamp" in metadata,
     )
 
@@ -147,7 +118,9 @@ def node_fact(obj: Object) -> NodeFact:
     return NodeFact(
         name=metadata["name"],
         labels=dict(metadata.get("labels") or {}),
-        allocatable={name: base_units(name, value) for name, value in (status.get("allocatable") or {}).items()},
+        allocatable={
+            name: base_units(name, value, round_up=False) for name, value in (status.get("allocatable") or {}).items()
+        },
         ready=ready,
         not_ready_since=seconds_of(since) if since and not ready else None,
         unschedulable=bool(spec.get("unschedulable")),
@@ -168,16 +141,15 @@ def pod_record(obj: Object) -> PodRecord:
         name=name,
         uid=metadata["uid"],
         role=role if owner else "",
-        index=_number(labels.get(LABEL_RANK)) if owner and role == ROLE_RANK else _index_of_name(name),
+        index=_number(labels.get(LABEL_RANK)) if owner and role == ROLE_RANK else index_of_pod(name),
         incarnation=_number(labels.get(LABEL_INCARNATION)) if owner else 0,
         phase=phase,
         ready=any(c["type"] == "Ready" and c["status"] == "True" for c in status.get("conditions", ())),
         gated=SCHEDULING_GATE in gates,
         node=spec.get("nodeName"),
         deleting="deletionTimestamp" in metadata,
-        created_at=seconds_of(metadata.get("creationTimestamp")),
+        created_at=seconds_of(metadata.get("creationTimestamp")) or 0.0,
         message=_why(status) if owner else "",
-        spec_digest=(metadata.get("annotations") or {}).get(ANNOTATION_SPEC_DIGEST, "") if owner else "",
     )
     return PodRecord(
         fact=fact,
@@ -197,11 +169,6 @@ def with_node(record: PodRecord, node: str | None) -> PodFact:
 
 def _number(text: str | None) -> int:
     return int(text) if text and text.isdigit() else 0
-
-
-def _index_of_name(name: str) -> int:
-    parts = name.rsplit("-", 2)
-    return _number(parts[1]) if len(parts) == 3 else 0
 
 
 def _claims(namespace: str, name: str) -> Key | None:

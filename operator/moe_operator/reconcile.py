@@ -5,6 +5,7 @@ event loop that answers liveness and renews the lease.
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Sequence
@@ -96,6 +97,9 @@ class Reconciler:
         self._not_before: dict[Key, float] = {}
         self._written_at: dict[Key, float] = {}
         self._placing = asyncio.Lock()
+        self._num_running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._keys: DirtyKeys | None = None
 
     async def run(self) -> None:
@@ -111,6 +115,12 @@ class Reconciler:
             watch.cancel()
             await self._keys.close()
 
+    async def at_rest(self, *, within_s: float) -> None:
+        """Wait until no cycle runs. Once it may not apply any more, each ends after the request that is under way."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._idle.wait()
+
     async def _mark_dirty(self, keys: DirtyKeys) -> None:
         async for key in self._cluster.dirty():
             keys.mark(key)
@@ -121,7 +131,14 @@ class Reconciler:
         if wait_s > 0 or not self._may_apply():
             return max(wait_s, LOOK_AGAIN_S)
         async with self._turn:
-            return await self._guarded_cycle(key)
+            self._num_running += 1
+            self._idle.clear()
+            try:
+                return await self._guarded_cycle(key)
+            finally:
+                self._num_running -= 1
+                if not self._num_running:
+                    self._idle.set()
 
     async def _guarded_cycle(self, key: Key) -> float | None:
         with self._metrics.cycle(key.kind):

@@ -1,19 +1,10 @@
 """Conditions as Kubernetes keeps them: a list keyed by type, whose transition time moves only when the status flips."""
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
+from moe_core.decide.times import rfc3339
 from moe_core.facts import Condition
-
-
-def timestamp(now: float) -> str:
-    """RFC 3339 in UTC with whole seconds, as Kubernetes writes it.
-
-    >>> timestamp(0)
-    '1970-01-01T00:00:00Z'
-    """
-    return datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def merge_conditions(
@@ -30,7 +21,7 @@ def merge_conditions(
             "reason": condition.reason.value,
             "message": condition.message[:32768],
             "observedGeneration": generation,
-            "lastTransitionTime": timestamp(now) if flipped or before is None else before["lastTransitionTime"],
+            "lastTransitionTime": rfc3339(now) if flipped or before is None else before["lastTransitionTime"],
         }
     return list(merged.values())
 

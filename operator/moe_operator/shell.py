@@ -88,11 +88,12 @@ class Shell:
             self.cluster,
             metrics=self.metrics,
             clock=time.time,
-            may_apply=lambda: self.remaining_s() > 0,
+            may_apply=lambda: not self._is_closing and self.remaining_s() > 0,
             at_once=REQUESTS_AT_ONCE,
             calm_s=CALM_S,
         )
         self._complete = False
+        self._is_closing = False
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -129,6 +130,9 @@ class Shell:
         self._begin("resync", self.resync.run())
 
     async def close(self) -> None:
+        """In order: a request that is cut off may still take effect after somebody else has the lease."""
+        self._is_closing = True
+        await self._reconciler.at_rest(within_s=self.settings.request_timeout_s)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -12,15 +12,7 @@ class RuntimeFault(RuntimeError):
 
 
 class GroupFault(RuntimeFault):
-    """A collective of this epoch cannot finish; the step must be rolled back and the membership agreed anew.
-
-    >>> GroupFault("all_to_all", suspects=(2,)).suspects
-    (2,)
-    """
-
-    def __init__(self, what: str, *, suspects: tuple[int, ...] = ()) -> None:
-        self.suspects = suspects
-        super().__init__(what + (f" (suspected ranks: {list(suspects)})" if suspects else ""))
+    """A collective of this epoch cannot finish; the step must be rolled back and the membership agreed anew."""
 
 
 class MinorityStop(RuntimeFault):

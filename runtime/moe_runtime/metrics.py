@@ -4,6 +4,7 @@ Each name has one source, the coordinator or the gateways, so that sums over all
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -16,24 +17,40 @@ from moe_core.experts.measure import Balance, balance
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
-class CoordinatorMetrics:
-    """The state as metrics; `tokens_of_rank` counts over all pods that a rank ever had."""
+@dataclass(frozen=True, slots=True)
+class RankCounts:
+    """What the ranks have counted, over all pods that they ever had. expert_tokens_LE: routed picks, [L][E] or []."""
 
-    def render(self, state: RuntimeState, expert_map: ExpertMap | None, *, tokens_of_rank: Mapping[int, int]) -> bytes:
+    tokens_of_rank: Mapping[int, int] = field(default_factory=dict)
+    dispatch_bytes: Mapping[str, int] = field(default_factory=dict)
+    moved_bytes: int = 0
+    digest_mismatches: int = 0
+    expert_tokens_LE: Sequence[Sequence[int]] = ()
+
+
+class CoordinatorMetrics:
+    """The state and the ranks' counts as metrics."""
+
+    def render(
+        self, state: RuntimeState, expert_map: ExpertMap | None, *, counts: RankCounts, with_experts: bool = False
+    ) -> bytes:
+        """`with_experts` is for who asks: one series per layer and expert may be thousands."""
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(_StateCollector(state, expert_map, tokens_of_rank))
+        registry.register(_StateCollector(state, expert_map, counts, with_experts=with_experts))
         return generate_latest(registry)
 
 
 class _StateCollector(Collector):
-    def __init__(self, state: RuntimeState, expert_map: ExpertMap | None, tokens_of_rank: Mapping[int, int]) -> None:
-        self._state, self._expert_map, self._tokens_of_rank = state, expert_map, tokens_of_rank
+    def __init__(
+        self, state: RuntimeState, expert_map: ExpertMap | None, counts: RankCounts, *, with_experts: bool
+    ) -> None:
+        self._state, self._expert_map, self._counts, self._with_experts = state, expert_map, counts, with_experts
 
     def collect(self) -> list[Metric]:
         state = self._state
         active = [rank for rank in state.ranks if rank.phase == "Active"]
         tokens = CounterMetricFamily("moe_rank_tokens", "Tokens a rank has put through the model.", labels=["rank"])
-        for rank_id, count in self._tokens_of_rank.items():
+        for rank_id, count in self._counts.tokens_of_rank.items():
             tokens.add_metric([str(rank_id)], count)
         fallback = CounterMetricFamily(
             "moe_fallback_tokens", "Routed picks not answered by a live copy.", labels=["reason"]
@@ -60,7 +77,33 @@ class _StateCollector(Collector):
                 GaugeMetricFamily("moe_balancedness", "Mean over max of rank load.", value=even.balancedness),
                 GaugeMetricFamily("moe_balancedness_min", "The same of the worst layer.", value=even.balancedness_min),
             ]
-        return [tokens, fallback, info, *gauges]
+        return [tokens, fallback, info, *gauges, *self._counters()]
+
+    def _counters(self) -> list[Metric]:
+        counts = self._counts
+        sent = CounterMetricFamily(
+            "moe_dispatch_bytes", "Bytes that dispatch and combine have sent, by scope.", labels=["scope"]
+        )
+        for scope, count in sorted(counts.dispatch_bytes.items()):
+            sent.add_metric([scope], count)
+        families: list[Metric] = [
+            sent,
+            CounterMetricFamily(
+                "moe_rebalance_moved_bytes", "Bytes of experts that new maps brought to ranks.", counts.moved_bytes
+            ),
+            CounterMetricFamily(
+                "moe_digest_mismatches", "Copies of experts found damaged after a move.", counts.digest_mismatches
+            ),
+        ]
+        if self._with_experts:
+            picks = CounterMetricFamily(
+                "moe_expert_tokens", "Picks routed to each expert (asked for by experts=1).", labels=["layer", "expert"]
+            )
+            for layer_idx, row in enumerate(counts.expert_tokens_LE):
+                for logical_id, count in enumerate(row):
+                    picks.add_metric([str(layer_idx), str(logical_id)], count)
+            families.append(picks)
+        return families
 
 
 def _balance_in_force(

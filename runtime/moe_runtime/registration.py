@@ -35,6 +35,10 @@ class RankReport(WireModel):
     failure: str = ""
     digest_mismatches: int = 0
     """Copies of experts that were not what they should be."""
+    dispatch_bytes: dict[str, int] = Field(default_factory=dict)
+    """Sent by dispatch and combine, by scope: self, host, network."""
+    moved_bytes: int = 0
+    """Of experts that new maps have brought to this rank."""
     directive_seen: str = ""
     wait_s: float = 0.0
 

@@ -23,7 +23,15 @@ from cluster.controlplane.nodes import KubeletControls, Node
 from cluster.controlplane.process import Process, free_port
 from cluster.controlplane.start import ADMIN, ControlPlane
 from cluster.waiting import eventually
-from moe_core.contract.exchange import Coverage, FaultRequest, RankState, RuntimeState, RuntimeWish, TrainingProgress
+from moe_core.contract.exchange import (
+    Coverage,
+    FaultRequest,
+    RankState,
+    RuntimeState,
+    RuntimeWish,
+    ServingProgress,
+    TrainingProgress,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MOERATOR = Path(sys.executable).with_name("moerator")
@@ -113,6 +121,9 @@ class Coordinator:
     on_fault: Callable[[str, str], None] = lambda namespace, pod: None
     """Called with the namespace and name of a pod that a drill injures."""
     forbids_faults: bool = False
+    look_s: float = 0.2
+    is_busy: bool = False
+    """Counts tokens on, several times a second, as ranks under load do."""
     trained: set[str] = field(default_factory=set)
     """`namespace/name` of the jobs that have trained to the end."""
 
@@ -155,7 +166,7 @@ class Coordinator:
             state = self._look(key, ranks)
             if state.version != after or time.monotonic() > deadline:
                 return web.Response(text=state.canonical(), content_type="application/json")
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(self.look_s)
 
     def _look(self, key: str, ranks: list[Object]) -> RuntimeState:
         wish = self.wishes[key][-1] if self.wishes.get(key) else None
@@ -172,14 +183,21 @@ class Coordinator:
             )
             for p in sorted(ranks, key=rank_of)
         )
+        tokens = int(10 * time.monotonic()) if self.is_busy else 0
         return RuntimeState(
-            version=1 + (key in self.trained) + epoch * 100 + len(self.wishes.get(key, ())) * 10_000 + len(states),
+            version=1
+            + tokens
+            + (key in self.trained)
+            + epoch * 100
+            + len(self.wishes.get(key, ())) * 10_000
+            + len(states),
             wish_put=wish.generation if wish else None,
             wish_generation=wish.generation if wish and len(active) == len(wish.ranks) else None,
             epoch=epoch,
             map_digest=wish.expert_map.digest if wish else "",
             ranks=states,
             coverage=Coverage(covered=64, total=64),
+            serving=ServingProgress(tokens_out=tokens) if self.is_busy else None,
             training=TrainingProgress(step=100, done=True) if key in self.trained else None,
         )
 

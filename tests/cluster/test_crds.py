@@ -132,7 +132,7 @@ OPTIONAL: dict[str, Object] = {
             },
         },
     },
-    "ExpertMap": {"policy": "Linear", "predictedBalancednessPercent": 90},
+    "ExpertMap": {"policy": "Linear", "firstLayer": 1},
 }
 
 

@@ -23,6 +23,7 @@ from cluster.operators import (
     Room,
     World,
     by_rank,
+    condition,
     drill,
     is_running,
     job,
@@ -220,6 +221,55 @@ async def test_what_the_server_does_not_accept_is_told_in_its_own_words(
         await world.api.delete(f"/api/v1/namespaces/{world.namespace}/resourcequotas/{made['metadata']['name']}")
         await world.until_running(2, timeout_s=60)
         await world.until_condition("moejobs", "tiny", "Placed", "True")
+
+
+async def test_a_running_group_whose_successor_is_over_quota_says_so_and_heals_when_there_is_room(
+    cluster: ControlPlane, world: World, room: Room, coordinator: Coordinator
+) -> None:
+    with operator(cluster, world.namespace, MOERATOR_COORDINATOR_URL=coordinator.url):
+        await world.apply(service(ranks=3))
+        await world.until_condition("moeservices", "chat", "Ready", "True")
+        quota = {
+            "apiVersion": "v1",
+            "kind": "ResourceQuota",
+            "metadata": {"name": "few"},
+            "spec": {"hard": {"pods": "0"}},
+        }
+        quotas = f"/api/v1/namespaces/{world.namespace}/resourcequotas"
+        await world.api.create(quotas, quota)
+        await eventually(
+            lambda: world.api.get(f"{quotas}/few"), lambda seen: "used" in seen.get("status", {}), what="the quota"
+        )
+        room.controls.fail_pod(world.namespace, "chat-svc-rank-1-1")
+        await world.until_condition("moeservices", "chat", "Progressing", "False", reason="Refused")
+        seen = await world.find("moeservices", "chat")
+        assert condition(seen, "Ready")["reason"] == "RankLost", "an object whose ranks die is not called ready"
+        assert "exceeded quota: few" in condition(seen, "Placed")["message"]
+        await world.api.delete(f"{quotas}/few")
+        await world.until_condition("moeservices", "chat", "Ready", "True", timeout_s=60)
+        assert condition(await world.find("moeservices", "chat"), "Progressing")["reason"] == "Stable"
+
+
+async def test_a_busy_service_does_not_write_a_status_for_every_report(
+    cluster: ControlPlane, world: World, room: Room, proxy: Proxy, coordinator: Coordinator
+) -> None:
+    options = {"kubeconfig": proxy.kubeconfig, "MOERATOR_COORDINATOR_URL": coordinator.url}
+    with operator(cluster, world.namespace, **options):
+        await world.apply(service(ranks=2))
+        await world.until_condition("moeservices", "chat", "Ready", "True")
+        coordinator.is_busy = True
+        try:
+            await asyncio.sleep(2)
+            before = _status_writes(proxy)
+            await asyncio.sleep(11)
+            written = _status_writes(proxy) - before
+        finally:
+            coordinator.is_busy = False
+    assert 1 <= written <= 4, "one in five seconds, for some fifty reports"
+
+
+def _status_writes(proxy: Proxy) -> int:
+    return sum(seen.method == "PATCH" and seen.path.endswith("/moeservices/chat/status") for seen in proxy.seen)
 
 
 async def test_a_pod_template_that_the_server_calls_invalid_takes_the_acceptance_back(

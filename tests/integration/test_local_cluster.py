@@ -149,7 +149,7 @@ async def test_the_first_rank_brings_the_ray_node_that_the_brain_does_not_see(cl
     wish, facts = await observed(cluster)
     assert sorted(roles) == ["node", "rank"]
     assert list(facts) == ["tiny-svc-rank-0-0"]
-    await cluster.delete_pod(wish, DeletePod(pod.name, pod.uid, 0))
+    await cluster.delete_pod(wish, DeletePod(pod.name, pod.uid))
     await until(lambda: not cluster.pods())
 
 

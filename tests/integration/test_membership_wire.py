@@ -170,12 +170,6 @@ def test_a_beating_rank_is_left_alone(guard: Guard, face: GuardFace, rank: "subp
     assert tell(face, op="status")["pid"] == rank.pid
 
 
-def test_a_rank_that_exits_in_a_drill_is_seen_as_ended(guard: Guard, rank: "subprocess.Popen[str]") -> None:
-    guard.inject("exit")
-    assert rank.wait(timeout=5) == 1
-    assert guard.ended.wait(2)
-
-
 def test_a_rank_ends_itself_when_its_guard_is_gone(guard: Guard, rank: "subprocess.Popen[str]") -> None:
     guard.close()
     assert rank.wait(timeout=5) == 70

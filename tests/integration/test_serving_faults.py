@@ -8,17 +8,19 @@ import shutil
 import signal
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from integration.serving_pods import Pods, spread_map, until
 from moe_core.contract.exchange import RuntimeState, RuntimeWish
 from moe_core.contract.runtime_config import ModelSource
 from moe_runtime.gateway.pod import SILENCE_S
 from moe_runtime.host import processes
-from tiny_checkpoint import write_checkpoint
+from tiny_checkpoint import NUM_EXPERTS, NUM_LAYERS, write_checkpoint
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(280)]
 NUM_RANKS = 3
@@ -112,6 +114,33 @@ def replays(streams: list[Stream]) -> int:
 
 def test_streams_give_what_whole_answers_give(service: Service) -> None:
     assert replays(disturbed(service, lambda: None)) == 0
+
+
+def samples(text: bytes) -> dict[str, float]:
+    """Name with labels -> value, as Prometheus reads it."""
+    families = text_string_to_metric_families(text.decode())
+    return {".".join((s.name, *(v for _, v in sorted(s.labels.items())))): s.value for f in families for s in f.samples}
+
+
+def test_what_coordinator_and_gateway_measure_can_be_scraped(service: Service) -> None:
+    pods = service.pods
+    coordinator = samples(pods.call("GET", "/metrics", token="none")[1])
+    assert coordinator["moe_active_ranks"] == NUM_RANKS
+    assert coordinator["moe_experts_covered"] == coordinator["moe_experts_total"] == NUM_LAYERS * NUM_EXPERTS
+    # Each of two gateways begins with the first rank, so three streams need not reach the last one.
+    tokens = [coordinator[f"moe_rank_tokens_total.{rank}"] for rank in range(NUM_RANKS)]
+    assert sum(tokens) >= len(PROMPTS) * NUM_TOKENS
+    assert coordinator["moe_dispatch_bytes_total.host"] > coordinator["moe_dispatch_bytes_total.self"] > 0
+    assert coordinator["moe_digest_mismatches_total"] == 0
+    assert 0 < coordinator["moe_balancedness_min"] <= coordinator["moe_balancedness"] <= 1
+    assert not any(name.startswith("moe_expert_tokens") for name in coordinator)
+    asked = samples(pods.call("GET", "/metrics?experts=1", token="none")[1])
+    picks = [value for name, value in asked.items() if name.startswith("moe_expert_tokens_total.")]
+    assert len(picks) == NUM_LAYERS * NUM_EXPERTS
+    with urllib.request.urlopen(f"{pods.base_url}/metrics", timeout=5) as response:
+        gateway = samples(response.read())
+    assert gateway["moe_gateway_ranks"] == NUM_RANKS
+    assert gateway["moe_requests_in_flight"] == 0
 
 
 def test_killed_rank_costs_no_token_and_its_replacement_joins(service: Service) -> None:

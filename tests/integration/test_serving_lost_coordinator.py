@@ -97,7 +97,7 @@ def test_a_coordinators_pod_and_a_rank_lost_together_cost_no_request_and_no_othe
         until("requests reach the new rank, which its gateway found at the new head", replacement_works, within_s=60)
         requests.end()
         print(f"head back {head_s:.1f} s after its pod's start, whole {whole_s:.1f} s after the loss;", end=" ")
-        print(f"{len(requests.answers)} requests answered, {len(requests.errors)} failed")
+        print(f"{len(requests.answers)} requests answered, {len(requests.errors)} failed;", coordinator.log)
 
         assert requests.errors == [], pods.logs()
         assert set(requests.answers) == {expected}, "every expert had a live copy, so every answer is exact"

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from moe_core.facts import NodeFact
 from moe_core.outcome import NoFit
-from moe_core.topology.fit import Fit, Pack, fit
+from moe_core.topology.fit import Fit, fit
 from moe_core.topology.room import Needs
+from moe_core.topology.shape import Pack
 
 LEVELS = (("block", "b"), ("rack", "r"))
 GPU = Needs(request={"gpu": 1})

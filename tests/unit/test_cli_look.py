@@ -1,5 +1,6 @@
 """Looking at a local run from its run folder."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from moe_operator import cli_look
 from moe_operator.cli import app
 from moe_operator.cli_look import evaluate_path
 from moe_operator.cli_run import ConditionTeller, outcome_of
@@ -112,3 +114,38 @@ def test_only_turns_of_a_condition_are_told() -> None:
 def test_a_resource_is_over_when_it_says_so(conditions: dict[str, str], outcome: bool | None) -> None:
     listed = [{"type": kind, "status": status, "reason": "R", "message": ""} for kind, status in conditions.items()]
     assert outcome_of({"status": {"conditions": listed}}) is outcome
+
+
+@pytest.mark.parametrize(("verdict", "code"), [("Passed", 0), ("Failed", 1)])
+def test_a_drill_on_a_cluster_is_applied_waited_for_and_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verdict: str, code: int
+) -> None:
+    over = {"type": "Complete", "status": "True", "reason": f"Drill{verdict}", "message": "restored after 9.0 s"}
+    (tmp_path / "answer.json").write_text(json.dumps({"status": {"verdict": verdict, "conditions": [over]}}))
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n'
+        f'case "$1" in apply) cat > {tmp_path}/applied;; get) cat {tmp_path}/answer.json;; esac\n'
+    )
+    kubectl.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(cli_look, "living_runs", list)
+    file = tmp_path / "drill.yaml"
+    file.write_text(
+        "apiVersion: moerator.dev/v1alpha1\nkind: MoEDrill\nmetadata: {name: ouch, namespace: team-a}\n"
+        "spec: {target: {kind: MoEService, name: chat, rank: 1}, fault: {type: KillRank}}\n"
+    )
+    ended, said = run("drill", "-f", str(file))
+    assert (ended, f"MoEDrill/ouch: Drill{verdict}: restored after 9.0 s" in said) == (code, True)
+    assert json.loads((tmp_path / "applied").read_text())["metadata"]["name"] == "ouch"
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert asked == ["apply -f -", "get moedrills.moerator.dev ouch -n team-a -o json"]
+
+
+@pytest.mark.parametrize(("generation", "outcome"), [(1, False), (2, None)])
+def test_a_refused_edit_ends_no_run_and_a_resource_that_was_never_accepted_does(
+    generation: int, outcome: bool | None
+) -> None:
+    refused = {"type": "Accepted", "status": "False", "reason": "CoverageImpossible", "message": ""}
+    thing = {"metadata": {"generation": generation}, "status": {"conditions": [refused]}}
+    assert outcome_of(thing) is outcome

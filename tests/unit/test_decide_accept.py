@@ -234,6 +234,19 @@ def test_a_service_that_would_not_be_accepted_any_more_is_kept_healthy(
     assert sim.told.expert_map.digest == digest, "the map that runs is kept"
 
 
+def test_a_checkpoint_that_is_away_for_a_moment_is_not_asked_for_again() -> None:
+    spec = service_spec(template=gpu_template(), model={"path": "/model"})
+    sim = make("MoEService", spec, gpu_nodes(6), model=ModelFact(16, 4, "qwen3_moe"))
+    sim.settle()
+    assert sim.condition("Ready") == ("True", "AllActive")
+    sim.model = None
+    sim.kill(1)
+    sim.settle()
+    assert sim.condition("Accepted") == ("False", "ModelNotFound")
+    assert sim.condition("Ready") == ("True", "AllActive")
+    assert [pod.incarnation for pod in sim.live(1)] == [2]
+
+
 def test_a_refused_edit_that_cannot_even_be_read_makes_nobody_call_it_ready() -> None:
     sim = running_service(service_spec())
     edit(sim, template={"spec": {"resources": {"requests": {"cpu": "lots"}}}})

@@ -1,6 +1,6 @@
 """A rank that runs and says nothing is replaced, but only where it is the exception."""
 
-from moe_core.decide.silence import SILENT_S
+from moe_core.decide.silence import NEVER_HEARD_S, SILENT_S
 from moe_core.facts import DeletePod
 from simcluster import Sim, gpu_nodes, gpu_template, job_spec, make, service_spec
 
@@ -74,15 +74,18 @@ def test_while_no_coordinator_answers_nobody_is_missed() -> None:
     assert not deleted(sim) & sim.mute
 
 
-def test_a_rank_that_is_still_starting_is_not_silent() -> None:
+def test_a_rank_that_is_still_starting_has_more_time_but_not_for_ever() -> None:
     sim = running()
     sim.kill(2)
     sim.step()
-    sim.tick()
     [successor] = sim.live(2)
     sim.mute.add(successor.uid)
-    sim.registered.discard(successor.uid)
-    sim.members.pop(2, None)
+    for _ in range(3):
+        sim.step()
+        sim.tick()
+    assert sim.live(2)[0].phase == "Running"
     for _ in range(5):
         sim.now += SILENT_S
         assert successor.uid not in deleted(sim)
+    sim.now += NEVER_HEARD_S
+    assert successor.uid in deleted(sim)

@@ -115,7 +115,7 @@ def test_a_lost_rank_leaves_copies_where_there_are_any_and_generalists_elsewhere
 
 def test_without_a_calibrated_generalist_the_expert_is_dropped() -> None:
     has = np.ones((4, 16), dtype=bool)
-    lost = degrade(demo_map(), [0, 1, 3]).lost(0)
+    lost = np.flatnonzero(degrade(demo_map(), [0, 1, 3]).copies_LE[0] == 0)
     has[0, lost[0]] = False
     answers = degrade(demo_map(), [0, 1, 3], has_generalist_LE=has)
     assert answers.answer_LE[0, lost[0]] == Answer.DROP

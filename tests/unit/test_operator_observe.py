@@ -8,7 +8,7 @@ import pytest
 
 from moe_operator.cluster.kubernetes_cache import Cache
 from moe_operator.cluster.protocol import Key
-from moe_operator.observe import base_units, node_fact, pod_record, seconds_of
+from moe_operator.observe import node_fact, pod_record
 
 Object = dict[str, Any]
 JOB = Key("MoEJob", "default", "tiny")
@@ -71,35 +71,9 @@ def cache(marked: list[Key]) -> Cache:
     return Cache(marked.append)
 
 
-@pytest.mark.parametrize(
-    ("resource", "quantity", "units"),
-    [
-        ("cpu", "2", 2000),
-        ("cpu", "100m", 100),
-        ("cpu", "1n", 1),
-        ("memory", "1Ki", 1024),
-        ("memory", "1.5Gi", 1610612736),
-        ("memory", "128974848", 128974848),
-        ("memory", "129e6", 129000000),
-        ("memory", "123M", 123000000),
-        ("nvidia.com/gpu", "8", 8),
-        ("memory", "400m", 1),
-    ],
-)
-def test_quantities_become_whole_base_units_rounded_up(resource: str, quantity: str, units: int) -> None:
-    assert base_units(resource, quantity) == units
-
-
-@pytest.mark.parametrize("quantity", ["", "1 Gi", "Gi", "1GiB", "..", "0x10"])
-def test_what_is_no_quantity_is_refused_with_its_text(quantity: str) -> None:
-    with pytest.raises(ValueError, match="not a quantity"):
-        base_units("memory", quantity)
-
-
-def test_times_are_seconds_since_the_epoch() -> None:
-    assert seconds_of("1970-01-01T00:01:00Z") == 60
-    assert seconds_of("1970-01-01T00:00:00.5Z") == 0.5
-    assert seconds_of(None) == 0
+def test_a_node_offers_rounded_down_what_a_pod_asks_for_rounded_up() -> None:
+    offering = {**node("a"), "status": {"allocatable": {"cpu": "1900u", "memory": "1500m"}}}
+    assert node_fact(offering).allocatable == {"cpu": 1, "memory": 1}
 
 
 def test_a_node_that_is_not_ready_says_since_when() -> None:

@@ -169,6 +169,29 @@ async def test_a_lease_lost_between_two_actions_stops_the_second() -> None:
     assert cluster.done == ["observe", "create p0"]
 
 
+async def test_an_orderly_end_waits_for_the_request_under_way_and_for_no_other() -> None:
+    begun, answered, held = asyncio.Event(), asyncio.Event(), [True]
+
+    class Slow(FakeCluster):
+        async def create_pod(self, wish: Wish, action: CreatePod) -> None:
+            begun.set()
+            await answered.wait()
+            await super().create_pod(wish, action)
+
+    cluster = Slow()
+    work = reconciler(cluster, create("p0"), create("p1"), conditions=(READY,), may_apply=lambda: held[0])
+    cycle = asyncio.create_task(work.reconcile(KEY))
+    await begun.wait()
+    held[0] = False
+    rest = asyncio.create_task(work.at_rest(within_s=5))
+    await asyncio.sleep(0)
+    assert not rest.done()
+    answered.set()
+    await rest
+    await cycle
+    assert cluster.done == ["observe", "create p0"]
+
+
 async def test_bindings_are_decided_again_under_the_lock() -> None:
     cluster = FakeCluster()
     await reconciler(cluster, BindPod("p", "uid", "node")).reconcile(KEY)

@@ -5,7 +5,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from moe_core.contract.exchange import RankPhase
 from moe_core.contract.membership import Member
 from moe_runtime.coordinator.book import Book
-from moe_runtime.metrics import CoordinatorMetrics, GatewayMetrics
+from moe_runtime.metrics import CoordinatorMetrics, GatewayMetrics, RankCounts
 from moe_runtime.registration import GatewayReport, RankReport
 
 
@@ -13,8 +13,12 @@ def rank(uid: str, tokens: int, phase: RankPhase = "Active") -> RankReport:
     return RankReport(member=Member(rank=1, pod_uid=uid, address="h:1"), phase=phase, tokens=tokens)
 
 
-def scrape(book: Book) -> dict[tuple[str, str], float]:
-    text = CoordinatorMetrics().render(book.state(), None, tokens_of_rank=book.counts.tokens_of_rank()).decode()
+def scrape(book: Book, *, with_experts: bool = False) -> dict[tuple[str, str], float]:
+    text = (
+        CoordinatorMetrics()
+        .render(book.state(), None, counts=book.counts.of_ranks(), with_experts=with_experts)
+        .decode()
+    )
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     found = {(s.name, ",".join(f"{k}={v}" for k, v in sorted(s.labels.items()))): s.value for s in samples}
     assert len(found) == len(samples), "Prometheus refuses a scrape that holds one series twice"
@@ -49,6 +53,30 @@ def test_no_name_has_two_sources() -> None:
         return {family.name for family in text_string_to_metric_families(text.decode())}
 
     book = Book(lambda: 0.0, is_serving=True)
-    coordinator = CoordinatorMetrics().render(book.state(), None, tokens_of_rank={0: 1})
+    coordinator = CoordinatorMetrics().render(book.state(), None, counts=RankCounts({0: 1}))
     assert names(coordinator) & names(GatewayMetrics().render()) == set()
     assert "moe_requests" in names(GatewayMetrics().render())
+
+
+def test_what_a_dead_rank_has_counted_stays_counted() -> None:
+    now = [0.0]
+    book = Book(lambda: now[0], is_serving=True)
+    sent = {"self": 10, "network": 300}
+    old = rank("old", 1).model_copy(update={"dispatch_bytes": sent, "moved_bytes": 64, "load": ((4, 0), (1, 3))})
+    book.note_rank(old)
+    for _ in range(8):
+        now[0] += 1.0
+        book.tick()
+        book.note_rank(rank("new", 1).model_copy(update={"dispatch_bytes": {"network": 5}, "load": ((1, 1), (1, 1))}))
+    found = scrape(book, with_experts=True)
+    assert found["moe_dispatch_bytes_total", "scope=network"] == 305
+    assert found["moe_dispatch_bytes_total", "scope=self"] == 10
+    assert found["moe_rebalance_moved_bytes_total", ""] == 64
+    assert found["moe_expert_tokens_total", "expert=1,layer=1"] == 4
+    assert found["moe_digest_mismatches_total", ""] == 0
+
+
+def test_series_of_single_experts_are_for_who_asks() -> None:
+    book = Book(lambda: 0.0, is_serving=True)
+    book.note_rank(rank("p", 1).model_copy(update={"load": ((4, 0),)}))
+    assert not any(name == "moe_expert_tokens_total" for name, _ in scrape(book))

@@ -83,3 +83,32 @@ def test_cancelling_frees_the_row_and_a_step_under_way_forgets_the_sequence() ->
     assert scheduler.cancel("a") == 0
     assert scheduler.commit(chunks, [9]) == ([], [])
     assert scheduler.cancel("a") is None
+
+
+def test_more_sequences_than_a_step_holds_all_get_their_turn() -> None:
+    scheduler = Scheduler(max_sequences=300, max_context=100)
+    for i in range(300):
+        scheduler.submit(GenerationRequest(f"r{i}", (1,), max_tokens=90))
+    stepped: dict[str, int] = {}
+    for _ in range(12):
+        chunks = scheduler.plan()
+        assert sum(len(chunk.token_ids) for chunk in chunks) <= scheduler.max_step_tokens
+        for chunk in chunks:
+            stepped[chunk.request_id] = stepped.get(chunk.request_id, 0) + 1
+        scheduler.commit(chunks, [7] * len(chunks))
+    assert len(stepped) == 300
+    assert max(stepped.values()) - min(stepped.values()) <= 1
+
+
+def test_a_prompt_is_read_though_more_sequences_decode_than_a_step_holds() -> None:
+    scheduler = Scheduler(max_sequences=300, max_context=300)
+    for i in range(299):
+        scheduler.submit(GenerationRequest(f"r{i}", (1,), max_tokens=290))
+    scheduler.commit(chunks := scheduler.plan(), [7] * len(chunks))
+    scheduler.submit(GenerationRequest("long", (1,) * 128, max_tokens=10))
+    read = 0
+    for _ in range(4):
+        chunks = scheduler.plan()
+        read += sum(len(chunk.token_ids) for chunk in chunks if chunk.request_id == "long")
+        scheduler.commit(chunks, [7 if chunk.samples else None for chunk in chunks])
+    assert read >= 128

@@ -93,6 +93,20 @@ def test_hostile_yaml_ends_at_once_in_one_sentence(text: str, words: str) -> Non
     assert "\n" not in str(problem)
 
 
+def test_a_wrong_head_hides_nothing_that_is_wrong_below() -> None:
+    wrong = {**SERVICE, "metadata": {"name": "A"}, "spec": {**SERVICE["spec"], "gatway": {}}}
+    with pytest.raises(InvalidSpec) as refused:
+        read_documents(yaml.safe_dump(wrong))
+    told = " ".join(str(problem) for problem in refused.value.problems)
+    assert "metadata.name" in told and "spec.gatway" in told
+
+
+def test_a_key_that_would_break_the_line_is_shown_in_quotes() -> None:
+    with pytest.raises(InvalidSpec) as refused:
+        read_documents(yaml.safe_dump({**SERVICE, "a\nb": 1, "spec": {**SERVICE["spec"], "c\td": 1}}))
+    assert all("\n" not in str(problem) and "\t" not in str(problem) for problem in refused.value.problems)
+
+
 def test_aliases_merges_and_times_of_day_are_read_as_kubernetes_reads_them() -> None:
     [(_, value)] = documents("a: &x {b: 1, k: 2}\nc: {<<: *x, k: 12:30}\nd: [*x, 0o17, =, 1e3]\n")
     assert value == {"a": {"b": 1, "k": 2}, "c": {"b": 1, "k": "12:30"}, "d": [{"b": 1, "k": 2}, 15, "=", 1000.0]}

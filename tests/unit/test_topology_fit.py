@@ -1,12 +1,15 @@
 """Gang fit on small drawn clusters."""
 
+import re
+
 import pytest
 
 from moe_core.facts import NodeFact, Taint
 from moe_core.outcome import InvalidInput, NoFit
-from moe_core.topology.fit import Fit, Pack, fit
+from moe_core.topology.fit import Fit, fit
 from moe_core.topology.quantity import base_units, request_of
 from moe_core.topology.room import Needs, Tolerated
+from moe_core.topology.shape import Pack
 
 LEVELS = (("block", "net/block"), ("rack", "net/rack"))
 GPU = Needs(request={"gpu": 1})
@@ -68,6 +71,12 @@ def test_the_lever_is_the_cheapest_change_that_helps() -> None:
     found = fit(tainted, range(8), needs=GPU)
     assert isinstance(found, NoFit)
     assert found.lever == "tolerate taint gpu=reserved in template.spec.tolerations"
+    both = fit((*tainted, node("n3", unschedulable=True)), range(8), needs=GPU)
+    assert isinstance(both, NoFit)
+    assert both.lever == "uncordon node n3"
+    small = fit((node("n1"), node("n2", gpu=0), node("n3", gpu=0)), range(8), needs=GPU)
+    assert isinstance(small, NoFit)
+    assert small.excluded == {"nodes with too little gpu": 2}
     split = fit((node("n1"), node("n2", rack="r2")), range(8), needs=GPU, pack=ONE_RACK)
     assert isinstance(split, NoFit)
     assert "pack.preferred" in split.lever
@@ -124,7 +133,7 @@ def test_a_taint_that_only_prefers_keeps_nobody_away() -> None:
 def test_a_node_without_the_needed_label_is_counted_not_guessed() -> None:
     found = fit((NodeFact(name="bare", allocatable={"gpu": 8}),), range(8), needs=GPU, pack=ONE_RACK)
     assert isinstance(found, NoFit)
-    assert found.excluded == {"no label net/block": 1}
+    assert found.excluded == {"nodes without label net/block": 1}
 
 
 def test_a_label_narrower_than_the_named_levels_is_not_needed() -> None:
@@ -159,18 +168,30 @@ def test_no_nodes_at_all_is_said() -> None:
     [
         ("cpu", "2", 2000),
         ("cpu", "0.0001", 1),
+        ("cpu", "100m", 100),
+        ("cpu", "1n", 1),
         ("memory", "1.5Gi", 1610612736),
         ("memory", "1k", 1000),
+        ("memory", "1Ki", 1024),
+        ("memory", "128974848", 128974848),
+        ("memory", "129e6", 129000000),
+        ("memory", "2E-1", 1),
+        ("memory", "3Ei", 3 * 2**60),
+        ("memory", "3E", 3 * 10**18),
+        ("memory", ".5M", 500000),
+        ("memory", "400m", 1),
         ("gpu", "8", 8),
+        ("gpu", 8, 8),
     ],
 )
-def test_quantities_are_read_in_base_units(resource: str, text: str, units: int) -> None:
+def test_quantities_are_read_in_base_units(resource: str, text: object, units: int) -> None:
     assert base_units(resource, text) == units
 
 
 def test_a_bad_quantity_is_refused_by_name() -> None:
-    with pytest.raises(InvalidInput, match="memory must be a Kubernetes quantity, got '1Q'"):
-        base_units("memory", "1Q")
+    for text in ("1Q", "", "1 Gi", "Gi", "1GiB", "..", ".", "0x10", "1e999999999", "1\n"):
+        with pytest.raises(InvalidInput, match=f"memory must be a Kubernetes quantity, got {re.escape(repr(text))}"):
+            base_units("memory", text)
 
 
 def test_a_limit_counts_where_no_request_is_given() -> None:

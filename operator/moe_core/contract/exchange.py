@@ -107,7 +107,7 @@ class RuntimeState(WireModel):
 
 
 class FaultRequest(WireModel):
-    """A fault for a drill: kill (SIGKILL), hang (SIGSTOP), exit (orderly exit with a code)."""
+    """A fault for a drill: kill (SIGKILL), hang (SIGSTOP)."""
 
     pod_uid: str
-    fault: Literal["kill", "hang", "exit"]
+    fault: Literal["kill", "hang"]

@@ -19,15 +19,11 @@ class Member(WireModel):
 
 
 class Membership(WireModel):
-    """One epoch. Members are sorted by rank; `map_digest` is the assignment in force.
-
-    `store` is host:port of the rendezvous store that the groups of this epoch are built on.
-    """
+    """One epoch. Members are sorted by rank; `map_digest` is the assignment in force."""
 
     epoch: int = Field(ge=0)
     members: tuple[Member, ...]
     map_digest: str
-    store: str = ""
 
     @model_validator(mode="after")
     def _sorted_and_distinct(self) -> Self:

@@ -4,6 +4,8 @@ GROUP = "moerator.dev"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
 FIELD_MANAGER = "moerator"
+MANAGER = f"{GROUP}/operator"
+"""spec.managedBy of an object that is ours."""
 
 LABEL_OWNER_KIND = f"{GROUP}/owner-kind"
 LABEL_OWNER_NAME = f"{GROUP}/owner-name"
@@ -16,6 +18,8 @@ SCHEDULING_GATE = f"{GROUP}/gang"
 ROLE_COORDINATOR = "coordinator"
 ROLE_RANK = "rank"
 ROLE_GATEWAY = "gateway"
+ROLE_NODE = "node"
+"""A bare Ray node that pods of one machine share (local shell)."""
 
 COORDINATOR_PORT = 7310
 GATEWAY_PORT = 8000
@@ -28,6 +32,8 @@ OWN_MOUNTS = (CONFIG_DIR, TOKEN_DIR, STATE_DIR, "/tmp", "/dev/shm")
 """Where every pod has a volume of ours: its root is read-only."""
 OWN_VOLUMES = "moerator-"
 """How the names of these volumes begin."""
+TOKEN_KEY = "token"
+"""Key of the bearer token in its Secret, and so the name of its file."""
 OWN_ENV = "MOERATOR_"
 """How the names of our environment variables begin."""
 
@@ -41,6 +47,16 @@ def pod_name(kind: str, owner: str, role: str, *, index: int, incarnation: int) 
     'tiny-svc-rank-2-1'
     """
     return f"{owner}-{_SHORT_KIND[kind]}-{role}-{index}-{incarnation}"
+
+
+def index_of_pod(name: str) -> int:
+    """The index in such a name; 0 for any other name.
+
+    >>> index_of_pod("tiny-svc-gateway-1-3"), index_of_pod("web")
+    (1, 0)
+    """
+    parts = name.rsplit("-", 2)
+    return int(parts[1]) if len(parts) == 3 and parts[1].isdecimal() else 0
 
 
 def child_name(kind: str, owner: str, what: str) -> str:

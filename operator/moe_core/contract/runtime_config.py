@@ -20,6 +20,9 @@ ENV_CONFIG = "MOERATOR_CONFIG"  # path of the RuntimeConfig JSON
 ENV_TOKEN_FILE = "MOERATOR_TOKEN_FILE"  # path of the bearer token of the control faces; Ray's token is derived from it
 ENV_REATTACH = "MOERATOR_REATTACH"  # role=coordinator: "1" when it replaces one and pods of the group may live
 ENV_STATE_DIR = "MOERATOR_STATE_DIR"  # scratch that outlives a container restart (Ray's embedded store)
+# Local shell only:
+ENV_RUN = "MOERATOR_RUN"  # the run folder, on every process of a run: for what pods share, and to sweep by
+ENV_HEALTH_PORT = "MOERATOR_HEALTH_PORT"  # role=gateway: /healthz of its own, where several share the service's port
 ENV_SHARED_RAY = "MOERATOR_SHARED_RAY"  # local shell: "1" when pods of ranks share one Ray node that already runs
 
 
@@ -81,17 +84,6 @@ class ServingConfig(WireModel):
     """Port of the OpenAI face; in the local shell gateways share it (SO_REUSEPORT)."""
 
 
-class Deadlines(WireModel):
-    """Bounds on waiting, in milliseconds."""
-
-    step_ms: int = 3000
-    """One collective inside a step; a rank silent for longer is taken for hung."""
-    probe_ms: int = 700
-    """A peer's answer to a membership probe."""
-    agree_ms: int = 5000
-    """One round of the agreement on a next epoch."""
-
-
 class RuntimeConfig(WireModel):
     owner_kind: Literal["MoEJob", "MoEService"]
     namespace: str
@@ -109,7 +101,6 @@ class RuntimeConfig(WireModel):
     device: Literal["cpu", "cuda"] = "cpu"
     training: TrainingConfig | None = None
     serving: ServingConfig | None = None
-    deadlines: Deadlines = Deadlines()
 
     @model_validator(mode="after")
     def _mode_matches(self) -> Self:

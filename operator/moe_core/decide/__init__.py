@@ -2,12 +2,14 @@
 
 Pure and level-triggered: the same wish, facts and moment give the same decision, whatever happened before; what must be
 remembered lies in the resource's own status (memory.py). Read in this order: accept (is it possible), crew (who
-lives), gang, place and helpers (pods), follow (what the group is told), maps, cycle (all of it once), job and service.
+lives, who is silent), gang, place and helpers (pods), follow (what the group is told), maps, cycle (all of it once),
+shared (what is said of it), rest (suspended), job and service.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from moe_core.contract.names import MANAGER
 from moe_core.decide.accept import Accepted, Refusal, accept
 from moe_core.decide.cycle import everything_goes
 from moe_core.decide.drill import decide_drill
@@ -15,13 +17,12 @@ from moe_core.decide.job import after_the_end, decide_job
 from moe_core.decide.memory import Memory, condition_in, is_true
 from moe_core.decide.refusals import with_refusals
 from moe_core.decide.report import events_of
-from moe_core.decide.service import at_rest, decide_service
+from moe_core.decide.rest import at_rest
+from moe_core.decide.service import decide_service
 from moe_core.facts import Action, Condition, Decision, Facts, Wish
 from moe_core.outcome import Reason
 
-MANAGER = "moerator.dev/operator"
-
-__all__ = ["MANAGER", "decide"]
+__all__ = ["decide"]
 
 
 def decide(wish: Wish, facts: Facts, now: float) -> Decision:

@@ -9,11 +9,11 @@ from moe_core.decide.follow import Following, follow, release_leavers
 from moe_core.decide.gang import Steps, fill, remember
 from moe_core.decide.helpers import tend
 from moe_core.decide.maps import report_maps
-from moe_core.decide.memory import Memory, condition_in
+from moe_core.decide.memory import Memory
 from moe_core.decide.place import bind
 from moe_core.decide.report import Counts, count
 from moe_core.decide.silence import listen
-from moe_core.facts import Action, Condition, DeleteObject, DeletePod, EnsureToken, Event, Facts, Wish
+from moe_core.facts import Action, DeleteObject, DeletePod, EnsureToken, Event, Facts
 from moe_core.manifests.objects import wanted_objects
 from moe_core.manifests.plan import Plan
 from moe_core.outcome import NoFit, Reason
@@ -145,48 +145,6 @@ def _objects(plan: Plan, facts: Facts, num_ranks: int) -> list[Action]:
     names = [(obj.kind, obj.name) for obj in wanted]
     stale = sorted(key for key in have if key[0] in ("ExpertMap", "NetworkPolicy", "Service") and key not in names)
     return [*actions, *(DeleteObject(kind, name) for kind, name in stale)]
-
-
-def placed_condition(plan: Plan, cycle: Cycle) -> Condition:
-    counts = cycle.counts
-    if cycle.no_fit is not None:
-        return Condition("Placed", "False", Reason.NO_FIT, str(cycle.no_fit))
-    if counts.allocated == counts.desired:
-        nodes = {seat.live.node for r, seat in sorted(cycle.ranks.items()) if r < plan.num_ranks and seat.live}
-        on = f"{len(nodes)} node" if len(nodes) == 1 else f"{len(nodes)} nodes"
-        told = f"{counts.allocated} of {counts.desired} ranks placed on {on}"
-        return Condition("Placed", "True", Reason.PLACED, told)
-    told = f"{counts.allocated} of {counts.desired} ranks placed"
-    return Condition("Placed", "False", Reason.PLACING, told)
-
-
-def progressing(cycle: Cycle, ready: Condition) -> Condition:
-    if ready.reason in (Reason.ALL_ACTIVE, Reason.RUNTIME_FAILED, Reason.BUDGET_EXHAUSTED, Reason.COORDINATOR_AWAY):
-        return Condition("Progressing", "False", Reason.STABLE, "nothing to do")
-    if cycle.no_fit is not None:
-        return Condition("Progressing", "False", Reason.NO_FIT, "waiting for room")
-    return Condition("Progressing", "True", ready.reason, ready.message)
-
-
-def is_forming(wish: Wish, cycle: Cycle) -> bool:
-    """The first epoch is there and its ranks report one after the other; nobody was lost since the start."""
-    before = condition_in(wish.status, "Ready") or {}
-    early = before.get("reason") in (None, Reason.STARTING, Reason.FORMING, Reason.NO_FIT, Reason.REFUSED)
-    return early and not cycle.filled.lost and cycle.counts.allocated == cycle.counts.desired
-
-
-def starting_note(cycle: Cycle, facts: Facts) -> str:
-    """How far the start has come, and the first thing that holds it up."""
-    counts = cycle.counts
-    told = f"{counts.available} of {counts.desired} ranks running, none active yet"
-    pods = sorted(facts.pods, key=lambda p: (p.role, p.index, p.incarnation, p.uid))
-    held = [pod for pod in pods if not (pod.ready or pod.gated or pod.deleting) and pod.phase in ("Pending", "Running")]
-    stuck = next((pod for pod in held if pod.message), None)
-    if stuck is not None:
-        return f"{told}; {stuck.name}: {stuck.message}"
-    if counts.available == counts.desired and facts.runtime is None:
-        return f"{told}; waiting for the coordinator"
-    return told
 
 
 def everything_goes(facts: Facts) -> list[Action]:

@@ -20,7 +20,7 @@ _MEMBER = ("Active", "Draining")
 
 @dataclass(frozen=True, slots=True)
 class Following:
-    """`wish` is None while no coordinator was ever told anything and none answers."""
+    """What the coordinator is told; without actions it knows already, or none answers."""
 
     num_ranks: int
     generation: int

@@ -2,21 +2,14 @@
 
 from dataclasses import replace
 
+from moe_core.contract.names import ROLE_RANK
 from moe_core.decide.accept import Accepted
 from moe_core.decide.crew import seats
-from moe_core.decide.cycle import (
-    Cycle,
-    everything_goes,
-    is_forming,
-    placed_condition,
-    progressing,
-    run_cycle,
-    soonest,
-    starting_note,
-)
+from moe_core.decide.cycle import Cycle, everything_goes, run_cycle, soonest
 from moe_core.decide.memory import Memory, condition_in, is_true
 from moe_core.decide.report import count, events_of, status_of
-from moe_core.decide.service import suspended
+from moe_core.decide.rest import suspended
+from moe_core.decide.shared import is_forming, not_ready_yet, placed_condition, progressing, used_up
 from moe_core.facts import Condition, Decision, DeleteOwner, Facts, Wish
 from moe_core.outcome import InvalidSpec, Reason
 from moe_core.spec.job import MoEJobSpec
@@ -40,9 +33,8 @@ def decide_job(
         return _end(wish, accepted, memory, facts, now, over)
     cycle = run_cycle(accepted.plan, memory, facts, now)
     if cycle.filled.exhausted:
-        lost = "; ".join(f"rank {rank}: {why}" for rank, why in sorted(cycle.filled.lost.items()))
-        told = f"{cycle.filled.restarts} of {accepted.plan.max_restarts} restarts used; {lost}"
-        return _end(wish, accepted, memory, facts, now, Condition("Failed", "True", Reason.BUDGET_EXHAUSTED, told))
+        over = Condition("Failed", "True", Reason.BUDGET_EXHAUSTED, used_up(cycle, accepted.plan))
+        return _end(wish, accepted, memory, facts, now, over)
     ready = _ready(wish, cycle, facts)
     conditions = (
         refused or Condition("Accepted", "True", Reason.ACCEPTED, accepted.note),
@@ -94,15 +86,10 @@ def _progress(facts: Facts) -> str:
 
 
 def _ready(wish: Wish, cycle: Cycle, facts: Facts) -> Condition:
-    counts, runtime = cycle.counts, facts.runtime
-    if cycle.no_fit is not None and not cycle.formed:
-        return Condition("Ready", "False", Reason.NO_FIT, str(cycle.no_fit))
-    if not cycle.formed:
-        reason = Reason.FORMING if counts.available == counts.desired else Reason.STARTING
-        return Condition("Ready", "False", reason, starting_note(cycle, facts))
-    if runtime is None:
-        told = f"no coordinator answers; {counts.available} of {counts.desired} ranks running go on without it"
-        return Condition("Ready", "Unknown", Reason.COORDINATOR_AWAY, told)
+    early = not_ready_yet(cycle, facts)
+    if early is not None:
+        return early
+    counts = cycle.counts
     told = f"{counts.active} of {counts.desired} ranks active"
     if counts.active < counts.desired:
         return Condition("Ready", "False", Reason.FORMING if is_forming(wish, cycle) else Reason.RANK_LOST, told)
@@ -113,7 +100,7 @@ def _end(  # noqa: PLR0917
     wish: Wish, accepted: Accepted, memory: Memory, facts: Facts, now: float, outcome: Condition
 ) -> Decision:
     """Write the end down first; pods go in the next cycle, so that a lost write can never start the job again."""
-    ranks = seats(facts, now, "rank")
+    ranks = seats(facts, now, ROLE_RANK)
     other = "Failed" if outcome.type == "Complete" else "Complete"
     conditions = (
         Condition("Accepted", "True", Reason.ACCEPTED, accepted.note),
@@ -143,7 +130,7 @@ def after_the_end(wish: Wish, facts: Facts, now: float) -> Decision:
         num_ranks, ttl = spec.parallelism.expert, spec.ttl_seconds_after_finished
     except InvalidSpec:  # an edit after the end, which changes nothing any more
         num_ranks, ttl = 0, None
-    counts = count(num_ranks, seats(facts, now, "rank"), None)
+    counts = count(num_ranks, seats(facts, now, ROLE_RANK), None)
     status = status_of(wish, memory, counts, message=str(before.get("message", "")))
     actions = everything_goes(facts)
     wake_in = None

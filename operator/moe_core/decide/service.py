@@ -1,24 +1,15 @@
 """MoEService: serve, degrade, restore, resize."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from moe_core.decide.accept import Accepted
-from moe_core.decide.crew import active_uids, proven_dead, seats
-from moe_core.decide.cycle import (
-    Cycle,
-    everything_goes,
-    is_forming,
-    placed_condition,
-    progressing,
-    run_cycle,
-    soonest,
-    starting_note,
-)
+from moe_core.decide.crew import active_uids
+from moe_core.decide.cycle import Cycle, run_cycle, soonest
 from moe_core.decide.follow import is_leaving_done
-from moe_core.decide.gang import remember
 from moe_core.decide.memory import Memory
-from moe_core.decide.report import count, events_of, status_of
+from moe_core.decide.report import events_of, status_of
+from moe_core.decide.rest import suspended
+from moe_core.decide.shared import is_forming, not_ready_yet, placed_condition, progressing, used_up
 from moe_core.facts import Condition, Decision, Facts, Wish
 from moe_core.outcome import Reason
 
@@ -52,64 +43,16 @@ def decide_service(
     )
 
 
-def at_rest(memory: Memory, facts: Facts, now: float) -> Memory:
-    """What is remembered while nothing shall run: the next start begins a new group, and no pod's end was a failure."""
-    seen, base = remember(0, memory, seats(facts, now, "rank"), planned=True)
-    known = memory.dead_pod_uids
-    return replace(
-        memory,
-        incarnations=tuple(seen),
-        baselines=tuple(base),
-        epoch=0,
-        wish_ranks=0,
-        started_at=None,
-        dead_pod_uids=(*known, *(uid for uid in proven_dead(facts) if uid not in known)),
-    )
-
-
-def suspended(wish: Wish, accepted: Accepted, memory: Memory, facts: Facts, now: float) -> Decision:
-    """No pod stays; nothing that happens now counts as a failure. Shared with jobs."""
-    plan = accepted.plan
-    ranks = seats(facts, now, "rank")
-    memory = at_rest(memory, facts, now)
-    left = len(facts.pods)
-    told = f"suspended; {left} pods are going" if left else "suspended; no pod is left"
-    conditions = [
-        Condition("Accepted", "True", Reason.ACCEPTED, accepted.note),
-        Condition("Placed", "False", Reason.SUSPENDED, told),
-        Condition("Ready", "False", Reason.SUSPENDED, told),
-    ]
-    if wish.kind == "MoEJob":
-        conditions.append(Condition("Suspended", "True", Reason.SUSPENDED, told))
-    else:
-        conditions += [
-            Condition("ExpertCoverage", "False", Reason.SUSPENDED, told),
-            Condition("Degraded", "False", Reason.SUSPENDED, told),
-        ]
-    conditions.append(Condition("Progressing", "True" if left else "False", Reason.SUSPENDED, told))
-    return Decision(
-        actions=tuple(everything_goes(facts)),
-        conditions=tuple(conditions),
-        status=status_of(wish, memory, count(plan.num_ranks, ranks, None), message=told),
-        events=events_of(wish.status, conditions),
-    )
-
-
 def _ready(wish: Wish, cycle: Cycle, accepted: Accepted, facts: Facts) -> Condition:  # noqa: PLR0911 - a list of causes, first wins
     counts, runtime = cycle.counts, facts.runtime
     told = f"{counts.active} of {counts.desired} ranks active"
     if runtime is not None and runtime.failure:
         return Condition("Ready", "False", Reason.RUNTIME_FAILED, runtime.failure)
     if cycle.filled.exhausted:
-        return Condition("Ready", "False", Reason.BUDGET_EXHAUSTED, _exhausted(cycle, accepted))
-    if not cycle.formed:
-        if cycle.no_fit is not None:
-            return Condition("Ready", "False", Reason.NO_FIT, str(cycle.no_fit))
-        reason = Reason.FORMING if counts.available == counts.desired else Reason.STARTING
-        return Condition("Ready", "False", reason, starting_note(cycle, facts))
-    if runtime is None:
-        told = f"no coordinator answers; {counts.available} of {counts.desired} ranks running go on without it"
-        return Condition("Ready", "Unknown", Reason.COORDINATOR_AWAY, told)
+        return Condition("Ready", "False", Reason.BUDGET_EXHAUSTED, used_up(cycle, accepted.plan))
+    early = not_ready_yet(cycle, facts)
+    if early is not None:
+        return early
     if cycle.following.num_ranks != counts.desired or not is_leaving_done(accepted.plan, cycle.ranks):
         told = f"{told}; resizing from {cycle.following.num_ranks} to {counts.desired} ranks"
         return Condition("Ready", "False", Reason.RESIZING, told)
@@ -133,12 +76,6 @@ def _inactive(cycle: Cycle, facts: Facts, num_ranks: int) -> list[int]:
 def _listed(ranks: Sequence[int], most: int = 16) -> str:
     more = f" and {len(ranks) - most} more" if len(ranks) > most else ""
     return ", ".join(str(rank) for rank in ranks[:most]) + more
-
-
-def _exhausted(cycle: Cycle, accepted: Accepted) -> str:
-    lost = "; ".join(f"rank {rank}: {why}" for rank, why in sorted(cycle.filled.lost.items()))
-    most = accepted.plan.max_restarts
-    return f"{cycle.filled.restarts} of {most} restarts used; {lost}; raise failurePolicy.maxRestarts"
 
 
 def _coverage(cycle: Cycle, facts: Facts) -> Condition:

@@ -14,12 +14,16 @@ from moe_core.facts import Facts
 
 SILENT_S = 60.0
 """A guard fences a hung rank within seconds, and a coordinator that restarts has heard everybody after about ten."""
+NEVER_HEARD_S = 900.0
+"""A rank reports before it loads its model. Until then its own pod bounds every wait (180 s for its Ray node, 120 s for
+the actor's creation, 300 s for its imports) and ends by itself; one that is silent for half as long again is stopped.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Silence:
     heard: tuple[int, ...]
-    """Highest incarnation of each rank that a coordinator has ever heard; one that is still starting is not silent."""
+    """Highest incarnation of each rank that a coordinator has ever heard; one that is still starting has more time."""
     since: tuple[tuple[int, float], ...]
     """(rank, when it was first missed)."""
     dead: Mapping[str, str] = field(default_factory=dict)
@@ -39,15 +43,15 @@ def listen(memory: Memory, facts: Facts, now: float, *, num_ranks: int) -> Silen
     if facts.runtime is None:
         return Silence(tuple(heard), ())
     before = dict(memory.silent_since)
-    silent = {
-        pod.index: pod
-        for pod in pods
-        if pod.uid not in states and pod.index < len(heard) and pod.incarnation == heard[pod.index]
+    silent = {pod.index: pod for pod in pods if pod.uid not in states}
+    allowed = {
+        rank: SILENT_S if rank < len(heard) and pod.incarnation == heard[rank] else NEVER_HEARD_S
+        for rank, pod in silent.items()
     }
     since = tuple((rank, before.get(rank, now)) for rank in sorted(silent))
     if 2 * sum(1 for pod in pods if pod.uid in states) < num_ranks:
         return Silence(tuple(heard), since)
-    over = [(rank, at) for rank, at in since if now - at >= SILENT_S]
+    over = [(rank, at) for rank, at in since if now - at >= allowed[rank]]
     dead = {silent[rank].uid: f"no word from it for {now - at:.0f} s" for rank, at in over}
-    waking = tuple(at + SILENT_S - now for rank, at in since if now - at < SILENT_S)
+    waking = tuple(at + allowed[rank] - now for rank, at in since if now - at < allowed[rank])
     return Silence(tuple(heard), since, dead, waking)

@@ -38,10 +38,6 @@ class Answers:
         """(layer, logical expert) pairs without a live copy."""
         return int((self.copies_LE == 0).sum())
 
-    def lost(self, layer_idx: int) -> IntArray:
-        """Logical ids without a live copy in this layer, ascending."""
-        return np.flatnonzero(self.copies_LE[layer_idx] == 0).astype(np.int64)
-
 
 _RUNG = {"Generalist": Answer.GENERALIST, "Drop": Answer.DROP, "Refuse": Answer.REFUSE}
 

@@ -8,8 +8,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_core.contract import names
-from moe_core.contract.base import digest_of
-from moe_core.contract.names import CONFIG_DIR, ROLE_COORDINATOR, ROLE_GATEWAY, ROLE_RANK, STATE_DIR, TOKEN_DIR
+from moe_core.contract.names import (
+    CONFIG_DIR,
+    ROLE_COORDINATOR,
+    ROLE_GATEWAY,
+    ROLE_RANK,
+    STATE_DIR,
+    TOKEN_DIR,
+    TOKEN_KEY,
+)
 from moe_core.contract.runtime_config import (
     ENV_CONFIG,
     ENV_POD_IP,
@@ -25,7 +32,6 @@ from moe_core.facts import CreatePod
 from moe_core.manifests.plan import Plan, merged
 
 CONFIG_KEY = "config.json"
-TOKEN_KEY = "token"
 USER_ID = 10001
 
 # A Ray head, or a gateway that is a Ray driver, was seen to take 0.6 to 0.75 GiB; ranks ask for what the user says.
@@ -59,14 +65,13 @@ def _manifest(plan: Plan, role: str, index: int, incarnation: int, *, reattach: 
     spec = _spec(plan, role, index)
     if reattach:
         spec["containers"][0]["env"].append({"name": ENV_REATTACH, "value": "1"})
-    annotations = {names.ANNOTATION_SPEC_DIGEST: digest_of(repr(spec))}
     return {
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": {
             "name": plan.pod(role, index, incarnation),
             "labels": merged(labels, plan.template.metadata.labels),
-            "annotations": merged(annotations, plan.template.metadata.annotations),
+            "annotations": dict(sorted(plan.template.metadata.annotations.items())),
         },
         "spec": spec,
     }

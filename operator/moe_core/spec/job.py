@@ -4,6 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from moe_core.contract.names import MANAGER
 from moe_core.spec.base import Rule, SpecModel, unchangeable
 from moe_core.spec.common import Decimal, FailurePolicy, ModelShapeSpec, Parallelism, PodTemplate, TopologyConstraint
 
@@ -79,7 +80,7 @@ class MoEJobSpec(SpecModel):
     managed_by: str | None = Field(
         default=None,
         max_length=63,
-        description="Another value than moerator.dev/operator leaves the object to that controller.",
+        description=f"Another value than {MANAGER} leaves the object to that controller.",
     )
     model: JobModel
     training: Training

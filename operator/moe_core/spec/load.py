@@ -55,10 +55,14 @@ def broken_changes(model: type[SpecModel], old: Mapping[str, Any], new: Mapping[
     """What of a change the API server would refuse (`oldSelf`). Raises InvalidSpec when one of the two is none."""
     before, after = parse_spec(model, old), parse_spec(model, new)
     return [
-        Problem("spec", rule.keeps(after), rule.message)
+        Problem("spec", _as_written(rule.keeps(after)), rule.message)
         for rule in model.rules
         if rule.keeps is not None and rule.keeps(before) != rule.keeps(after)
     ]
+
+
+def _as_written(value: object) -> object:
+    return value.model_dump(by_alias=True, exclude_defaults=True) if isinstance(value, SpecModel) else value
 
 
 def _without_nulls(value: Any) -> Any:
@@ -101,15 +105,17 @@ def _line(text: str, mark: Any) -> str:
 
 def _read_one(value: Any, node: yaml.Node) -> Document | list[Problem]:
     problems = _envelope_problems(value)
-    if not problems:
+    kind = KIND_OF_NAME.get(str(value.get("kind"))) if isinstance(value, dict) else None
+    if kind is not None and isinstance(value.get("spec"), dict):
         try:
-            spec = parse_spec(KIND_OF_NAME[value["kind"]].model, value["spec"])
+            spec = parse_spec(kind.model, value["spec"])
         except InvalidSpec as invalid:
-            problems = list(invalid.problems)
+            problems += invalid.problems
         else:
-            metadata = value["metadata"]
-            namespace = str(metadata.get("namespace", "default"))
-            return Document(value["kind"], metadata["name"], namespace, spec, value, node.start_mark.line + 1)
+            if not problems:
+                metadata = value["metadata"]
+                namespace = str(metadata.get("namespace") or "default")
+                return Document(kind.kind, metadata["name"], namespace, spec, value, node.start_mark.line + 1)
     lines = _lines_of(node)
     return [
         Problem(f"line {_nearest(lines, problem.field)}: {problem.field}", problem.value, problem.message, problem.hint)
@@ -121,7 +127,7 @@ def _envelope_problems(value: Any) -> list[Problem]:
     if not isinstance(value, dict):
         return [Problem("document", value, "must be a mapping with apiVersion, kind, metadata and spec")]
     problems = [
-        Problem(str(key), value[key], "unknown field", _did_you_mean(str(key), _TOP_LEVEL))
+        Problem(_shown(str(key)), value[key], "unknown field", _did_you_mean(str(key), _TOP_LEVEL))
         for key in value
         if key not in _TOP_LEVEL
     ]
@@ -153,7 +159,7 @@ def _metadata_problems(metadata: Any, kind: ResourceKind | None) -> Sequence[Pro
 
 
 def _problem(model: type[SpecModel], where: str, detail: ErrorDetails) -> Problem:
-    path = where + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"])
+    path = where + "".join(f"[{part}]" if isinstance(part, int) else f".{_shown(part)}" for part in detail["loc"])
     match detail["type"]:
         case "extra_forbidden":
             known = _fields_at(model, detail["loc"][:-1])
@@ -166,6 +172,11 @@ def _problem(model: type[SpecModel], where: str, detail: ErrorDetails) -> Proble
             return Problem(path, detail["input"], f"must match {detail['ctx']['pattern']}")
     message = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return Problem(path, detail["input"], f"must be {message}" if message != detail["msg"] else message)
+
+
+def _shown(key: str) -> str:
+    """A key as it may stand in a line for people."""
+    return key if key.isprintable() else repr(key)
 
 
 def _fields_at(model: type[SpecModel], path: tuple[int | str, ...]) -> tuple[str, ...]:

@@ -75,4 +75,3 @@ class ExpertMapSpec(SpecModel):
     first_layer: int = Field(default=0, ge=0, description="Large maps are sliced by layer; this slice starts here.")
     layers: tuple[MapLayer, ...] = Field(max_length=512)
     policy: str = Field(default="", max_length=63)
-    predicted_balancedness_percent: int | None = Field(default=None, ge=0, le=100)

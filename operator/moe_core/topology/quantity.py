@@ -3,38 +3,31 @@
 A request is rounded up and an offer down, so that rounding can never make room that is not there.
 """
 
+import re
 from collections.abc import Mapping
 from fractions import Fraction
 
 from moe_core.outcome import InvalidInput
 
 _SUFFIXES = {
-    "": Fraction(1),
-    "m": Fraction(1, 1000),
-    "k": Fraction(10**3),
-    "M": Fraction(10**6),
-    "G": Fraction(10**9),
-    "T": Fraction(10**12),
-    "Ki": Fraction(2**10),
-    "Mi": Fraction(2**20),
-    "Gi": Fraction(2**30),
-    "Ti": Fraction(2**40),
-    "Pi": Fraction(2**50),
+    **{suffix: Fraction(10) ** (3 * power) for power, suffix in enumerate(("n", "u", "m", "", "k", *"MGTPE"), -3)},
+    **{f"{suffix}i": Fraction(2) ** (10 * power) for power, suffix in enumerate("KMGTPE", 1)},
 }
+_QUANTITY = re.compile(r"(?P<number>[-+]?(\d+\.?\d*|\.\d+))(?P<scale>[eE][-+]?\d{1,2}|[numkMGTPE]|[KMGTPE]i)?")
 
 
-def base_units(resource: str, quantity: str, *, round_up: bool = True) -> int:
-    """One quantity in base units. Raises InvalidInput naming the resource and the text.
+def base_units(resource: str, quantity: object, *, round_up: bool = True) -> int:
+    """One quantity, text or number, in base units. Raises InvalidInput naming the resource and the text.
 
     >>> base_units("cpu", "500m"), base_units("memory", "1Gi"), base_units("nvidia.com/gpu", "8")
     (500, 1073741824, 8)
     """
-    number = quantity.rstrip("mkKMGTPi")
-    suffix = quantity[len(number) :]
-    try:
-        value = Fraction(number) * _SUFFIXES[suffix] * (1000 if resource == "cpu" else 1)
-    except (KeyError, ValueError, ZeroDivisionError) as error:
-        raise InvalidInput(f"{resource} must be a Kubernetes quantity, got {quantity!r}") from error
+    match = _QUANTITY.fullmatch(str(quantity))
+    if match is None:
+        raise InvalidInput(f"{resource} must be a Kubernetes quantity, got {quantity!r}")
+    scale = match["scale"] or ""
+    value = Fraction(match["number"]) * _SUFFIXES[scale] if scale in _SUFFIXES else Fraction(match["number"] + scale)
+    value *= 1000 if resource == "cpu" else 1
     whole = value.numerator // value.denominator
     return whole + 1 if round_up and whole != value else whole
 

@@ -25,7 +25,8 @@ FEW = 4
 def no_fit(ask: Ask, stuck: Stuck, rooms: Rooms, *, pack: Pack, subgroups: Subgroups | None, explain: bool) -> NoFit:
     excluded = rooms.excluded(stuck.span) | _set_aside(stuck.board, stuck)
     for _, label in ask.tree.unlabelled:
-        excluded[f"no label {label}"] = excluded.get(f"no label {label}", 0) + 1
+        told = f"nodes without label {label}"
+        excluded[told] = excluded.get(told, 0) + 1
     best = int(_caps(stuck).max(initial=0))
     changes = _relaxations(ask, stuck, rooms, pack=pack, subgroups=subgroups, best=best)
     relaxations = tuple(changes) if explain else ()

@@ -122,8 +122,11 @@ def _plus(tree: Tree, used: Mapping[str, IntArray], own: Use) -> dict[str, IntAr
 def _too_small(tree: Tree, request: Mapping[str, int], empty: IntArray) -> list[tuple[str, BoolArray]]:
     """Nodes that hold no rank even when empty, by the first resource that is short."""
     small = empty == 0
-    short = [(f"too little {r}", small & (tree.allocatable.get(r, 0) < amount)) for r, amount in request.items()]
-    return [*short, ("too few pods allowed", small)]
+    lacking = {r: small & (tree.allocatable.get(r, 0) < amount) for r, amount in request.items()}
+    return [
+        *((f"nodes with too little {r}", nodes) for r, nodes in lacking.items()),
+        ("nodes that allow no pod", small),
+    ]
 
 
 def _closed(tree: Tree, needs: Needs) -> list[tuple[str, BoolArray]]:

@@ -3,7 +3,7 @@
 import base64
 from collections.abc import Callable
 
-from moe_core.contract.names import COORDINATOR_PORT, ROLE_COORDINATOR, child_name
+from moe_core.contract.names import COORDINATOR_PORT, ROLE_COORDINATOR, TOKEN_KEY, child_name
 from moe_core.facts import ObjectFact, Wish
 from moe_operator.cluster.kubernetes import KubeApi
 from moe_operator.cluster.kubernetes_cache import Cache
@@ -12,7 +12,6 @@ from moe_operator.cluster.protocol import Key
 from moe_operator.observe import Object
 from moe_operator.runtime_client import RuntimeClient
 
-TOKEN_KEY = "token"
 CALM_S = 5.0
 
 

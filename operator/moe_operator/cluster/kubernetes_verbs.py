@@ -19,6 +19,7 @@ from moe_core.contract.names import (
     FIELD_MANAGER,
     GROUP,
     SCHEDULING_GATE,
+    TOKEN_KEY,
     owner_labels,
 )
 from moe_core.facts import (
@@ -38,7 +39,7 @@ from moe_core.facts import (
 from moe_operator.cluster.kubernetes import APPLY_PATCH, JSON_PATCH, MERGE_PATCH, STRATEGIC_PATCH, KubeApi, NotFound
 from moe_operator.cluster.kubernetes_cache import Cache, target_of
 from moe_operator.cluster.kubernetes_paths import api_version_of, is_owned, path_of, plural_of
-from moe_operator.cluster.kubernetes_runtimes import TOKEN_KEY, Runtimes
+from moe_operator.cluster.kubernetes_runtimes import Runtimes
 from moe_operator.cluster.protocol import Conflict, Foreign, Key, RuntimeFace
 from moe_operator.observe import HOSTNAME_LABEL, Object, describe_owner, owner_reference
 from moe_operator.settings import OperatorSettings
@@ -230,8 +231,7 @@ class KubernetesCluster:
             return
         if record.owner is None or record.owner.uid != wish.uid:
             raise Foreign(f"Pod {action.name} is not a child of {wish.kind} {wish.name}")
-        grace = {} if action.grace_seconds is None else {"gracePeriodSeconds": action.grace_seconds}
-        await self._delete(path_of("Pod", wish.namespace, action.name), action.uid, grace)
+        await self._delete(path_of("Pod", wish.namespace, action.name), action.uid)
 
     async def delete_object(self, wish: Wish, action: DeleteObject) -> None:
         path = path_of(action.kind, wish.namespace, action.name)
@@ -239,14 +239,15 @@ class KubernetesCluster:
         if existing is None:
             return
         self._check_owner(wish, action.kind, existing)
-        await self._delete(path, existing["metadata"]["uid"], {"propagationPolicy": "Background"})
+        await self._delete(path, existing["metadata"]["uid"], propagation="Background")
 
     async def delete_owner(self, wish: Wish) -> None:
         path = path_of(wish.kind, wish.namespace, wish.name)
-        await self._delete(path, wish.uid, {"propagationPolicy": "Background"})
+        await self._delete(path, wish.uid, propagation="Background")
 
-    async def _delete(self, path: str, uid: str, options: Mapping[str, Any]) -> None:
-        body = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": uid}, **options}
+    async def _delete(self, path: str, uid: str, *, propagation: str = "") -> None:
+        body: dict[str, Any] = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": uid}}
+        body |= {"propagationPolicy": propagation} if propagation else {}
         try:
             await self._api.delete(path, body)
         except NotFound:

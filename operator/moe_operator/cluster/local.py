@@ -16,6 +16,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from moe_core.contract.names import TOKEN_KEY
 from moe_core.facts import (
     ApplyObject,
     BindPod,
@@ -27,7 +28,6 @@ from moe_core.facts import (
     Facts,
     Kind,
     ModelFact,
-    ObjectFact,
     ReportMap,
     TargetFact,
     Wish,
@@ -42,7 +42,7 @@ from moe_operator.cluster.local_pods import LocalPod
 from moe_operator.cluster.local_runs import make_run_folder
 from moe_operator.cluster.local_store import Manifest, ObjectStore, key_of, owner_uid_of
 from moe_operator.cluster.protocol import Conflict, Foreign, Key, RuntimeFace, Unavailable
-from moe_operator.observe import wish_of
+from moe_operator.observe import object_fact, topology_levels, wish_of
 from moe_operator.runtime_client import RuntimeClient
 
 logger = logging.getLogger(__name__)
@@ -178,21 +178,11 @@ class LocalCluster:
             nodes=(node_fact(self.pods(), own=own),),
             pods=self._crew.facts(wish.uid),
             objects=tuple(
-                ObjectFact(
-                    child["kind"],
-                    child["metadata"]["name"],
-                    child["metadata"]["annotations"][APPLIED],
-                    child.get("status", {}),
-                )
+                object_fact(child)
                 for child in self._store.children(wish.uid)
                 if child["kind"] in ("ConfigMap", "Secret", "Service", "ExpertMap")
             ),
-            topologies={
-                topology["metadata"]["name"]: tuple(
-                    (level["name"], level["nodeLabel"]) for level in topology["spec"]["levels"]
-                )
-                for topology in self._store.list("ClusterTopology")
-            },
+            topologies={t["metadata"]["name"]: topology_levels(t) for t in self._store.list("ClusterTopology")},
             model=self._model(wish),
             runtime=client.state if client else None,
             put_generation=client.put_generation if client else None,
@@ -204,7 +194,7 @@ class LocalCluster:
     # The verbs.
 
     async def apply_object(self, wish: Wish, action: ApplyObject) -> None:
-        self._store.put_child({"kind": action.kind, **action.manifest}, owner=self._owner(wish), digest=action.digest)
+        self._store.put_child({"kind": action.kind, **action.manifest}, owner=self._owner(wish))
         self._mark_wish(wish)
 
     async def ensure_token(self, wish: Wish, action: EnsureToken) -> None:
@@ -213,7 +203,7 @@ class LocalCluster:
                 "apiVersion": "v1",
                 "kind": "Secret",
                 "metadata": {"name": action.name},
-                "stringData": {"token": secrets.token_hex(32)},
+                "stringData": {TOKEN_KEY: secrets.token_hex(32)},
             }
             self._store.put_child(manifest, owner=self._owner(wish))
             self._mark_wish(wish)
@@ -236,7 +226,7 @@ class LocalCluster:
 
     async def delete_pod(self, wish: Wish, action: DeletePod) -> None:
         if self._crew.get(action.uid) is not None:
-            self._crew.delete(self._expect(action.name, action.uid, wish), grace_s=action.grace_seconds)
+            self._crew.delete(self._expect(action.name, action.uid, wish))
 
     async def delete_object(self, wish: Wish, action: DeleteObject) -> None:
         thing = self._store.get(action.kind, wish.namespace, action.name)
@@ -336,7 +326,7 @@ class LocalCluster:
     def _token(self, uid: str) -> str | None:
         for child in self._store.children(uid):
             if child["kind"] == "Secret":
-                return str(child["stringData"]["token"])
+                return str(child["stringData"][TOKEN_KEY])
         return None
 
     def _model(self, wish: Wish) -> ModelFact | None:
@@ -422,9 +412,6 @@ class LocalCluster:
     def _pulse(self) -> None:
         waiting, self._changed = self._changed, asyncio.Event()
         waiting.set()
-
-
-APPLIED = "moerator.dev/applied"
 
 
 def _seen(thing: Manifest) -> Wish:

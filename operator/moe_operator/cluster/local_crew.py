@@ -7,21 +7,12 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from moe_core.contract.names import (
-    ANNOTATION_SPEC_DIGEST,
-    LABEL_ROLE,
-    ROLE_GATEWAY,
-    ROLE_RANK,
-    pod_name,
-)
+from moe_core.contract.names import LABEL_ROLE, ROLE_GATEWAY, ROLE_NODE, ROLE_RANK, pod_name
 from moe_core.contract.runtime_config import ENV_ROLE, ENV_SHARED_RAY
 from moe_core.facts import PodFact
 from moe_operator.cluster.local_machine import NODE_NAME, Ports
 from moe_operator.cluster.local_pods import Kubelet, LocalPod
 from moe_operator.cluster.local_store import Manifest, ObjectStore, owner_uid_of
-
-ROLE_NODE = "node"
-"""The bare Ray node that the ranks of one owner share; the brain never sees it."""
 
 
 class Crew:
@@ -66,10 +57,7 @@ class Crew:
 
     def facts(self, owner_uid: str) -> tuple[PodFact, ...]:
         """What the brain sees of one owner's pods, in order of name."""
-        facts = (
-            pod.fact(digest=pod.manifest["metadata"]["annotations"].get(ANNOTATION_SPEC_DIGEST, ""))
-            for pod in self.of(owner_uid)
-        )
+        facts = (pod.fact() for pod in self.of(owner_uid))
         return tuple(sorted(facts, key=lambda fact: fact.name))
 
     def admit(self, manifest: Mapping[str, Any], *, owner: Manifest, gated: bool) -> LocalPod:
@@ -101,8 +89,8 @@ class Crew:
         self._kubelet.start(pod)
 
     def delete(self, pod: LocalPod, *, grace_s: float | None = None) -> None:
-        """Begin to end a pod; a second call counts only if it is to end at once."""
-        if not pod.deleting or grace_s == 0:
+        """Begin to end a pod, once."""
+        if not pod.deleting:
             self._kubelet.delete(pod, grace_s=grace_s)
 
     def _ensure_ray_node(self, owner: Manifest, rank: LocalPod) -> None:

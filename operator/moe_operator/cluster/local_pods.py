@@ -18,19 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from moe_core.contract.names import LABEL_INCARNATION, LABEL_RANK, LABEL_ROLE
-from moe_core.contract.runtime_config import ENV_STATE_DIR
+from moe_core.contract.names import LABEL_INCARNATION, LABEL_RANK, LABEL_ROLE, OWN_ENV, index_of_pod
+from moe_core.contract.runtime_config import ENV_HEALTH_PORT, ENV_RUN, ENV_STATE_DIR
 from moe_core.facts import PodFact
 from moe_core.outcome import MoeratorError
 from moe_operator.cluster import local_init
 from moe_operator.cluster.local_probe import Probe, probe_of
 
-ENV_RUN = "MOERATOR_RUN"
-"""Marks every process of a run with its folder, so that a sweep touches no other process."""
 OLD_LOGS = "logs"
 """Folder of the logs of pods that are gone, inside the run folder."""
-ENV_HEALTH_PORT = "MOERATOR_HEALTH_PORT"
-"""Gateways share one port here; each answers /healthz on this one of its own as well."""
 
 FIRST_BACKOFF_S, LAST_BACKOFF_S, FORGIVEN_AFTER_S = 0.2, 10.0, 60.0
 DEFAULT_GRACE_S = 30.0
@@ -90,13 +86,13 @@ class LocalPod:
     def grace_s(self) -> float:
         return float(self.manifest["spec"].get("terminationGracePeriodSeconds", DEFAULT_GRACE_S))
 
-    def fact(self, *, digest: str) -> PodFact:
+    def fact(self) -> PodFact:
         labels = self.manifest["metadata"]["labels"]
         return PodFact(
             name=self.name,
             uid=self.uid,
             role=self.role,
-            index=int(labels[LABEL_RANK]) if LABEL_RANK in labels else index_of_name(self.name),
+            index=int(labels[LABEL_RANK]) if LABEL_RANK in labels else index_of_pod(self.name),
             incarnation=int(labels.get(LABEL_INCARNATION, 0)),
             phase=self.phase,
             ready=self.ready,
@@ -105,7 +101,6 @@ class LocalPod:
             deleting=self.deleting,
             created_at=self.created_at,
             message=self.message,
-            spec_digest=digest,
         )
 
 
@@ -280,7 +275,7 @@ class Kubelet:
                 raise CannotStart(f"volumeMount {mount['name']!r} names no volume")
             mounts[mount["mountPath"].rstrip("/")] = paths[mount["name"]] / mount.get("subPath", "")
         mounts["/tmp"] = pod.temp
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("MOERATOR_")}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(OWN_ENV)}
         environment |= {"PYTHONUNBUFFERED": "1", "TMPDIR": str(pod.temp), ENV_RUN: str(self._run_folder)}
         for entry in container.get("env", ()):
             value = _field(pod, entry) if "valueFrom" in entry else entry.get("value", "")
@@ -363,15 +358,6 @@ def describe_exit(code: int) -> str:
         with contextlib.suppress(ValueError):
             return f"killed by {signal.Signals(code - 128).name} (exit code {code})"
     return f"exit code {code}"
-
-
-def index_of_name(name: str) -> int:
-    """Ordinal of a pod that is no rank.
-
-    >>> index_of_name("tiny-svc-gateway-1-3")
-    1
-    """
-    return int(name.rsplit("-", 2)[1])
 
 
 def _field(pod: LocalPod, entry: Mapping[str, Any]) -> str:

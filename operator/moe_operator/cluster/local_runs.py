@@ -14,9 +14,13 @@ PID_FILE, LOG_FILE, FACE_SOCKET, KEEP_FILE = "shell.pid", "shell.log", "face.soc
 
 
 def temp_folder() -> Path:
-    """Where run folders lie: the machine's temp folder, unless its name is long (AF_UNIX: 107 bytes for a socket)."""
+    """Where run folders lie: the machine's temp folder, unless its name is long.
+
+    A socket's path has 107 bytes (AF_UNIX), of which /mr-12345678/t10/moe-<12 hex>, Ray's session of 42 and its
+    /sockets/plasma_store take 98.
+    """
     usual = tempfile.gettempdir()
-    return Path(usual if len(usual) <= 20 else "/tmp")
+    return Path(usual if len(usual) <= 9 else "/tmp")
 
 
 def make_run_folder() -> Path:

@@ -6,13 +6,13 @@ Layout of the mirror: objects/<Kind>/<namespace>.<name>.yaml. Secrets are not mi
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from moe_core.contract.names import LABEL_OWNER_KIND, LABEL_OWNER_NAME
+from moe_core.decide.times import rfc3339
 from moe_operator.cluster.protocol import Foreign, Key
 
 Manifest = dict[str, Any]
@@ -58,7 +58,7 @@ class ObjectStore:
                 "spec": deepcopy(document.get("spec", {})),
                 "status": {},
             }
-            thing["metadata"]["creationTimestamp"] = _stamp(self._clock())
+            thing["metadata"]["creationTimestamp"] = rfc3339(self._clock())
         elif thing["spec"] == document.get("spec", {}):
             return thing, False
         else:
@@ -67,7 +67,7 @@ class ObjectStore:
         self._put(thing)
         return thing, True
 
-    def put_child(self, manifest: Mapping[str, Any], *, owner: Mapping[str, Any], digest: str = "") -> None:
+    def put_child(self, manifest: Mapping[str, Any], *, owner: Mapping[str, Any]) -> None:
         """Apply an object owned by `owner`. Raises Foreign when one of that name is somebody else's."""
         meta = owner["metadata"]
         thing = deepcopy(dict(manifest))
@@ -80,7 +80,7 @@ class ObjectStore:
             thing["status"] = old["status"]
         thing["metadata"] |= {
             "uid": old["metadata"]["uid"] if old else thing["metadata"].get("uid") or str(uuid.uuid4()),
-            "creationTimestamp": old["metadata"]["creationTimestamp"] if old else _stamp(self._clock()),
+            "creationTimestamp": old["metadata"]["creationTimestamp"] if old else rfc3339(self._clock()),
             "ownerReferences": [
                 {
                     "apiVersion": owner["apiVersion"],
@@ -90,7 +90,6 @@ class ObjectStore:
                     "controller": True,
                 }
             ],
-            "annotations": {**thing["metadata"].get("annotations", {}), "moerator.dev/applied": digest},
         }
         self._put(thing)
 
@@ -144,7 +143,3 @@ def owner_key_of(thing: Mapping[str, Any]) -> tuple[str, str] | None:
     if LABEL_OWNER_KIND in labels:
         return labels[LABEL_OWNER_KIND], labels[LABEL_OWNER_NAME]
     return None
-
-
-def _stamp(now: float) -> str:
-    return datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

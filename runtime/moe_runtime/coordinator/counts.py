@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_core.contract.exchange import ServingProgress
+from moe_runtime.metrics import RankCounts
 from moe_runtime.registration import GatewayReport, RankReport
 
 
@@ -51,6 +52,9 @@ class Counts:
         self._degraded = Tally()
         self._tokens = Tally()
         self._gateways = Tally()
+        self._dispatch_bytes = Tally()
+        self._moves = Tally()
+        self._past_load_LE: npt.NDArray[np.int64] | None = None
         self._load_of: dict[str, npt.NDArray[np.int64]] = {}
 
     def note_rank(self, report: RankReport) -> None:
@@ -58,6 +62,8 @@ class Counts:
         uid, rank = report.member.pod_uid, str(report.member.rank)
         self._degraded.note(uid, report.degraded_tokens)
         self._tokens.note(f"{rank} {uid}", {rank: report.tokens})
+        self._dispatch_bytes.note(uid, report.dispatch_bytes)
+        self._moves.note(uid, {"bytes": report.moved_bytes, "mismatches": report.digest_mismatches})
         if report.load:
             self._load_of[uid] = np.array(report.load, dtype=np.int64)
 
@@ -73,7 +79,11 @@ class Counts:
         )
 
     def forget_load(self, pod_uid: str) -> None:
-        self._load_of.pop(pod_uid, None)
+        gone_LE = self._load_of.pop(pod_uid, None)
+        if gone_LE is not None:
+            past_LE = self._past_load_LE
+            is_same_model = past_LE is not None and past_LE.shape == gone_LE.shape
+            self._past_load_LE = past_LE + gone_LE if past_LE is not None and is_same_model else gone_LE
 
     def serving(self) -> ServingProgress:
         return ServingProgress(**self._gateways.total(), degraded_tokens=self._degraded.total())
@@ -81,6 +91,19 @@ class Counts:
     def tokens_of_rank(self) -> dict[int, int]:
         """Over all pods that a rank ever had."""
         return {int(rank): tokens for rank, tokens in sorted(self._tokens.total().items(), key=lambda r: int(r[0]))}
+
+    def of_ranks(self) -> RankCounts:
+        """Over all pods that ranks ever had."""
+        moves = self._moves.total()
+        ever = [load_LE for load_LE in (self._past_load_LE, *self._load_of.values()) if load_LE is not None]
+        is_one_model = bool(ever) and all(load_LE.shape == ever[0].shape for load_LE in ever)
+        return RankCounts(
+            tokens_of_rank=self.tokens_of_rank(),
+            dispatch_bytes=self._dispatch_bytes.total(),
+            moved_bytes=moves.get("bytes", 0),
+            digest_mismatches=moves.get("mismatches", 0),
+            expert_tokens_LE=np.sum(ever, axis=0).tolist() if is_one_model else [],
+        )
 
     def load(self, pod_uids: Collection[str]) -> tuple[tuple[int, ...], ...]:
         """[L][E] over these pods; empty when none has one, or they do not agree on the shape."""

@@ -135,12 +135,13 @@ class CoordinatorFace:
     async def _healthz(self, _: web.Request) -> web.Response:
         return web.json_response({"ok": True, "version": self._book.version})
 
-    async def _get_metrics(self, _: web.Request) -> web.Response:
+    async def _get_metrics(self, request: web.Request) -> web.Response:
         book = self._book
         text = self._metrics.render(
             book.state(),
             book.wish.expert_map if book.wish else None,
-            tokens_of_rank=book.counts.tokens_of_rank(),
+            counts=book.counts.of_ranks(),
+            with_experts=request.query.get("experts") == "1",
         )
         return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
 

@@ -1,10 +1,10 @@
 """Dispatch over a group. Two ways, equal in result:
 
-by_pick     each (token, expert) pick travels to its expert and back: exact bytes, three exchanges (counts, rows,
-results). by_token    every token travels once to every rank with its addresses and weights, and one partial sum comes
-back from
-            each: two exchanges and no counts, because the ranks know each other's token numbers from the step's control
-            exchange. For the few tokens of a decoding step, where latency is all and bytes are nothing.
+    by_pick     each (token, expert) pick travels to its expert and back: exact bytes, three exchanges (counts, rows,
+                results).
+    by_token    every token travels once to every rank with its addresses and weights, and one partial sum comes back
+                from each: two exchanges and no counts, because the ranks know each other's token numbers from the
+                step's control exchange. For the few tokens of a decoding step, where latency is all.
 
 T own tokens, D model, K picks per token, N = T*K, R rows received, G ranks of the group, S slots_stride.
 """

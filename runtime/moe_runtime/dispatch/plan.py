@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from moe_core.contract.expert_map import EMPTY_SLOT, ExpertMap
+from moe_core.contract.expert_map import ExpertMap
 from moe_core.experts.choice import choose_slots
 from moe_core.outcome import InvalidInput
 
@@ -73,7 +73,3 @@ def logical_of_local_slot(expert_map: ExpertMap, rank: int, layer_idx: int) -> t
         return ()
     slots = expert_map.slot_range(rank)
     return expert_map.logical_of_slot[layer_idx][slots.start : slots.stop]
-
-
-def slot_is_used(logical_id: int) -> bool:
-    return logical_id != EMPTY_SLOT

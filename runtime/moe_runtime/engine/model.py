@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from moe_core.contract.expert_map import ExpertMap
+from moe_core.contract.expert_map import EMPTY_SLOT, ExpertMap
 from moe_core.contract.runtime_config import ModelSource
 from moe_core.experts.degrade import Answer, degrade
 from moe_core.outcome import InvalidInput
@@ -281,14 +281,19 @@ class ExpertParallelModel:
         tensors = tuple(layer.read(weights, ids) for layer, ids in zip(self._layers, wanted, strict=True))
         return StagedSlots(new_map, tensors, tuple(map(slot_digests, tensors, wanted)))
 
-    def commit_map(self, staged: StagedSlots) -> None:
-        """Swap the staged slots in, at a step boundary that all ranks agreed on; `bind` must follow."""
+    def commit_map(self, staged: StagedSlots) -> int:
+        """Swap the staged slots in, at a step boundary that all ranks agreed on; `bind` must follow. Returns the bytes
+        of experts that were not on this rank before."""
+        moved = 0
         for layer, tensors in zip(self._layers, staged.tensors, strict=True):
-            layer.install(
-                tensors, logical_of_local_slot(staged.expert_map, self.rank, layer.layer_idx), device=self._device
-            )
+            logical_of_slot = logical_of_local_slot(staged.expert_map, self.rank, layer.layer_idx)
+            new = set(logical_of_slot) - set(layer.logical_of_slot) - {EMPTY_SLOT}
+            moved += len(new) * sum(stack[:1].nbytes for stack in tensors.values())
+            layer.install(tensors, logical_of_slot, device=self._device)
         self.expert_map = staged.expert_map
-        self._slot_digests = None
+        # On a CPU the staged tensors themselves lie in the slots now; elsewhere they were copied and are read again.
+        self._slot_digests = (staged.digests or None) if self._device == "cpu" else None
+        return moved
 
     # ---------------------------------------------------------------- what lies in the slots
 

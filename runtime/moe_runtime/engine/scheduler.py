@@ -61,6 +61,13 @@ class _Running:
     tokens: list[int]
     committed: int = 0
     sampled: int = 0
+    stepped_at: int = 0
+    """Number of the committed step that it last took part in."""
+
+    @property
+    def is_reading(self) -> bool:
+        """Still inside its prompt."""
+        return len(self.tokens) - self.committed > 1
 
 
 @dataclass(slots=True)
@@ -75,6 +82,7 @@ class Scheduler:
     _queue: deque[GenerationRequest] = field(default_factory=deque)
     _running: dict[str, _Running] = field(default_factory=dict)
     _free_rows: list[int] = field(default_factory=list)
+    _steps: int = 0
 
     def __post_init__(self) -> None:
         self._free_rows = list(range(self.max_sequences - 1, -1, -1))
@@ -114,15 +122,22 @@ class Scheduler:
         return running.row
 
     def plan(self) -> tuple[Chunk, ...]:
-        """The next step, ordered by row. Admits waiting requests to free rows; decoding sequences go first."""
+        """The next step, ordered by row. Admits waiting requests to free rows; decoding sequences go first.
+
+        Where not all fit, those go first that have waited for longest, and one chunk is kept for prompts.
+        """
         while self._queue and self._free_rows:
             request = self._queue.popleft()
             row = self._free_rows.pop()
             self._running[request.request_id] = _Running(request, row, list(request.prompt))
+        waiting = sorted(self._running.values(), key=lambda r: (r.stepped_at, r.sampled, r.row))
+        reading = [r for r in waiting if r.is_reading]
+        # Decoding first: a long prompt must not starve the sequences whose readers wait for the next token.
+        kept = self.max_chunk if reading else 0
+        decoding = [r for r in waiting if not r.is_reading][: max(1, self.max_step_tokens - kept)]
         budget = self.max_step_tokens
         chunks: list[Chunk] = []
-        # Decoding first: a long prompt must not starve the sequences whose readers wait for the next token.
-        for running in sorted(self._running.values(), key=lambda r: (len(r.tokens) - r.committed > 1, r.row)):
+        for running in (*decoding, *reading):
             pending = running.tokens[running.committed : running.committed + min(self.max_chunk, budget)]
             if not pending:
                 break
@@ -138,11 +153,13 @@ class Scheduler:
         """The step counts: `sampled` holds a token for each chunk that samples. Returns progress and rows to free."""
         progress: list[Progress] = []
         freed: list[int] = []
+        self._steps += 1
         for chunk, token_id in zip(chunks, sampled, strict=True):
             running = self._running.get(chunk.request_id)
             if running is None:
                 continue
             running.committed += len(chunk.token_ids)
+            running.stepped_at = self._steps
             if not chunk.samples:
                 continue
             assert token_id is not None, f"no token for {chunk.request_id}"

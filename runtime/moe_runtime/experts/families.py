@@ -9,7 +9,7 @@ parameters are stacked by expert. Nothing here knows a family by name.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -240,9 +240,15 @@ def shared_expert_of(model: torch.nn.Module, entry: ExpertsModule) -> Callable[[
     block = model.get_submodule(entry.name.rpartition(".")[0])
     for name in ("shared_experts", "shared_expert"):
         shared = getattr(block, name, None)
-        if isinstance(shared, torch.nn.Module):
+        if isinstance(shared, torch.nn.Module) and _takes_rows_alone(shared):
             return shared
     return None
+
+
+def _takes_rows_alone(module: torch.nn.Module) -> bool:
+    """Not so where the router weighs the shared experts too: without its weights they answer for nobody."""
+    required = [p for p in signature(module.forward).parameters.values() if p.default is Parameter.empty]
+    return sum(p.kind in {Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD} for p in required) == 1
 
 
 def top_k_of(config: Any) -> int:

@@ -1,8 +1,8 @@
 """The fitted answers for lost experts, and their files beside a checkpoint's weights.
 
-generalist.safetensors    layer.{i}.down [E, r, D], layer.{i}.up [E, r, D], layer.{i}.bias [E, D],
-layer.{i}.shared_scale [E] generalist.json           version, per layer and expert the chosen kind and stand-in, and
-what calibration measured
+    generalist.safetensors    layer.{i}.down [E, r, D], layer.{i}.up [E, r, D], layer.{i}.bias [E, D],
+                              layer.{i}.shared_scale [E]
+    generalist.json           version, per layer and expert the chosen kind and stand-in, and what calibration measured
 
 kind: constant | low_rank | shared (a map, see experts.ladder), stand_in (another expert answers better than any map
 while it lives; the map is still there for when it does not), drop (nothing beats giving the weight to the token's

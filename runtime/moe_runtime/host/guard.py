@@ -180,11 +180,8 @@ class Guard:
                 self._victim.send(signal.SIGKILL)
             elif fault == "hang":
                 self._victim.send(signal.SIGSTOP)
-            elif fault == "exit":
-                if self._link is not None:
-                    self._link.sendall(b"exit 1\n")
             else:
-                raise ValueError(f"fault {fault!r} is none of kill, hang, exit")
+                raise ValueError(f"fault {fault!r} is none of kill, hang")
 
     def _watch(self) -> None:
         self._listener.setblocking(False)

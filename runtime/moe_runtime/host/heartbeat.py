@@ -60,16 +60,13 @@ class Heartbeat:
         while not self._closed.is_set():
             try:
                 self._sock.sendall((SETTLED_BEAT if self._settled.is_set() else b".") + b"\n")
-                order = self._sock.recv(256)
+                is_there = bool(self._sock.recv(256))
             except TimeoutError:
                 continue
             except OSError:
-                order = b""
+                is_there = False
             if self._closed.is_set():
                 return
-            if not order:
+            if not is_there:
                 self._end_process(EXIT_GUARD_GONE)
-                return
-            if order.startswith(b"exit "):
-                self._end_process(int(order.split()[1]))
                 return

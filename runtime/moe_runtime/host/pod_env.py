@@ -9,15 +9,17 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
-from moe_core.contract.names import ROLE_COORDINATOR, ROLE_GATEWAY, ROLE_RANK, ray_namespace
+from moe_core.contract.names import ROLE_COORDINATOR, ROLE_GATEWAY, ROLE_NODE, ROLE_RANK, ray_namespace
 from moe_core.contract.runtime_config import (
     ENV_CONFIG,
+    ENV_HEALTH_PORT,
     ENV_POD_IP,
     ENV_POD_NAME,
     ENV_POD_UID,
     ENV_RANK,
     ENV_REATTACH,
     ENV_ROLE,
+    ENV_RUN,
     ENV_SHARED_RAY,
     ENV_STATE_DIR,
     ENV_TOKEN_FILE,
@@ -25,15 +27,8 @@ from moe_core.contract.runtime_config import (
 )
 from moe_core.outcome import InvalidInput, InvalidSpec, Problem
 
-ROLE_NODE = "node"
-"""A bare Ray node that pods of one machine share (local shell)."""
-
 Role = Literal["coordinator", "rank", "gateway", "node"]
 _ROLES = (ROLE_COORDINATOR, ROLE_RANK, ROLE_GATEWAY, ROLE_NODE)
-ENV_HEALTH_PORT = "MOERATOR_HEALTH_PORT"
-"""A port of its own on which a gateway answers too, where several share the service's port (local shell)."""
-ENV_RUN = "MOERATOR_RUN"
-"""Run folder of the local shell: what its pods share lies there, and goes with it."""
 _MAX_RANK = 1 << 20
 
 

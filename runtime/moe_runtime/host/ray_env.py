@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 
-from moe_core.contract.names import ROLE_GATEWAY, ROLE_RANK
-from moe_runtime.host.pod_env import ROLE_NODE, PodEnv, ray_token
+from moe_core.contract.names import ROLE_GATEWAY, ROLE_NODE, ROLE_RANK
+from moe_runtime.host.pod_env import PodEnv, ray_token
 
 _RECONNECT_S = 7 * 24 * 3600
 """How long nodes, actors and drivers wait for a dead head; Ray's default of 60 s would end them."""

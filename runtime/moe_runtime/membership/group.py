@@ -49,6 +49,8 @@ class EpochGroup:
         self.device = torch.device(device)
         self._timeout_ms = timeout_ms
         self._broken = ""
+        self.sent_bytes = [0] * len(self.ranks)
+        """By position: what all-to-alls have sent there; at this rank's own position, what stayed."""
         self._backend: Any = None  # a c10d.Backend; torch's stubs leave its operations out
         if len(self.ranks) > 1:
             try:
@@ -63,22 +65,16 @@ class EpochGroup:
     def build(
         cls, membership: Membership, *, rank: int, token: str, device: str = "cpu", timeout_ms: int = 3000
     ) -> "EpochGroup":
-        """The group of a committed epoch. Its members meet in the peer face that the membership names as its store."""
+        """The group of a committed epoch. Its members meet in the peer face of the first of them."""
         member = member_of(membership, rank)
         host, _ = split_address(member.address)
         prefix = f"{membership.epoch}-{'.'.join(m.pod_uid for m in membership.members)}"
-        store = RendezvousStore(
-            membership.store or membership.members[0].address, prefix=prefix, token=token, timeout_ms=timeout_ms
-        )
+        store = RendezvousStore(membership.members[0].address, prefix=prefix, token=token, timeout_ms=timeout_ms)
         return cls(store, membership.ranks, rank, address=host, device=device, timeout_ms=timeout_ms)
 
     @property
     def size(self) -> int:
         return len(self.ranks)
-
-    @property
-    def is_broken(self) -> bool:
-        return bool(self._broken)
 
     def all_to_all(
         self,
@@ -113,6 +109,7 @@ class EpochGroup:
         if self._backend is None:
             self._check("all_to_all")
             out.copy_(rows)
+            self._count(rows, in_splits)
             return
         options = c10d.AllToAllOptions()
         source, outs, ins = rows.contiguous(), list(out_splits), list(in_splits)
@@ -122,6 +119,12 @@ class EpochGroup:
             options,
             timeout_ms,
         )
+        self._count(rows, in_splits)
+
+    def _count(self, rows: torch.Tensor, in_splits: Sequence[int]) -> None:
+        row_bytes = rows.element_size() * math.prod(rows.shape[1:])
+        for position, count in enumerate(in_splits):
+            self.sent_bytes[position] += count * row_bytes
 
     def all_gather_ints(self, row: Sequence[int], *, timeout_ms: int | None = None) -> list[list[int]]:
         """Every member's row of equally many integers, by position."""
@@ -144,21 +147,6 @@ class EpochGroup:
         options = c10d.AllreduceOptions()
         options.reduceOp = c10d.ReduceOp.SUM
         self._run("all_reduce", lambda: self._backend.allreduce([tensor], options), options, timeout_ms)
-
-    all_reduce = all_reduce_sum
-
-    def broadcast(self, tensor: torch.Tensor, root_position: int, *, timeout_ms: int | None = None) -> None:
-        """Every member's tensor becomes the root's, in place."""
-        self._check("broadcast")
-        if self._backend is None:
-            return
-        options = c10d.BroadcastOptions()
-        options.rootRank = root_position
-        self._run("broadcast", lambda: self._backend.broadcast([tensor], options), options, timeout_ms)
-
-    def barrier(self, *, timeout_ms: int | None = None) -> None:
-        """Returns once every member has called it."""
-        self.all_gather_ints([0], timeout_ms=timeout_ms)
 
     def destroy(self) -> None:
         """Close the sockets and threads of this group; peers that wait for it fault at once. Idempotent."""

@@ -4,7 +4,7 @@ The step thread calls; peers vote through the peer face meanwhile. Any member ma
 keeps that safe; to also get done quickly, only the lowest living member proposes and the others wait for it, take
 over when it falls silent, and pick up a decision from whoever knows it.
 
-    keeper = MembershipKeeper(rank=2, pod_uid="p2", host="10.0.0.7", token=token, deadlines=config.deadlines)
+    keeper = MembershipKeeper(rank=2, pod_uid="p2", host="10.0.0.7", token=token)
     membership = keeper.form(first)
     ...
     except GroupFault:
@@ -20,9 +20,9 @@ import time
 from collections.abc import Iterable, Mapping
 
 from moe_core.contract.membership import Member, Membership
-from moe_core.contract.runtime_config import Deadlines
 from moe_runtime.errors import MinorityStop
 from moe_runtime.membership.agreement import Ballot, Promise, Proposal, Refusal
+from moe_runtime.membership.deadlines import Deadlines
 from moe_runtime.membership.fencing import Fencing
 from moe_runtime.membership.ledger import Ledger, Waiting
 from moe_runtime.membership.peer import PeerFace, Peers, Silence, promise_of, refusal_of
@@ -147,12 +147,11 @@ class MembershipKeeper:
         """
         self._ledger.step_out()
 
-    def recover(self, *, suspects: Iterable[int] = ()) -> Membership:
+    def recover(self) -> Membership:
         """The next epoch after a fault, without members that are gone, silent or stuck in their step.
 
-        `suspects` are not taken at their word: a living member that answers stays. Raises MinorityStop, Fenced.
+        Raises MinorityStop, Fenced.
         """
-        del suspects
         return self._settle("recover", None)
 
     def change(self, to: Membership) -> Membership:

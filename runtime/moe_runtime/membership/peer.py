@@ -108,14 +108,7 @@ class Peers:
         self._ledger = ledger
         self._token = token
 
-    def ask(
-        self,
-        members: Iterable[Member],
-        request: Json,
-        *,
-        timeout_ms: float,
-        is_enough: Callable[[Mapping[str, Json]], bool] | None = None,
-    ) -> dict[str, Json | Silence]:
+    def ask(self, members: Iterable[Member], request: Json, *, timeout_ms: float) -> dict[str, Json | Silence]:
         """Replies or silences by pod_uid, for every member except this rank itself."""
         epoch = self._ledger.known_epoch
         calls = {
@@ -123,7 +116,7 @@ class Peers:
             for m in members
             if m.pod_uid != self._ledger.me.pod_uid
         }
-        results = ask_many(calls, token=self._token, timeout_ms=timeout_ms, is_enough=is_enough)
+        results = ask_many(calls, token=self._token, timeout_ms=timeout_ms)
         answers: dict[str, Json | Silence] = {}
         for pod_uid, result in results.items():
             if isinstance(result, WireError):

@@ -16,8 +16,10 @@ import json
 import selectors
 import socket
 import socketserver
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
@@ -67,8 +69,10 @@ class LineServer:
             block_on_close = False
             request_queue_size = 256
 
-            def handle_error(self, request: object, client_address: object) -> None:
-                """A client that hangs up is no event worth a traceback on stderr."""
+            def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002 - not ours to name
+                """A client that hangs up is no event worth a traceback on stderr; a mistake of ours is."""
+                if not isinstance(sys.exc_info()[1], OSError):
+                    traceback.print_exc()
 
         class Handler(socketserver.StreamRequestHandler):
             timeout = _IDLE_S
@@ -163,28 +167,18 @@ def _decode(address: str, line: bytes) -> Json:
     return reply
 
 
-def ask_many(
-    requests: Mapping[Key, tuple[str, Json]],
-    *,
-    token: str,
-    timeout_ms: float,
-    is_enough: Callable[[Mapping[Key, Json]], bool] | None = None,
-) -> dict[Key, Json | WireError]:
+def ask_many(requests: Mapping[Key, tuple[str, Json]], *, token: str, timeout_ms: float) -> dict[Key, Json | WireError]:
     """Ask several addresses side by side, in the calling thread; every key gets its reply or why there is none.
 
-    Ends when all have answered or failed, when `is_enough(replies so far)` says so, or at the deadline; who has not
-    answered by then gets SilentCall.
+    Ends when all have answered or failed, or at the deadline; who has not answered by then gets SilentCall.
     """
     deadline = time.monotonic() + timeout_ms / 1000
     results: dict[Key, Json | WireError] = {}
-    replies: dict[Key, Json] = {}
     with selectors.DefaultSelector() as selector:
         open_calls: dict[Key, _Call] = {}
 
         def settle(key: Key, result: Json | WireError) -> None:
             results[key] = result
-            if isinstance(result, dict):
-                replies[key] = result
             if (call := open_calls.pop(key, None)) is not None:
                 selector.unregister(call.sock)
                 call.sock.close()
@@ -197,7 +191,7 @@ def ask_many(
                 continue
             open_calls[key] = call
             selector.register(call.sock, selectors.EVENT_READ | selectors.EVENT_WRITE, key)
-        while open_calls and not (is_enough is not None and is_enough(replies)):
+        while open_calls:
             remaining_s = deadline - time.monotonic()
             if remaining_s <= 0:
                 break

@@ -33,7 +33,6 @@ def assemble(
         token=token,
         host=pod_ip,
         guard_address=guard_address,
-        deadlines=config.deadlines,
     )
     link = CoordinatorLink(coordinator_url, token)
     loop = StepLoop(

@@ -1,11 +1,14 @@
 """A rank's line to the coordinator: reports go there, the newest directive comes back. Steps never wait for it.
 
-While no coordinator answers, the last directive stays: ranks go on with what they know.
+While no coordinator answers, the last directive stays: ranks go on with what they know. A rank whose line has broken by
+a mistake of ours ends: nobody would hear of it again.
 """
 
 import http.client
+import os
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
@@ -16,6 +19,9 @@ _HOLD_S = 0.4
 """The coordinator holds its answer for so long when there is no news, so no phase is reported later than this."""
 _CALL_S = 3.0
 _RETRY_S = 0.3
+EXIT_LINK_BROKEN = 72
+
+
 _LOAD_EVERY_S = 10.0
 """A load of 61 layers x 256 experts is 80 kB of text, the rest of a report 8 (72 ranks); figures of balance need not
 be fresher."""
@@ -35,22 +41,53 @@ class Loads:
         return report
 
 
+def _end_process(code: int) -> None:
+    os._exit(code)
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
 class CoordinatorLink:
     """`directive` is the newest that came back; an empty one before the first."""
 
-    def __init__(self, url: str, token: str) -> None:
+    def __init__(
+        self,
+        url: str,
+        token: str,
+        *,
+        end_process: Callable[[int], None] = _end_process,
+        say: Callable[[str], None] = _print,
+    ) -> None:
         parts = urlsplit(url)
         self._host, self._port = parts.hostname or "", parts.port or 80
         self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        self._end_process, self._tell = end_process, say
         self._stop = threading.Event()
+        self._trouble = ""
         self.directive = Directive()
 
     def start(self, report: Callable[[], RankReport], *, heard: Callable[[Directive], object]) -> None:
         """`report()` is called before every message, `heard` with every directive, both from the link's thread."""
-        threading.Thread(target=self._run, args=(report, heard), name="coordinator-link", daemon=True).start()
+        threading.Thread(target=self._keep, args=(report, heard), name="coordinator-link", daemon=True).start()
 
     def stop(self) -> None:
         self._stop.set()
+
+    def _keep(self, make_report: Callable[[], RankReport], heard: Callable[[Directive], object]) -> None:
+        try:
+            self._run(make_report, heard)
+        finally:
+            if not self._stop.is_set():
+                traceback.print_exc()
+                self._end_process(EXIT_LINK_BROKEN)
+
+    def _say(self, trouble: str) -> None:
+        """When it begins, when it becomes another, and when it is over."""
+        if trouble != self._trouble:
+            self._trouble = trouble
+            self._tell(trouble or "the coordinator answers again")
 
     def _run(self, make_report: Callable[[], RankReport], heard: Callable[[Directive], object]) -> None:
         connection: http.client.HTTPConnection | None = None
@@ -69,10 +106,13 @@ class CoordinatorLink:
                 if response.status == 200:
                     self.directive = Directive.parse(body)
                     heard(self.directive)
-                elif response.status != 204:
-                    print(f"the coordinator refused a report: {response.status} {body[:300]!r}", flush=True)
+                if response.status in (200, 204):
+                    self._say("")
+                else:
+                    self._say(f"the coordinator refused a report: {response.status} {body[:300]!r}")
                     self._stop.wait(_RETRY_S)
-            except (OSError, http.client.HTTPException, InvalidInput):
+            except (OSError, http.client.HTTPException, InvalidInput) as error:
+                self._say(f"no answer from the coordinator at {self._host}:{self._port}: {error}")
                 connection.close()
                 connection = None
                 self._stop.wait(_RETRY_S)

@@ -17,11 +17,13 @@ from moe_core.contract.membership import Membership
 from moe_core.contract.runtime_config import RuntimeConfig
 from moe_runtime.errors import Fenced, GroupFault, MinorityStop
 from moe_runtime.host.processes import resident_bytes
+from moe_runtime.membership.deadlines import Deadlines
 from moe_runtime.membership.group import EpochGroup
 from moe_runtime.membership.keeper import MembershipKeeper
 from moe_runtime.rank.recovery import Recovering
 from moe_runtime.rank.slot_check import SlotCheck
 from moe_runtime.rank.staging import Staging
+from moe_runtime.rank.traffic import Traffic
 from moe_runtime.rank.work import ModelUnusable, Work, coverage
 from moe_runtime.registration import Directive, RankReport
 
@@ -53,6 +55,8 @@ class StepLoop:
         self._keeper, self._work, self._directive, self._settled = keeper, work, directive, settled
         self._staging = Staging()
         self._slots = SlotCheck()
+        self._traffic = Traffic(rank)
+        self._moved_bytes = 0
         self._group: EpochGroup | None = None
         self._halt = threading.Event()
         self._phase: RankPhase = "Starting"
@@ -93,6 +97,8 @@ class StepLoop:
             training=work.training,
             failure=self._failure,
             digest_mismatches=self._slots.mismatches,
+            dispatch_bytes=self._traffic.by_scope(),
+            moved_bytes=self._moved_bytes,
         )
 
     # -- the thread --
@@ -161,7 +167,7 @@ class StepLoop:
         if staged is None:
             # Not a GroupFault: the next epoch would name the same map, and so would every one after it.
             raise Fenced(f"epoch needs map {digest}, here are {epm.expert_map.digest} and {self._staging.digest}")
-        epm.commit_map(staged)
+        self._moved_bytes += epm.commit_map(staged)
         epm.bind(None)
         return epm.expert_map
 
@@ -198,8 +204,9 @@ class StepLoop:
             rank=self._rank,
             token=self._token,
             device=self._config.device,
-            timeout_ms=self._config.deadlines.step_ms,
+            timeout_ms=Deadlines().step_ms,
         )
+        self._traffic.follow(membership, self._group.sent_bytes)
         self._apply_map(membership.map_digest)
         epm.bind(self._group)
         if self._config.mode == "serve":  # a training run takes its experts from snapshots that carry digests

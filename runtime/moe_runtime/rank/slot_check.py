@@ -13,7 +13,8 @@ from moe_runtime.experts.digest import Expert, as_row, copies_of, named, wrong_c
 from moe_runtime.membership.group import EpochGroup
 
 _READ_MS = 60_000
-"""For the exchange after disputed experts were read again; a peer that dies meanwhile is seen at once."""
+"""For exchanges after slots or disputed experts were read; a peer that dies meanwhile is seen at once, one that stops
+is ended by its guard."""
 
 
 class SlotsCorrupt(RuntimeError):
@@ -21,7 +22,7 @@ class SlotsCorrupt(RuntimeError):
 
 
 class SlotCheck:
-    """One rank's side; all members call the same method at the same boundary. `mismatches`: copies found wrong."""
+    """One rank's side; all members call the same method at the same boundary. `mismatches`: wrong copies it saw."""
 
     def __init__(self) -> None:
         self.mismatches = 0
@@ -43,7 +44,7 @@ class SlotCheck:
             wrong = wrong_copies(copies_of([rows[p] for p in staying], ranks, new_map), self._known)
         if not any(seen for (seen,) in group.all_gather_ints((len(wrong),))):
             return ""
-        self._count(wrong)
+        self._count(group, wrong)
         rank = group.ranks[group.position]
         mine = [e for e, ranks in wrong.items() if rank in ranks and e in self._known and epm.holds(*e)]
         epm.slot_digests(fresh=True)
@@ -53,13 +54,13 @@ class SlotCheck:
 
     def placed(self, group: EpochGroup, epm: ExpertParallelModel) -> None:
         """Raises SlotsCorrupt when this rank is to end. GroupFault as any exchange."""
-        copies = copies_of(
-            group.all_gather_ints(as_row(epm.slot_digests(), epm.expert_map)), group.ranks, epm.expert_map
-        )
+        mine = as_row(epm.slot_digests(), epm.expert_map)
+        rows = group.all_gather_ints(mine, timeout_ms=_READ_MS)
+        copies = copies_of(rows, group.ranks, epm.expert_map)
         if any(seen for (seen,) in group.all_gather_ints((len(wrong_copies(copies, self._known)),))):
             self._known = self._of_all(group, epm)
             wrong = wrong_copies(copies, self._known)
-            self._count(wrong)
+            self._count(group, wrong)
             self._judge(group, epm, wrong)
         for expert, digest_of_rank in copies.items():
             self._known.setdefault(expert, digest_of_rank[min(digest_of_rank)])
@@ -81,5 +82,9 @@ class SlotCheck:
         if mine:
             raise SlotsCorrupt(f"{named(mine)}: " + ("memory is not what its source says" if anybody else "outvoted"))
 
-    def _count(self, wrong: Mapping[Expert, tuple[int, ...]]) -> None:
-        self.mismatches += sum(map(len, wrong.values()))
+    def _count(self, group: EpochGroup, wrong: Mapping[Expert, tuple[int, ...]]) -> None:
+        """Once for all: by the first rank that will live to tell."""
+        guilty = {rank for ranks in wrong.values() for rank in ranks}
+        witness = next((rank for rank in group.ranks if rank not in guilty), group.ranks[0])
+        if group.ranks[group.position] == witness:
+            self.mismatches += sum(map(len, wrong.values()))
