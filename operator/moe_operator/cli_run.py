@@ -46,7 +46,9 @@ async def _run(documents: Sequence[Document], *, keep: bool) -> int:
                 with contextlib.suppress(KeyError):
                     if thing["kind"] == "MoEService" and teller.first_time_ready(thing):
                         port = shell.cluster.port_of(_key(thing), "gateway")
-                        typer.echo(f"{thing['metadata']['name']} answers at http://127.0.0.1:{port}/v1")
+                        wanted = thing["spec"].get("gateway", {}).get("port", port)
+                        taken = "" if port == wanted else f" (somebody else listens on its port {wanted})"
+                        typer.echo(f"{thing['metadata']['name']} answers at http://127.0.0.1:{port}/v1{taken}")
             outcomes = [outcome_of(thing) for thing in things]
             if all(outcome is not None for outcome in outcomes):
                 return 0 if all(outcomes) else EXIT_FAILED

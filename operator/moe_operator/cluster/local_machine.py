@@ -75,7 +75,9 @@ class Ports:
 
 
 def is_free(port: int) -> bool:
+    """Whether nobody listens there; connections that a former listener has just closed do not count."""
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:

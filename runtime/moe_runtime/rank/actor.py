@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from moe_core.contract.names import rank_actor_name
 from moe_core.contract.runtime_config import RuntimeConfig
 from moe_runtime.engine.scheduler import GenerationRequest
+from moe_runtime.host.heartbeat import Heartbeat
 from moe_runtime.rank.boot import RankBoot
 from moe_runtime.rank.desk import Desk, Poll
 
@@ -41,7 +42,7 @@ class RankActor:
         self._loop: StepLoop | None = None
 
     async def start(self) -> int:
-        """Begin in the background; returns the pid. The guard hears of this rank once its imports are done."""
+        """Begin in the background; returns the pid."""
         _redirect_output(Path(self._boot.log_path))
         self._desk = Desk(asyncio.get_running_loop())
         threading.Thread(target=self._begin, name="rank-begin", daemon=True).start()
@@ -54,12 +55,10 @@ class RankActor:
         try:
             config = RuntimeConfig.parse(Path(boot.config_path).read_bytes())
             token = Path(boot.token_path).read_text(encoding="utf-8").strip()
-            from moe_runtime.host.heartbeat import Heartbeat
+            # Before the imports, so that the guard sees a death among them. Without a guard this raises.
+            self._heartbeat = Heartbeat(Path(boot.guard_socket), pod_uid=boot.pod_uid)
             from moe_runtime.rank.assembly import assemble
 
-            # Only now: loading torch's libraries from a cold disk holds the interpreter for longer than a guard bears
-            # silence. Without a guard this raises, and the process ends.
-            self._heartbeat = Heartbeat(Path(boot.guard_socket), pod_uid=boot.pod_uid)
             self._loop = assemble(
                 config,
                 token=token,

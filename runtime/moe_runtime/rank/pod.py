@@ -22,8 +22,7 @@ from moe_runtime.rank.boot import RankBoot
 
 _CREATE = "from moe_runtime.rank.actor import create; create()"
 _BEGIN_S = 300.0
-"""From the actor's creation to its first heartbeat, which comes after the imports: 7 s of one core; seen 30 s for four
-at once on two cores that others used too; a cold disk takes longer."""
+"""To the first heartbeat: the creator's own bounds on finding a Ray node and on making the actor, and a minute."""
 
 
 class RankEnded(RuntimeError):
