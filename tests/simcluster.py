@@ -223,14 +223,14 @@ class Sim:
                     )
                 )
             case BindPod():
-                self._change(action.uid, gated=False, node=action.node)
+                self.change(action.uid, gated=False, node=action.node)
                 self.ever_bound.append(action.uid)
             case DeletePod():
                 pod = next((p for p in self.pods if p.uid == action.uid), None)
                 if pod is not None and (pod.gated or pod.phase in ("Failed", "Succeeded")):
                     self.pods.remove(pod)
                 elif pod is not None:
-                    self._change(action.uid, deleting=True)
+                    self.change(action.uid, deleting=True)
             case ApplyObject():
                 self.objects[action.kind, action.name] = action.digest
             case EnsureToken():
@@ -247,12 +247,15 @@ class Sim:
             case InjectFault():
                 self.injected.append(action.request.pod_uid)
 
-    def _change(self, uid: str, **changes: Any) -> None:
+    def change(self, uid: str, **changes: Any) -> None:
         self.pods = [replace(p, **changes) if p.uid == uid else p for p in self.pods]
+
+    def fail(self, uid: str, message: str) -> None:
+        self.change(uid, phase="Failed", ready=False, message=message)
 
     def kill(self, rank: int) -> None:
         for pod in self.live(rank):
-            self._change(pod.uid, phase="Failed", message="killed", ready=False)
+            self.change(pod.uid, phase="Failed", message="killed", ready=False)
 
     def tick(self, seconds: float = 1.0) -> None:
         """The kubelets start what is bound, end what is deleted; the runtime forms, joins, drops and takes the wish."""
@@ -264,7 +267,7 @@ class Sim:
             elif pod.phase == "Pending" and not pod.gated and not pod.deleting:
                 node = pod.node or (names[0] if names else None)
                 if node in names:
-                    self._change(pod.uid, phase="Running", ready=True, node=node)
+                    self.change(pod.uid, phase="Running", ready=True, node=node)
         self._runtime_moves()
 
     def _runtime_moves(self) -> None:

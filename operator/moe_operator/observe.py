@@ -213,13 +213,21 @@ def _why(status: Object) -> str:
     return ""
 
 
+def _last_line(text: str) -> str:
+    """Of a container's last output the line that says what happened: an error's own."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+
+
 def _troubles(status: Object) -> Iterable[str]:
     for container in (*status.get("initContainerStatuses", ()), *status.get("containerStatuses", ())):
+        ended = (container.get("lastState") or {}).get("terminated") or {}
+        if ended.get("message") and not container.get("ready"):  # tells more than "back-off restarting"
+            yield f"{ended.get('reason', '')} (exit code {ended.get('exitCode')}): {_last_line(ended['message'])}"
         for state in (container.get("state") or {}).values():
             reason = (state or {}).get("reason", "")
             if reason and reason not in ("Completed", "PodInitializing", "ContainerCreating"):
                 code = f" (exit code {state['exitCode']})" if "exitCode" in state else ""
-                yield f"{reason}{code}: {state.get('message', '')}".rstrip(": ")
+                yield f"{reason}{code}: {_last_line(state.get('message', ''))}".rstrip(": ")
     for condition in status.get("conditions", ()):
         if condition["type"] == "PodScheduled" and condition["status"] == "False" and condition.get("message"):
             yield f"{condition.get('reason', 'Unschedulable')}: {condition['message']}"

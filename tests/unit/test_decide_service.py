@@ -35,6 +35,29 @@ def test_a_service_starts_and_says_so() -> None:
     assert sim.wish.status["observedGeneration"] == 1
 
 
+def test_a_group_whose_ranks_die_again_and_again_says_why_while_it_starts() -> None:
+    sim = service()
+    for _ in range(40):
+        sim.step()
+        sim.tick(10)
+        for pod in sim.pods:
+            if pod.role == "rank" and pod.phase == "Running":
+                sim.fail(pod.uid, "exit code 1: moe-pod: rank 0: its process ended: OSError: no shard 3")
+    kind, reason = sim.condition("Ready")
+    assert kind == "False"
+    assert reason in ("Starting", "Forming")
+    assert "no shard 3" in sim.message("Ready")
+
+
+def test_a_gateway_that_cannot_start_says_why() -> None:
+    sim = service()
+    sim.settle()
+    gateway = next(pod for pod in sim.pods if pod.role == "gateway")
+    sim.change(gateway.uid, ready=False, message="exit code 1: the gateway ended: no tokenizer.json")
+    sim.step()
+    assert "tiny-svc-gateway-0-1: exit code 1: the gateway ended: no tokenizer.json" in sim.message("Ready")
+
+
 def test_a_gang_that_does_not_fit_stays_gated_and_says_what_is_missing() -> None:
     sim = service(nodes=3)
     sim.settle()
@@ -122,7 +145,8 @@ def test_losing_an_uncopied_expert_shows_as_degraded_until_it_is_back() -> None:
     assert sim.condition("ExpertCoverage") == ("False", "ExpertsLost")
     assert sim.condition("Degraded") == ("True", "ExpertsLost")
     assert sim.condition("Ready") == ("False", "RankLost")
-    assert sim.message("Ready") == "3 of 4 ranks active; not active: 2"
+    told = "3 of 4 ranks active; not active: 2; replaced once, last rank 2: tiny-svc-rank-2-1: killed"
+    assert sim.message("Ready") == told
 
 
 def test_a_pod_that_a_person_deleted_is_replaced_though_it_is_stuck_terminating() -> None:

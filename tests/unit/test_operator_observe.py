@@ -116,6 +116,15 @@ def test_a_pod_of_ours_carries_its_rank_and_why_it_is_in_trouble() -> None:
     assert fact.message == "OOMKilled (exit code 137)"
 
 
+def test_a_container_that_is_started_again_and_again_tells_the_last_line_of_its_last_end() -> None:
+    obj = pod("tiny-job-gateway-0-1", owner="tiny")
+    ended = {"reason": "Error", "exitCode": 1, "message": "loading\nmoe-pod: no tokenizer.json\n"}
+    waits = {"reason": "CrashLoopBackOff", "message": "back-off 10s restarting"}
+    container = {"ready": False, "state": {"waiting": waits}, "lastState": {"terminated": ended}}
+    obj["status"] = {"phase": "Running", "containerStatuses": [container]}
+    assert pod_record(obj).fact.message == "Error (exit code 1): moe-pod: no tokenizer.json"
+
+
 def test_an_owner_reference_that_does_not_control_makes_no_owner() -> None:
     obj = pod("p", owner="tiny")
     del obj["metadata"]["ownerReferences"][0]["controller"]

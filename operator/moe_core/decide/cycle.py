@@ -18,6 +18,7 @@ from moe_core.manifests.objects import wanted_objects
 from moe_core.manifests.plan import Plan
 from moe_core.outcome import NoFit, Reason
 
+MAX_LOSS_TOLD = 500
 STRANDED_S = 60.0
 """Longer than a node's flap or a pod that is just ending elsewhere, short against waiting in vain on held devices."""
 
@@ -86,6 +87,7 @@ def run_cycle(plan: Plan, memory: Memory, facts: Facts, now: float) -> Cycle:
         num_layers=plan.num_layers,
         redundant_per_rank=plan.redundant_per_rank,
         levels=plan.pack.levels,
+        last_loss=_last_loss(filled, memory),
     )
     return Cycle(
         actions=actions,
@@ -103,6 +105,13 @@ def run_cycle(plan: Plan, memory: Memory, facts: Facts, now: float) -> Cycle:
         formed=formed,
         waking=(*filled.waking, *helper_waking, *silence.waking, *([] if stranded is None else [max(stranded, 0.05)])),
     )
+
+
+def _last_loss(filled: Steps, memory: Memory) -> str:
+    if not filled.replaced:
+        return memory.last_loss
+    rank, _, why = filled.replaced[-1]
+    return f"rank {rank}: {why}"[:MAX_LOSS_TOLD]
 
 
 def _stranded(ranks: Mapping[int, Seat], facts: Facts, now: float) -> float | None:

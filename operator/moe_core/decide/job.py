@@ -9,7 +9,7 @@ from moe_core.decide.cycle import Cycle, everything_goes, run_cycle, soonest
 from moe_core.decide.memory import Memory, condition_in, is_true
 from moe_core.decide.report import count, events_of, status_of
 from moe_core.decide.rest import suspended
-from moe_core.decide.shared import is_forming, not_ready_yet, placed_condition, progressing, used_up
+from moe_core.decide.shared import is_forming, losses, not_ready_yet, placed_condition, progressing, used_up
 from moe_core.facts import Condition, Decision, DeleteOwner, Facts, Wish
 from moe_core.outcome import InvalidSpec, Reason
 from moe_core.spec.job import MoEJobSpec
@@ -92,7 +92,8 @@ def _ready(wish: Wish, cycle: Cycle, facts: Facts) -> Condition:
     counts = cycle.counts
     told = f"{counts.active} of {counts.desired} ranks active"
     if counts.active < counts.desired:
-        return Condition("Ready", "False", Reason.FORMING if is_forming(wish, cycle) else Reason.RANK_LOST, told)
+        reason = Reason.FORMING if is_forming(wish, cycle) else Reason.RANK_LOST
+        return Condition("Ready", "False", reason, told + losses(cycle))
     return Condition("Ready", "True", Reason.ALL_ACTIVE, told)
 
 

@@ -39,6 +39,8 @@ class Memory:
     """Highest incarnation that a coordinator has heard of, by rank."""
     silent_since: tuple[tuple[int, float], ...] = ()
     """(rank, time) of ranks that run, were heard before, and are missed."""
+    last_loss: str = ""
+    """The rank that was last replaced, and why it was lost."""
     started_at: float | None = None
     completed_at: float | None = None
 
@@ -63,6 +65,7 @@ class Memory:
             silent_since=tuple(
                 (_int(one.get("rank")), _int(one.get("atMilliseconds")) / 1000) for one in kept.get("silentSince", ())
             ),
+            last_loss=str(kept.get("lastLoss", "")),
             started_at=seconds_of(status.get("startTime")),
             completed_at=seconds_of(status.get("completionTime")),
         )
@@ -80,6 +83,7 @@ class Memory:
             "numExperts": self.num_experts,
             "numLayers": self.num_layers,
             "redundantPerRank": self.redundant_per_rank,
+            "lastLoss": self.last_loss,
             "levels": [{"name": name, "nodeLabel": label} for name, label in self.levels],
         }
 

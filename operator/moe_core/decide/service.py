@@ -9,7 +9,7 @@ from moe_core.decide.follow import is_leaving_done
 from moe_core.decide.memory import Memory
 from moe_core.decide.report import events_of, status_of
 from moe_core.decide.rest import suspended
-from moe_core.decide.shared import is_forming, not_ready_yet, placed_condition, progressing, used_up
+from moe_core.decide.shared import is_forming, losses, not_ready_yet, placed_condition, progressing, used_up
 from moe_core.facts import Condition, Decision, Facts, Wish
 from moe_core.outcome import Reason
 
@@ -57,12 +57,12 @@ def _ready(wish: Wish, cycle: Cycle, accepted: Accepted, facts: Facts) -> Condit
         told = f"{told}; resizing from {cycle.following.num_ranks} to {counts.desired} ranks"
         return Condition("Ready", "False", Reason.RESIZING, told)
     if counts.active < counts.desired:
-        told = f"{told}; not active: {_listed(_inactive(cycle, facts, counts.desired))}"
+        told = f"{told}; not active: {_listed(_inactive(cycle, facts, counts.desired))}{losses(cycle)}"
         return Condition("Ready", "False", Reason.FORMING if is_forming(wish, cycle) else Reason.RANK_LOST, told)
     gateways = [seat.live for seat in cycle.gateways.values() if seat.live is not None and seat.live.ready]
     told = f"{told}; {len(gateways)} of {accepted.plan.num_gateways} gateways ready"
     if len(gateways) < accepted.plan.num_gateways:
-        return Condition("Ready", "False", Reason.STARTING, told)
+        return Condition("Ready", "False", Reason.STARTING, told + _trouble_of_gateways(cycle))
     return Condition("Ready", "True", Reason.ALL_ACTIVE, told)
 
 
@@ -71,6 +71,11 @@ def _inactive(cycle: Cycle, facts: Facts, num_ranks: int) -> list[int]:
     active = active_uids(facts.runtime)
     pods = {rank: seat.live for rank, seat in cycle.ranks.items()}
     return [r for r in range(num_ranks) if (pod := pods.get(r)) is None or pod.uid not in active]
+
+
+def _trouble_of_gateways(cycle: Cycle) -> str:
+    pods = [seat.live for _, seat in sorted(cycle.gateways.items()) if seat.live is not None and not seat.live.ready]
+    return next((f"; {pod.name}: {pod.message}" for pod in pods if pod.message), "")
 
 
 def _listed(ranks: Sequence[int], most: int = 16) -> str:

@@ -45,8 +45,16 @@ def starting_note(cycle: Cycle, facts: Facts) -> str:
     if stuck is not None:
         return f"{told}; {stuck.name}: {stuck.message}"
     if counts.available == counts.desired and facts.runtime is None:
-        return f"{told}; waiting for the coordinator"
-    return told
+        told = f"{told}; waiting for the coordinator"
+    return told + losses(cycle)
+
+
+def losses(cycle: Cycle) -> str:
+    """Why ranks had to be replaced: what keeps a group from ever becoming whole says so here."""
+    if not cycle.restarts or not cycle.memory.last_loss:
+        return ""
+    times = "once" if cycle.restarts == 1 else f"{cycle.restarts} times"
+    return f"; replaced {times}, last {cycle.memory.last_loss}"
 
 
 def not_ready_yet(cycle: Cycle, facts: Facts) -> Condition | None:

@@ -57,6 +57,9 @@ class LocalPod:
     ready: bool = False
     deleting: bool = False
     message: str = ""
+    """How it last ended, until it is ready again."""
+    trouble: str = ""
+    """What is known of the present end besides its code."""
     restarts: int = 0
     pid: int | None = None
     health_port: int | None = None
@@ -170,7 +173,8 @@ class Kubelet:
             if pod.deleting:
                 return
             pod.ready = False
-            pod.message = describe_exit(code) + (f": {pod.message}" if pod.message else "")
+            why = pod.trouble or (_last_line(pod.folder / "log") if code else "")
+            pod.message = describe_exit(code) + (f": {why}" if why else "")
             if pod.restarts_in_place == "Never" or (pod.restarts_in_place == "OnFailure" and code == 0):
                 pod.phase = "Succeeded" if code == 0 else "Failed"
                 self._on_change(pod)
@@ -183,14 +187,14 @@ class Kubelet:
             backoff = min(2 * backoff, LAST_BACKOFF_S)
 
     async def _run_once(self, pod: LocalPod) -> int:
-        pod.message = ""
+        pod.trouble = ""
         try:
             process = await self._spawn(pod)
         except (CannotStart, OSError) as problem:
-            pod.message = str(problem)
+            pod.trouble = str(problem)
             return 128
         except (KeyError, TypeError, ValueError) as problem:  # a manifest that an API server would have refused
-            pod.message = f"its manifest cannot be run: {problem!r}"
+            pod.trouble = f"its manifest cannot be run: {problem!r}"
             return 128
         self._processes[pod.uid] = process
         pod.phase, pod.pid = "Running", process.pid
@@ -247,12 +251,13 @@ class Kubelet:
         while failures < probe.failure_threshold:
             await asyncio.sleep(probe.period_s)
             failures = 0 if await probe.succeeds() else failures + 1
-        pod.message = f"liveness probe failed {failures} times: {probe.url}"
+        pod.trouble = f"liveness probe failed {failures} times: {probe.url}"
         order_end(process, LIVENESS_GRACE_S)
 
     def _set_ready(self, pod: LocalPod, *, ready: bool) -> None:
         if pod.ready != ready:
             pod.ready = ready
+            pod.message = "" if ready else pod.message
             self._on_change(pod)
 
     def _gone(self, pod: LocalPod) -> None:
@@ -347,6 +352,17 @@ def sweep(run_folder: Path, *, spare: set[int]) -> None:
             if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
+
+
+def _last_line(log: Path) -> str:
+    """What a pod said last: an error's own line, where one ended it."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
 
 
 def describe_exit(code: int) -> str:

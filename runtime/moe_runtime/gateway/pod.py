@@ -19,7 +19,7 @@ from pathlib import Path
 
 from moe_runtime.gateway.door import Door
 from moe_runtime.gateway.tokenizer import TokenizerMissing
-from moe_runtime.host import processes
+from moe_runtime.host import last_words, processes
 from moe_runtime.host.guard import Guard, guard_socket_path
 from moe_runtime.host.heartbeat import Heartbeat
 from moe_runtime.host.pod_env import PodEnv, read_pod_env
@@ -54,6 +54,7 @@ class GatewayBoot:
 async def guard_gateway(env: PodEnv) -> None:
     """Runs until the gateway cannot be kept up (GatewayEnded) or this is cancelled. Raises OSError: port taken."""
     assert env.config.serving is not None
+    env.state_dir.mkdir(parents=True, exist_ok=True)
     door = Door(env.pod_ip if is_loopback(env.pod_ip) else None, env.config.serving.gateway_port)
     try:
         while True:
@@ -73,6 +74,7 @@ async def _serve_once(env: PodEnv, door: Door) -> str:
     boot = GatewayBoot(
         str(guard.socket_path), door.listener.fileno(), tuple(connection.fileno() for connection in door.waiting)
     )
+    last_words.forget(_last_words(env))
     child = processes.start(
         [sys.executable, "-c", "from moe_runtime.gateway.pod import serve; serve()", json.dumps(asdict(boot))],
         env=ray_environment(env, os.environ),
@@ -89,8 +91,12 @@ async def _serve_once(env: PodEnv, door: Door) -> str:
         await asyncio.shield(asyncio.to_thread(_end, child))
         guard.close()
     if code >= 0:
-        raise GatewayEnded(f"the gateway ended with code {code}")
+        raise GatewayEnded(f"the gateway ended with code {code}{last_words.told(_last_words(env))}")
     return f"the gateway was killed by {signal.Signals(-code).name} ({guard.reason or 'before it was guarded'})"
+
+
+def _last_words(env: PodEnv) -> Path:
+    return env.state_dir / "gateway.last-words"
 
 
 def _end(child: "subprocess.Popen[bytes]") -> None:
@@ -112,8 +118,9 @@ def serve() -> None:
         asyncio.run(_serve_until_told(env, boot, heart))
         code = 0
     except (TokenizerMissing, OSError) as error:
-        print(f"moe-pod: gateway: {error}", file=sys.stderr, flush=True)
-    except BaseException:
+        last_words.leave(_last_words(env), error)
+    except BaseException as error:
+        last_words.leave(_last_words(env), error)
         traceback.print_exc()
         raise
     finally:

@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from moe_core.contract.names import rank_actor_name
 from moe_core.contract.runtime_config import RuntimeConfig
 from moe_runtime.engine.scheduler import GenerationRequest
+from moe_runtime.host import last_words
 from moe_runtime.host.heartbeat import Heartbeat
 from moe_runtime.rank.boot import RankBoot
 from moe_runtime.rank.desk import Desk, Poll
@@ -71,6 +72,9 @@ class RankActor:
                 settled=self._heartbeat.settle,
             )
             self._loop.run()
+        except BaseException as error:
+            last_words.leave(boot.last_words_path, error)
+            raise
         finally:
             # The loop only ends by a mistake of ours: the guard has to see that, not a rank that answers nothing.
             if self._loop is None or self._loop.crashed is not None:

@@ -1,5 +1,7 @@
 """What a guard hands to the process of its rank. Both import it, so neither torch nor Ray is imported here."""
 
+from pathlib import Path
+
 from pydantic.dataclasses import dataclass
 
 
@@ -19,3 +21,7 @@ class RankBoot:
     ray_address: str
     ray_namespace: str
     ray_temp_dir: str
+
+    @property
+    def last_words_path(self) -> Path:
+        return Path(f"{self.log_path}.last-words")

@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from moe_runtime.host import processes
+from moe_runtime.host import last_words, processes
 from moe_runtime.host.guard import Guard, guard_socket_path
 from moe_runtime.host.guard_face import GuardFace
 from moe_runtime.host.pod_env import PodEnv
@@ -36,12 +36,14 @@ async def guard_rank(env: PodEnv) -> None:
     guard = Guard(pod_uid=env.pod_uid, socket_path=guard_socket_path(env))
     face = GuardFace(guard, token=env.token, host=env.pod_ip, faults_enabled=env.config.faults_enabled)
     log = env.state_dir / "rank.log"
+    boot = _boot(env, guard, face.address, log)
+    last_words.forget(boot.last_words_path)
     following = asyncio.create_task(_follow(log))
     try:
-        await _create(env, guard, face.address, log)
+        await _create(env, guard, boot)
         while not guard.ended.is_set():
             await asyncio.sleep(0.1)
-        raise RankEnded(f"rank {env.rank}: {guard.reason}")
+        raise RankEnded(f"rank {env.rank}: {guard.reason}{last_words.told(boot.last_words_path)}")
     finally:
         await asyncio.shield(asyncio.to_thread(guard.fence, "its pod ends"))
         following.cancel()
@@ -51,8 +53,8 @@ async def guard_rank(env: PodEnv) -> None:
         guard.close()
 
 
-async def _create(env: PodEnv, guard: Guard, guard_address: str, log: Path) -> None:
-    boot = RankBoot(
+def _boot(env: PodEnv, guard: Guard, guard_address: str, log: Path) -> RankBoot:
+    return RankBoot(
         config_path=str(env.config_path),
         token_path=str(env.token_path),
         rank=env.rank if env.rank is not None else -1,
@@ -66,6 +68,10 @@ async def _create(env: PodEnv, guard: Guard, guard_address: str, log: Path) -> N
         ray_namespace=env.ray_namespace,
         ray_temp_dir=str(ray_temp_dir(env)),
     )
+
+
+async def _create(env: PodEnv, guard: Guard, boot: RankBoot) -> None:
+    log = Path(boot.log_path)
     command = [sys.executable, "-c", _CREATE, json.dumps(asdict(boot))]
     await head_listens(env)
     creator = processes.start(command, env=ray_environment(env, os.environ), log=log)
