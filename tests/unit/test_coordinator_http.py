@@ -12,13 +12,13 @@ from aiohttp.test_utils import TestClient, TestServer
 from moe_core.contract.exchange import FaultRequest, RuntimeWish
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.membership import Member, Membership
-from moe_core.contract.runtime_config import ModelSource, RuntimeConfig, ServingConfig
 from moe_runtime.coordinator import face
 from moe_runtime.coordinator.book import Book
 from moe_runtime.coordinator.face import CoordinatorFace
 from moe_runtime.coordinator.head_copies import HeadCopies
 from moe_runtime.host.pod_env import PodEnv
 from moe_runtime.registration import Directive, GatewayReport, MembersView, RankReport
+from serving_config import serving_config
 
 TOKEN = "the-token-of-this-test"
 WISH = RuntimeWish(
@@ -30,20 +30,7 @@ REPORT = RankReport(member=Member(rank=0, pod_uid="p0", address="h:1", guard_add
 
 
 def environment(*, faults_enabled: bool) -> PodEnv:
-    config = RuntimeConfig(
-        owner_kind="MoEService",
-        namespace="default",
-        name="tiny",
-        uid="u",
-        mode="serve",
-        model=ModelSource(path="/m"),
-        num_ranks=1,
-        coordinator_host="127.0.0.1",
-        coordinator_port=7310,
-        ray_port=6379,
-        faults_enabled=faults_enabled,
-        serving=ServingConfig(max_sequences=1, max_context=64, served_name="t", fallback="Drop", gateway_port=8000),
-    )
+    config = serving_config(faults_enabled=faults_enabled)
     return PodEnv(
         role="coordinator",
         rank=None,

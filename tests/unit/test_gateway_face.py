@@ -9,26 +9,14 @@ from typing import Any
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from moe_core.contract.runtime_config import ModelSource, RuntimeConfig, ServingConfig
 from moe_runtime.engine.scheduler import GenerationRequest
 from moe_runtime.gateway.face import GatewayFace
 from moe_runtime.gateway.ranks import RankDirectory
 from moe_runtime.gateway.tokenizer import ByteTokenizer
 from moe_runtime.rank.desk import Poll
+from serving_config import serving_config
 
-CONFIG = RuntimeConfig(
-    owner_kind="MoEService",
-    namespace="default",
-    name="tiny",
-    uid="u",
-    mode="serve",
-    model=ModelSource(path="/m"),
-    num_ranks=1,
-    coordinator_host="127.0.0.1",
-    coordinator_port=7310,
-    ray_port=6379,
-    serving=ServingConfig(max_sequences=1, max_context=64, served_name="m", fallback="Drop", gateway_port=8000),
-)
+CONFIG = serving_config()
 Answer = Callable[[GenerationRequest, int], Poll]
 """What the only rank answers to a request of which the gateway has so many tokens."""
 

@@ -7,24 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from moe_core.contract.runtime_config import ModelSource, RuntimeConfig, ServingConfig
 from moe_core.outcome import InvalidSpec
 from moe_runtime.host.pod_env import ray_token, read_pod_env
 from moe_runtime.host.ray_env import ray_environment, ray_temp_dir
+from serving_config import serving_config
 
-CONFIG = RuntimeConfig(
-    owner_kind="MoEService",
-    namespace="default",
-    name="tiny",
-    uid="u1",
-    mode="serve",
-    model=ModelSource(path="/model"),
-    num_ranks=2,
-    coordinator_host="127.0.0.1",
-    coordinator_port=7310,
-    ray_port=6379,
-    serving=ServingConfig(max_sequences=4, max_context=64, served_name="tiny", fallback="Drop", gateway_port=8000),
-)
+CONFIG = serving_config(num_ranks=2)
 
 
 @pytest.fixture

@@ -6,28 +6,16 @@ import pytest
 
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.membership import Member, Membership
-from moe_core.contract.runtime_config import ModelSource, RuntimeConfig, ServingConfig
 from moe_runtime.engine.model import StagedSlots
 from moe_runtime.membership.keeper import MembershipKeeper
 from moe_runtime.rank.loop import StepLoop
 from moe_runtime.rank.work import WorkReport
 from moe_runtime.registration import Directive
+from serving_config import serving_config
 
 MAP = ExpertMap(generation=1, num_logical_experts=1, slots_of_rank=(1,), logical_of_slot=((0,),))
 ME = Member(rank=0, pod_uid="p0", address="127.0.0.1:1")
-CONFIG = RuntimeConfig(
-    owner_kind="MoEService",
-    namespace="default",
-    name="tiny",
-    uid="u",
-    mode="serve",
-    model=ModelSource(path="/models/m"),
-    num_ranks=1,
-    coordinator_host="127.0.0.1",
-    coordinator_port=1,
-    ray_port=2,
-    serving=ServingConfig(max_sequences=1, max_context=8, served_name="m", fallback="Drop", gateway_port=3),
-)
+CONFIG = serving_config()
 
 
 class Model:
