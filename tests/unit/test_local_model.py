@@ -104,3 +104,11 @@ def test_a_config_that_cannot_be_served_says_why(tmp_path: Path, text: str, word
     found = read_model(tmp_path)
     assert found is not None
     assert word in found.problem
+
+
+def test_a_folder_with_pickled_weights_only_is_refused_by_their_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral", "num_local_experts": 8, "num_hidden_layers": 2}')
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    fact = read_model(tmp_path)
+    assert fact is not None
+    assert fact.problem.endswith("weights are read from safetensors only, and there is pytorch_model.bin")

@@ -9,6 +9,7 @@ from moe_core.contract.families import why_refused
 from moe_core.facts import ModelFact
 
 MAX_COUNT = 65536
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 EXPERT_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -16,7 +17,9 @@ def read_model(folder: Path) -> ModelFact | None:
     """The checkpoint's shape, None when there is no checkpoint (yet); `problem` says why it cannot be served."""
     file = folder / "config.json"
     if not has_checkpoint(folder):
-        return None
+        pickled = sorted(path.name for kind in PICKLED for path in folder.glob(kind))
+        told = f"{folder}: weights are read from safetensors only, and there is {', '.join(pickled[:3])}"
+        return ModelFact(0, 0, "", problem=told) if pickled and file.is_file() else None
     try:
         config = json.loads(file.read_text())
     except (ValueError, OSError) as error:
