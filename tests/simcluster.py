@@ -321,3 +321,15 @@ def make(kind: str, spec: Mapping[str, Any], nodes: Sequence[NodeFact] = (), **m
 
 def edit(sim: Sim, **changes: Any) -> None:
     sim.wish = replace(sim.wish, spec={**sim.wish.spec, **changes}, generation=sim.wish.generation + 1)
+
+
+def service(ranks: int = 4, nodes: int = 6, **more: Any) -> Sim:
+    return make("MoEService", service_spec(ranks, template=gpu_template(), **more), gpu_nodes(nodes))
+
+
+def running(ranks: int = 4, nodes: int = 6, *, staging_ticks: int = 0, **more: Any) -> Sim:
+    sim = service(ranks, nodes, **more)
+    sim.staging_ticks = staging_ticks
+    sim.settle()
+    assert sim.condition("Ready") == ("True", "AllActive")
+    return sim
