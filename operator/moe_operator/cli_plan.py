@@ -3,18 +3,16 @@
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import typer
 import yaml
 from rich.console import Console
 from rich.table import Table
 
 from moe_core.decide.accept import Refusal
-from moe_core.experts.checks import FloatArray
 from moe_core.experts.trace import Trace, read_lines
 from moe_core.facts import Facts, ModelFact, NodeFact, Wish
 from moe_core.outcome import InvalidInput, NoFit
@@ -131,11 +129,7 @@ def _look(
     )
     model, size = _model(doc)
     facts = replace(facts, model=model)
-    looks = []
-    for count in counts or (None,):
-        load = None if trace is None else _load(trace, look_ahead(wish, facts, num_ranks=count, size=size))
-        looks.append(look_ahead(wish, facts, num_ranks=count, load=load, size=size))
-    return tuple(looks)
+    return tuple(look_ahead(wish, facts, num_ranks=count, trace=trace, size=size) for count in counts or (None,))
 
 
 def _model(doc: Document) -> tuple[ModelFact | None, ModelSize | None]:
@@ -148,20 +142,6 @@ def _model(doc: Document) -> tuple[ModelFact | None, ModelSize | None]:
         return fact, None
     config = json.loads((folder / "config.json").read_text())
     return fact, size_of_config(config.get("text_config", config))
-
-
-def _load(trace: Trace, plain: Outlook | Refusal) -> FloatArray | None:
-    """Picks of the whole trace. Raises InvalidInput when it is of another model."""
-    if isinstance(plain, Refusal):
-        return None
-    shape = (plain.expert_map.num_layers, plain.expert_map.num_logical_experts)
-    if len(trace.layers) != shape[0] or trace.num_experts > shape[1]:
-        raise InvalidInput(
-            f"--load: the trace has {len(trace.layers)} layers and experts up to {trace.num_experts - 1}, "
-            f"the model has {shape[0]} layers and experts 0..{shape[1] - 1}"
-        )
-    load_LE: FloatArray = replace(trace, num_experts=shape[1]).load_of_steps().sum(0).astype(np.float64)
-    return load_LE
 
 
 def _is_wished(found: Outlook | Refusal) -> bool:
@@ -198,6 +178,15 @@ def _cells(found: Outlook | Refusal) -> dict[str, str]:
         cells["bytes of a step"] = f"{_bytes(found.traffic.sent_bytes)} sent ({by_scope})"
     if found.planned is not None:
         cells["planned for this load"] = f"balancedness {found.planned_balance:.3f}; {found.planned.reason}"
+    if found.crossings is not None:
+        cells["other nodes a token meets"] = "; ".join(
+            f"{way} {one.nodes:.2f} at balancedness {one.balancedness:.3f}"
+            for way, one in (
+                ("as assigned", found.crossings.assigned),
+                ("packed by load", found.crossings.by_load),
+                ("chosen together kept together", found.crossings.together),
+            )
+        )
     return cells
 
 
@@ -246,6 +235,7 @@ def _plan_as_json(found: Outlook | Refusal) -> dict[str, Any]:
         "bytesBetweenRanks": None
         if found.traffic is None
         else (found.traffic.dispatch_RR + found.traffic.combine_RR).tolist(),
+        "crossings": None if found.crossings is None else asdict(found.crossings),
         "planned": None
         if found.planned is None
         else {

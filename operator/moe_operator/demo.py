@@ -12,7 +12,6 @@ import shutil
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +25,7 @@ from moe_operator.cli_run import EXIT_FAILED, EXIT_INTERRUPTED, ConditionTeller,
 from moe_operator.cluster import local_init
 from moe_operator.cluster.local_shell import LocalShell
 from moe_operator.cluster.protocol import Key
-from moe_operator.demo_report import Figures, Quality, print_table, write_json
+from moe_operator.demo_report import Figures, Loss, Quality, print_table, write_json
 from moe_operator.load_generator import LoadGenerator
 from moe_operator.progress import Screen, make_screen
 
@@ -46,14 +45,6 @@ T = TypeVar("T")
 
 class DemoFailed(MoeratorError):
     """A stage did not come out as it must."""
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """What the death of one rank takes: per layer, experts with a copy elsewhere and experts without."""
-
-    copied: tuple[tuple[int, int], ...]
-    uncopied: tuple[tuple[int, int], ...]
 
 
 def run_demo(examples: Path, *, output: Path, keep: bool, plain: bool) -> int:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.table import Table
@@ -15,8 +15,13 @@ from rich.table import Table
 from moe_core.contract.exchange import Recovery, RuntimeState, TrainingProgress
 from moe_operator.load_generator import Tally
 
-if TYPE_CHECKING:
-    from moe_operator.demo import Loss
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What the death of one rank takes: per layer, experts with a copy elsewhere and experts without."""
+
+    copied: tuple[tuple[int, int], ...]
+    uncopied: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,7 @@ class Figures:
     degraded_tokens: Mapping[str, int] = field(default_factory=dict)
     covered: bool = False
     rank_memory_bytes: tuple[int, ...] = ()
-    loss: "Loss | None" = None
+    loss: Loss | None = None
     quality: Quality | None = None
 
     def note_training(self, training: TrainingProgress) -> None:

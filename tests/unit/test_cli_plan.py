@@ -75,6 +75,15 @@ def test_a_load_shows_what_a_plan_for_it_would_win(tmp_path: Path) -> None:
     assert plan["planned"]["gainSeconds"] >= plan["planned"]["costSeconds"]
 
 
+def test_nodes_and_a_trace_show_how_far_tokens_have_to_go(tmp_path: Path) -> None:
+    code, text = run("-f", JOB, "--nodes", nodes_file(tmp_path, 4), "--load", trace_file(tmp_path), "--json")
+    (plan,) = json.loads(text)[0]["plans"]
+    assert code == 0
+    assert plan["crossings"]["together"]["nodes"] <= plan["crossings"]["by_load"]["nodes"] <= 2
+    assert plan["crossings"]["assigned"]["balancedness"] < plan["crossings"]["together"]["balancedness"]
+    assert run("-f", JOB, "--nodes", nodes_file(tmp_path, 1), "--load", trace_file(tmp_path))[0] == 0
+
+
 def test_numbers_of_ranks_stand_side_by_side(tmp_path: Path) -> None:
     code, text = run("-f", JOB, "--ranks", "2..6", "--json")
     assert code == 0

@@ -12,21 +12,41 @@ import numpy as np
 
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.decide.accept import Accepted, Refusal, accept
+from moe_core.experts.affinity import pack_together
 from moe_core.experts.bounds import bound_of_slots
 from moe_core.experts.checks import FloatArray
 from moe_core.experts.fleet import Fleet
 from moe_core.experts.measure import Balance, balance, copies_of_logical, load_of_ranks, load_of_slots
-from moe_core.experts.replan import Prices, Replan, replan
+from moe_core.experts.pack import pack
+from moe_core.experts.replan import Prices, Replan, Rows, replan
 from moe_core.experts.survival import Survival, survival
-from moe_core.experts.traffic import StepShape, Traffic, traffic_by_pick
+from moe_core.experts.trace import Trace
+from moe_core.experts.traffic import StepShape, Traffic, domains_per_token, traffic_by_pick
 from moe_core.facts import Facts, Wish
 from moe_core.manifests.plan import Plan
-from moe_core.outcome import NoFit
+from moe_core.outcome import InvalidInput, NoFit
 from moe_core.preview.size import ModelSize
 from moe_core.spec.job import MoEJobSpec
 from moe_core.topology.fit import Fit, fit
 
 MOST_FAILURES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """Nodes other than its own that a token of the trace is sent to, on average, and how even the ranks are then."""
+
+    nodes: float
+    balancedness: float
+
+
+@dataclass(frozen=True, slots=True)
+class Crossings:
+    """As assigned; the same copies packed by load alone; and packed so that experts chosen together are together."""
+
+    assigned: Crossing
+    by_load: Crossing
+    together: Crossing
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +74,7 @@ class Outlook:
     bytes_by_scope: Mapping[str, float] = field(default_factory=dict)
     planned: Replan | None = None
     planned_balance: float = 0.0
+    crossings: Crossings | None = None
 
 
 def look_ahead(
@@ -61,13 +82,13 @@ def look_ahead(
     facts: Facts,
     *,
     num_ranks: int | None = None,
-    load: FloatArray | None = None,
+    trace: Trace | None = None,
     size: ModelSize | None = None,
     prices: Prices | None = None,
 ) -> Outlook | Refusal:
-    """What would come of `wish`, with its own number of ranks or another one. load [L, E] as picks of one window.
+    """What would come of `wish`, with its own number of ranks or another one. The load is that of the whole trace.
 
-    Raises InvalidInput for a load of another shape than the model's.
+    Raises InvalidInput for a trace of another model.
     """
     if num_ranks is not None:
         parallelism = {**dict(wish.spec.get("parallelism") or {}), "expert": num_ranks}
@@ -79,10 +100,10 @@ def look_ahead(
     expert_map = plan.expert_map(plan.num_ranks)
     copies = copies_of_logical(expert_map)
     placement = _placed(plan, facts)
-    load_LE = np.ones((plan.num_layers, plan.num_experts)) if load is None else load
+    load_LE = np.ones((plan.num_layers, plan.num_experts)) if trace is None else _load_of(trace, expert_map)
     nodes = _nodes_of(placement, plan.num_ranks)
     traffic = None if size is None else _traffic(accepted, expert_map, load_LE, size)
-    planned = None if load is None else _planned(expert_map, load_LE, nodes, size, prices or Prices())
+    planned = None if trace is None else _planned(expert_map, load_LE, nodes, size, prices or Prices())
     fleet = Fleet(expert_map.slots_of_rank)
     return Outlook(
         num_ranks=plan.num_ranks,
@@ -102,6 +123,7 @@ def look_ahead(
         bytes_by_scope={} if traffic is None else _by_scope(traffic, plan, facts, nodes),
         planned=planned,
         planned_balance=_balance_of(planned, load_LE, plan.num_ranks),
+        crossings=None if trace is None or nodes is None else _crossings(expert_map, trace, load_LE, nodes),
     )
 
 
@@ -147,6 +169,57 @@ def _by_scope(traffic: Traffic, plan: Plan, facts: Facts, nodes: Sequence[str] |
     levels = plan.pack.levels
     paths = [(*(labels_of_node[name].get(label, "") for _, label in levels), name) for name in nodes]
     return traffic.by_scope(paths, (*(name for name, _ in levels), "node"))
+
+
+def _load_of(trace: Trace, expert_map: ExpertMap) -> FloatArray:
+    """[L, E] picks. Raises InvalidInput."""
+    if len(trace.layers) != expert_map.num_layers or trace.num_experts > expert_map.num_logical_experts:
+        raise InvalidInput(
+            f"the trace has {len(trace.layers)} layers and experts up to {trace.num_experts - 1}, "
+            f"the model has {expert_map.num_layers} layers and experts 0..{expert_map.num_logical_experts - 1}"
+        )
+    return np.asarray(_of_this_model(trace, expert_map).load_of_steps().sum(0), dtype=np.float64)
+
+
+def _of_this_model(trace: Trace, expert_map: ExpertMap) -> Trace:
+    """A trace names no expert that nobody chose; the model has it all the same."""
+    return replace(trace, num_experts=expert_map.num_logical_experts)
+
+
+def _crossings(expert_map: ExpertMap, trace: Trace, load_LE: FloatArray, nodes: Sequence[str]) -> Crossings | None:
+    """None where all ranks share one node. The trace's own ranks may be others: its tokens are dealt over these."""
+    fleet = Fleet(expert_map.slots_of_rank, domain_of_rank=tuple(nodes))
+    if fleet.num_domains < 2:
+        return None
+    copies_LE = copies_of_logical(expert_map)
+    chosen_LEE = _of_this_model(trace, expert_map).chosen_together()
+    by_load = pack(load_LE, copies_LE.copy(), fleet).rows()
+    together = pack_together(load_LE, copies_LE.copy(), fleet, chosen_LEE).rows()
+    return Crossings(
+        *(
+            _crossing(rows, expert_map, trace, load_LE, nodes)
+            for rows in (expert_map.logical_of_slot, by_load, together)
+        )
+    )
+
+
+def _crossing(rows: Rows, expert_map: ExpertMap, trace: Trace, load_LE: FloatArray, nodes: Sequence[str]) -> Crossing:
+    layout = ExpertMap(
+        generation=expert_map.generation,
+        num_logical_experts=expert_map.num_logical_experts,
+        slots_of_rank=expert_map.slots_of_rank,
+        logical_of_slot=rows,
+    )
+    return Crossing(_mean_crossed(layout, trace, nodes), balance(layout, load_LE).balancedness)
+
+
+def _mean_crossed(expert_map: ExpertMap, trace: Trace, nodes: Sequence[str]) -> float:
+    crossed = []
+    for layer_idx, layer in enumerate(trace.layers):
+        picks_TK = trace.picks(layer)
+        source_T = np.arange(len(picks_TK)) % expert_map.num_ranks
+        crossed.append(domains_per_token(expert_map, layer_idx, picks_TK, source_T, domain_of_rank=nodes))
+    return float(np.mean(crossed))
 
 
 def _balance_of(planned: Replan | None, load_LE: FloatArray, num_ranks: int) -> float:
