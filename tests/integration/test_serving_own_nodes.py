@@ -29,7 +29,7 @@ def test_a_request_waits_until_the_only_rank_is_replaced_and_a_drill_may_injure_
         fault = f'{{"pod_uid": "{rank.pod_uid}", "fault": "kill"}}'
         assert pods.call("POST", "/v1/faults", fault)[0] == 202
         assert rank.process.wait(20) == 1
-        assert "the rank's process ended" in rank.log
+        assert "its process ended" in rank.log
         assert not rank.below(), "its Ray node ends with it"
         until("the gateway says it has no rank", lambda: not pods.healthy(), within_s=20)
 
