@@ -124,7 +124,7 @@ def test_a_users_label_cannot_take_the_place_of_ours() -> None:
 def test_what_a_template_may_not_name_is_all_that_pods_have_of_ours(role: str) -> None:
     spec = pods()[role]["spec"]
     [container] = spec["containers"]
-    theirs = {"models", "/model", "NCCL_DEBUG", "HOME"}
+    theirs = {"models", "/model", "NCCL_DEBUG", "HOME", "OMP_NUM_THREADS"}
     assert {v["name"] for v in spec["volumes"] if not v["name"].startswith(OWN_VOLUMES)} <= theirs
     assert {e["name"] for e in container["env"] if not e["name"].startswith(OWN_ENV)} <= theirs
     assert {m["mountPath"] for m in container["volumeMounts"]} - theirs == set(OWN_MOUNTS)
@@ -148,6 +148,15 @@ def test_a_gpu_request_computes_on_the_gpu_and_none_on_the_cpu() -> None:
     assert config(service_spec()).device == "cpu"
     assert config(service_spec(drills="Allowed")).faults_enabled
     assert not config(service_spec()).faults_enabled
+
+
+def test_a_rank_computes_on_the_processors_it_asks_for() -> None:
+    threads = {role: env_of(role).get("OMP_NUM_THREADS") for role in ("rank", "gateway", "coordinator")}
+    assert threads == {"rank": "4", "gateway": None, "coordinator": None}
+
+
+def env_of(role: str) -> dict[str, str | None]:
+    return {entry["name"]: entry.get("value") for entry in pods()[role]["spec"]["containers"][0]["env"]}
 
 
 def test_the_local_shell_gets_loopback_and_its_own_ports() -> None:

@@ -179,8 +179,12 @@ def _env(plan: Plan, role: str, index: int) -> list[dict[str, Any]]:
     if role == ROLE_RANK:
         ours.append({"name": ENV_RANK, "value": str(index)})
     theirs = {entry.name: entry.value for entry in plan.template.spec.env}
-    home = {} if "HOME" in theirs else {"HOME": "/tmp"}
-    return [*ours, *({"name": name, "value": value} for name, value in sorted({**home, **theirs}.items()))]
+    defaults = {"HOME": "/tmp"}
+    if role == ROLE_RANK:
+        # A rank computes on the processors it asks for; more threads than that would be throttled.
+        millicores = plan.needs.request.get("cpu", 0)
+        defaults["OMP_NUM_THREADS"] = str(max(1, millicores // 1000))
+    return [*ours, *({"name": name, "value": value} for name, value in sorted({**defaults, **theirs}.items()))]
 
 
 def _resources(plan: Plan, role: str) -> dict[str, Any]:
