@@ -45,6 +45,16 @@ def until(what: str, look: Callable[[], T | None], *, within_s: float) -> T:
         time.sleep(0.05)
 
 
+def is_over(pid: int) -> bool:
+    """Whether a process has closed its files, which its last thread does: its memory goes earlier, its entry later."""
+    try:
+        threads = [task.name for task in Path(f"/proc/{pid}/task").iterdir()]
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return threads == [str(pid)] and state in "ZX"
+
+
 def spread_map(num_ranks: int, *, copies: int = 2, generation: int = 1) -> ExpertMap:
     """Every expert `copies` times, on neighbouring ranks."""
     share = NUM_EXPERTS // num_ranks

@@ -15,11 +15,10 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from integration.serving_pods import Pods, spread_map, until
+from integration.serving_pods import Pods, is_over, spread_map, until
 from moe_core.contract.exchange import RuntimeState, RuntimeWish
 from moe_core.contract.runtime_config import ModelSource
 from moe_runtime.gateway.pod import SILENCE_S
-from moe_runtime.host import processes
 from tiny_checkpoint import NUM_EXPERTS, NUM_LAYERS, write_checkpoint
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(280)]
@@ -210,5 +209,5 @@ def test_killed_gateway_pod_leaves_the_other_one_at_work(service: Service) -> No
     pod = service.pods.pods["gateway-0"]
     served = pod.below()
     pod.kill_whole()
-    until("its processes are gone", lambda: not any(processes.resident_bytes(pid) for pid in served), within_s=5)
+    until("its processes have closed their ports", lambda: all(is_over(pid) for pid in served), within_s=5)
     assert service.pods.complete("x", max_tokens=2)["usage"]["completion_tokens"] == 2
