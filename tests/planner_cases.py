@@ -35,5 +35,4 @@ def problems(draw: st.DrawFn) -> tuple[FloatArray, Fleet]:
 
 
 def copies_of(load: FloatArray, fleet: Fleet) -> IntArray:
-    room = sum(min(s, load.shape[1]) for s in fleet.slots_of_rank)
-    return count_copies(load, room, most=fleet.ranks_with_slots)
+    return count_copies(load, fleet.room_for(load.shape[1]), most=fleet.ranks_with_slots)

@@ -232,9 +232,7 @@ def _plan_as_json(found: Outlook | Refusal) -> dict[str, Any]:
         "bestBalancedness": found.bound,
         "parameterBytesOfRank": None if found.size is None else found.size.rank_bytes(found.expert_map),
         "bytesByScope": dict(found.bytes_by_scope),
-        "bytesBetweenRanks": None
-        if found.traffic is None
-        else (found.traffic.dispatch_RR + found.traffic.combine_RR).tolist(),
+        "bytesBetweenRanks": None if found.traffic is None else found.traffic.total_RR.tolist(),
         "crossings": None if found.crossings is None else asdict(found.crossings),
         "planned": None
         if found.planned is None

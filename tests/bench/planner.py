@@ -29,7 +29,7 @@ from moe_core.experts.checks import FloatArray, IntArray
 from moe_core.experts.counts import count_copies
 from moe_core.experts.eplb import rebalance_experts
 from moe_core.experts.fleet import Fleet
-from moe_core.experts.pack import pack
+from moe_core.experts.pack import pack, pack_anew
 from moe_core.experts.replan import Prices, replan
 from moe_core.experts.shelf import Shelf, rows_of
 from moe_core.experts.traffic import StepShape, picks_between
@@ -78,7 +78,7 @@ def eplb_of(path: Path | None) -> tuple[str, Peer]:
 
 
 def ours(load: FloatArray, fleet: Fleet) -> Shelf:
-    return pack(load, count_copies(load, SLOTS, most=fleet.ranks_with_slots), fleet)
+    return pack_anew(load, fleet)
 
 
 def timed(work: Callable[[], Any], runs: int) -> tuple[Any, float]:

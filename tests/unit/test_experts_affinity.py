@@ -43,8 +43,7 @@ def crossed(shelf: Shelf, picks_TK: IntArray) -> float:
         slots_of_rank=FLEET.slots_of_rank,
         logical_of_slot=shelf.rows(),
     )
-    source_T = np.arange(len(picks_TK)) % NUM_RANKS
-    return domains_per_token(expert_map, 0, picks_TK, source_T, domain_of_rank=FLEET.domain_of_rank)
+    return domains_per_token(expert_map, [picks_TK], domain_of_rank=FLEET.domain_of_rank)
 
 
 def test_tokens_cross_fewer_domains_at_nearly_the_same_balance() -> None:

@@ -13,6 +13,7 @@ alone cannot say who is chosen with whom.
 import numpy as np
 
 from moe_core.experts.checks import FloatArray, IntArray
+from moe_core.experts.copies import proportional_shares
 from moe_core.experts.fleet import Fleet
 from moe_core.experts.pack import even, pack, part
 from moe_core.experts.shelf import Shelf
@@ -58,7 +59,7 @@ def _homes(load_E: FloatArray, together_EE: FloatArray, room_G: IntArray) -> Int
     """[E] the home of each expert: in proportion to the domains' slots, together with what is chosen with it."""
     num_experts = len(load_E)
     together = together_EE - np.diag(np.diag(together_EE))
-    seats_G = _shares(num_experts, room_G)
+    seats_G = np.asarray(proportional_shares(num_experts, room_G.tolist()))
     limit_G = load_E.sum() * room_G / room_G.sum() * _HEAVY
     home_E = np.full(num_experts, -1, dtype=np.int64)
     near_EG = np.zeros((num_experts, len(room_G)))
@@ -123,11 +124,3 @@ def _copies_of_domains(
         load_G[domain] += per_copy_E[expert]
         free_G[domain] -= 1
     return held_EG
-
-
-def _shares(total: int, room_G: IntArray) -> IntArray:
-    """`total` in proportion to the rooms, largest remainders first."""
-    shares = total * room_G // room_G.sum()
-    rest = np.argsort(-(total * room_G % room_G.sum()), kind="stable")[: total - int(shares.sum())]
-    shares[rest] += 1
-    return np.asarray(shares)

@@ -36,8 +36,7 @@ def bound_of_copies(load_LE: FloatArray, copies_LE: IntArray, fleet: Fleet) -> F
 def bound_of_slots(load_LE: FloatArray, fleet: Fleet) -> FloatArray:
     """[L] no assignment to these ranks, however it counts copies, has a heaviest rank below this."""
     speeds = fleet.speed_R[fleet.slots_R > 0]
-    room = int(np.minimum(fleet.slots_R, load_LE.shape[1]).sum())
-    copies_LE = count_copies(load_LE, room, most=fleet.ranks_with_slots)
+    copies_LE = count_copies(load_LE, fleet.room_for(load_LE.shape[1]), most=fleet.ranks_with_slots)
     largest_L = (load_LE / copies_LE).max(1, initial=0.0)
     return np.asarray(np.maximum(load_LE.sum(1) / speeds.sum(), largest_L / speeds.max()))
 

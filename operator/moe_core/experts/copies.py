@@ -26,7 +26,7 @@ class Layout:
         self.free_R: IntArray = np.minimum(self.room_R, num_logical)
         self.holds_RE: NDArray[np.bool_] = np.zeros((num_ranks, num_logical), dtype=bool)
         self.copies_E: IntArray = np.zeros(num_logical, dtype=np.int64)
-        self.home_E: IntArray = np.repeat(np.arange(num_ranks), _shares(num_logical, room))
+        self.home_E: IntArray = np.repeat(np.arange(num_ranks), proportional_shares(num_logical, room))
         self.guests_RR: IntArray = np.zeros((num_ranks, num_ranks), dtype=np.int64)
         for logical, home in enumerate(self.home_E.tolist()):  # contiguous, in proportion to the ranks' slots
             self._put(logical, home)
@@ -87,7 +87,7 @@ class Layout:
         return found
 
 
-def _shares(total: int, room: Sequence[int]) -> list[int]:
+def proportional_shares(total: int, room: Sequence[int]) -> list[int]:
     """`total` split over ranks in proportion to their room (largest remainders first), never above it."""
     slots = sum(room)
     shares = [total * r // slots for r in room]

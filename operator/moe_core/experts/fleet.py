@@ -62,6 +62,10 @@ class Fleet:
         """No expert can have more copies than this without two on one rank."""
         return sum(1 for count in self.slots_of_rank if count)
 
+    def room_for(self, num_experts: int) -> int:
+        """Slots that can be filled: a rank has no use for more than one copy of each expert."""
+        return int(np.minimum(self.slots_R, num_experts).sum())
+
     @cached_property
     def slots_R(self) -> IntArray:
         return np.asarray(self.slots_of_rank, dtype=np.int64)

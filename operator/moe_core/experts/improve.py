@@ -86,7 +86,7 @@ def _exchanges(shelf: Shelf, layer: IntArray, heavy: IntArray) -> _Steps:
     """The best exchange of each layer's heaviest rank with any other."""
     mine, all_slots = shelf.logical_LRS[layer, heavy], shelf.logical_LRS[layer]
     may_leave, may_come = _may_trade(shelf, layer, heavy)
-    shift = shelf.per_copy_LX[layer[:, None], mine][:, :, None, None] - _weights(shelf, layer)[:, None]
+    shift = shelf.per_copy_LX[layer[:, None], mine][:, :, None, None] - shelf.weight_of(layer)[:, None]
     speed_R = shelf.fleet.speed_R
     after_mine = shelf.load_LR[layer, heavy][:, None, None, None] - shift / speed_R[heavy][:, None, None, None]
     after_other = shelf.load_LR[layer][:, None, :, None] + shift / speed_R[None, None, :, None]
@@ -114,7 +114,7 @@ def _recopies(load_LE: FloatArray, shelf: Shelf, layer: IntArray, heavy: IntArra
     others_NRS = (host_load_NX + rise_NX / speed_R.min())[rows, all_slots]
 
     new_copy_NS = per_copy_NX[np.arange(len(layer))[:, None], mine] - less_mine_NS
-    shift = new_copy_NS[:, :, None, None] - _weights(shelf, layer)[:, None]
+    shift = new_copy_NS[:, :, None, None] - shelf.weight_of(layer)[:, None]
     after_other = shelf.load_LR[layer][:, None, :, None] + shift / speed_R[None, None, :, None]
     after_mine = (shelf.load_LR[layer, heavy][:, None] - less_mine_NS / speed_R[heavy][:, None])[:, :, None, None]
     worst = np.maximum(np.maximum(after_mine, after_other), others_NRS[:, None])
@@ -146,10 +146,6 @@ def _may_trade(shelf: Shelf, layer: IntArray, heavy: IntArray) -> tuple[np.ndarr
         layer[:, None, None], all_slots, source=ranks_R[None, :, None], target=heavy[:, None, None]
     )
     return may_leave, may_come
-
-
-def _weights(shelf: Shelf, layer: IntArray) -> FloatArray:
-    return np.take_along_axis(shelf.per_copy_LX[layer][:, None, :], shelf.logical_LRS[layer], axis=2)
 
 
 def _heaviest_hosts(shelf: Shelf, layer: IntArray) -> FloatArray:

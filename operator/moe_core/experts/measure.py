@@ -77,5 +77,14 @@ def balance(expert_map: ExpertMap, load: ArrayLike, live_ranks: Collection[int] 
     if of_rank.size == 0 or of_rank.max() == 0:
         return Balance(1.0, 1.0, 1.0)
     means, maxima = of_rank.mean(-1), of_rank.max(-1)
-    per_layer = np.where(maxima > 0, means / np.where(maxima > 0, maxima, 1), 1.0)
+    per_layer = _even_L(means, maxima)
     return Balance(float(per_layer.mean()), float(per_layer.min()), float(means.sum() / maxima.sum()))
+
+
+def balancedness_of(mean_L: FloatArray, worst_L: FloatArray) -> float:
+    """Balancedness where only the ranks' mean load and their largest are known, by layer."""
+    return float(_even_L(mean_L, worst_L).mean())
+
+
+def _even_L(mean_L: FloatArray, worst_L: FloatArray) -> FloatArray:
+    return np.where(worst_L > 0, mean_L / np.where(worst_L > 0, worst_L, 1.0), 1.0)

@@ -15,6 +15,7 @@ import numpy as np
 
 from moe_core.experts.checks import FloatArray, IntArray
 from moe_core.experts.copies import lay_out
+from moe_core.experts.counts import count_copies
 from moe_core.experts.fleet import Fleet
 from moe_core.experts.shelf import BoolArray, Shelf
 
@@ -32,14 +33,20 @@ def pack(load_LE: FloatArray, copies_LE: IntArray, fleet: Fleet) -> Shelf:
     return shelf
 
 
+def pack_anew(load_LE: FloatArray, fleet: Fleet, *, least_copies: int = 1) -> Shelf:
+    """The plan from scratch: copies counted by load, in all slots that can be filled, and packed."""
+    room = fleet.room_for(load_LE.shape[1])
+    return pack(load_LE, count_copies(load_LE, room, most=fleet.ranks_with_slots, least=least_copies), fleet)
+
+
 def deal(load_LE: FloatArray, copies_LE: IntArray, fleet: Fleet) -> Shelf:
     """Step 1. Wider ranks take part in more rounds, and these come last, with the lightest copies."""
     num_layers, num_experts = load_LE.shape
     widest = int(fleet.slots_R.max())
-    logical_LC = _heaviest_first(load_LE / np.maximum(copies_LE, 1), copies_LE, fill=num_experts, width=fleet.num_slots)
-    weight_LC = np.take_along_axis(
-        np.concatenate([load_LE / np.maximum(copies_LE, 1), np.zeros((num_layers, 1))], axis=1), logical_LC, axis=1
-    )
+    per_copy_LE = load_LE / np.maximum(copies_LE, 1)
+    logical_LC = _heaviest_first(per_copy_LE, copies_LE, fill=num_experts, width=fleet.num_slots)
+    with_empty_LX = np.concatenate([per_copy_LE, np.zeros((num_layers, 1))], axis=1)
+    weight_LC = np.take_along_axis(with_empty_LX, logical_LC, axis=1)
     logical_LRS = np.full((num_layers, fleet.num_ranks, widest), num_experts + 1, dtype=np.int64)
     load_LR = np.zeros((num_layers, fleet.num_ranks))
     interleaved_R = _interleaved(fleet)
@@ -122,8 +129,7 @@ def _partners(shelf: Shelf, layer: IntArray, rank: IntArray, place: IntArray, *,
     fits_NRS &= shelf.may_enter(
         layer[:, None, None], logical_NRS, source=ranks_R[None, :, None], target=rank[:, None, None]
     )
-    weight_NRS = np.take_along_axis(shelf.per_copy_LX[layer][:, None, :], logical_NRS, axis=2)
-    shift_NRS = shelf.per_copy_LX[layer, mine_N][:, None, None] - weight_NRS
+    shift_NRS = shelf.per_copy_LX[layer, mine_N][:, None, None] - shelf.weight_of(layer)
     speed_R = shelf.fleet.speed_R
     after_mine = shelf.load_LR[layer, rank][:, None, None] - shift_NRS / speed_R[rank][:, None, None]
     after_other = shelf.load_LR[layer][:, :, None] + shift_NRS / speed_R[None, :, None]

@@ -18,10 +18,9 @@ import numpy as np
 
 from moe_core.experts.align import align, arrivals, copies_in, keep_places, slots_on_ranks
 from moe_core.experts.checks import FloatArray, IntArray
-from moe_core.experts.counts import count_copies
 from moe_core.experts.fleet import Fleet
 from moe_core.experts.improve import improve
-from moe_core.experts.pack import pack
+from moe_core.experts.pack import pack_anew
 from moe_core.experts.shelf import Shelf, rows_of
 from moe_core.outcome import InvalidInput
 
@@ -141,11 +140,8 @@ def _within(choices: _Choices, price_s: float, second_per_load: float, most: int
 
 
 def _anew(load_LE: FloatArray, fleet: Fleet, start_LRS: IntArray, least_copies: int) -> Shelf:
-    num_experts = load_LE.shape[1]
-    room = int(np.minimum(fleet.slots_R, num_experts).sum())
-    copies_LE = count_copies(load_LE, room, most=fleet.ranks_with_slots, least=least_copies)
-    shelf = pack(load_LE, copies_LE, fleet)
-    aligned = align(shelf.logical_LRS, start_LRS, fleet, num_experts)
+    shelf = pack_anew(load_LE, fleet, least_copies=least_copies)
+    aligned = align(shelf.logical_LRS, start_LRS, fleet, load_LE.shape[1])
     return Shelf.of(load_LE, shelf.copies_LE, fleet, aligned)
 
 

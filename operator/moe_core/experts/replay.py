@@ -13,16 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
-import numpy as np
-
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.experts.align import arrivals, slots_on_ranks
 from moe_core.experts.assign import assign
 from moe_core.experts.checks import FloatArray
-from moe_core.experts.counts import count_copies
 from moe_core.experts.fleet import Fleet
 from moe_core.experts.measure import balance
-from moe_core.experts.pack import pack
+from moe_core.experts.pack import pack_anew
 from moe_core.experts.replan import Prices, Rows, replan
 from moe_core.outcome import InvalidInput
 
@@ -96,5 +93,4 @@ def _deepseek(fleet: Fleet, load_LE: FloatArray, _rows: Rows) -> Rows:
 
 
 def _fresh(fleet: Fleet, load_LE: FloatArray, _rows: Rows) -> Rows:
-    room = int(np.minimum(fleet.slots_R, load_LE.shape[1]).sum())
-    return pack(load_LE, count_copies(load_LE, room, most=fleet.ranks_with_slots), fleet).rows()
+    return pack_anew(load_LE, fleet).rows()

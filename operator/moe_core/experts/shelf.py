@@ -53,7 +53,11 @@ class Shelf:
         return int(self.copies_LE.shape[1])
 
     def weight_LRS(self) -> FloatArray:
-        return np.take_along_axis(self.per_copy_LX[:, None, :], self.logical_LRS, axis=2)
+        return self.weight_of(slice(None))
+
+    def weight_of(self, layer: IntArray | slice) -> FloatArray:
+        """[N, R, S] load of each slot in these layers."""
+        return np.take_along_axis(self.per_copy_LX[layer][:, None, :], self.logical_LRS[layer], axis=2)
 
     def repeats_LRS(self) -> BoolArray:
         """Slots whose expert has another copy in an earlier slot of the same rank."""

@@ -127,23 +127,27 @@ def traffic_by_token(expert_map: ExpertMap, shape: StepShape) -> Traffic:
 
 
 def domains_per_token(
-    expert_map: ExpertMap, layer_idx: int, picks_TK: IntArray, source_T: IntArray, *, domain_of_rank: Sequence[str]
+    expert_map: ExpertMap, picks_of_layer: Sequence[IntArray], *, domain_of_rank: Sequence[str]
 ) -> float:
-    """How many failure domains other than its own a token of a trace has to be sent to, on average.
+    """How many failure domains other than its own a token of a trace has to be sent to, on average over the layers.
 
-    source_T: the rank each token is on. A pick goes to the copy that its source chooses; lost experts count nowhere.
+    picks_of_layer: [T, K] for each layer of the map, its tokens dealt over the ranks in turn. A pick goes to the copy
+    that its source chooses; lost experts count nowhere.
     """
-    ranks = [rank for rank, count in enumerate(expert_map.slots_of_rank) if count]
+    ranks = np.flatnonzero(expert_map.slots_of_rank)
     ids = {name: index for index, name in enumerate(dict.fromkeys(domain_of_rank))}
     domain_R = np.asarray([ids[name] for name in domain_of_rank])
-    chosen_RE = choose_slots_of_all(expert_map, ranks, domain_of_rank=domain_of_rank)[:, layer_idx]
-    row_of_rank = np.full(expert_map.num_ranks, -1)
-    row_of_rank[ranks] = np.arange(len(ranks))
-    slot_TK = chosen_RE[row_of_rank[source_T][:, None], picks_TK]
-    domain_TK = np.where(
-        slot_TK == NO_SLOT, domain_R[source_T][:, None], domain_R[np.asarray(expert_map.rank_of_slot)[slot_TK]]
-    )
-    meets_TG = np.zeros((len(picks_TK), len(ids)), dtype=bool)
-    np.put_along_axis(meets_TG, domain_TK, True, axis=1)
-    meets_TG[np.arange(len(picks_TK)), domain_R[source_T]] = False
-    return float(meets_TG.sum(1).mean())
+    domain_of_slot = domain_R[np.asarray(expert_map.rank_of_slot)]
+    chosen_RLE = choose_slots_of_all(expert_map, ranks.tolist(), domain_of_rank=domain_of_rank)
+    means = []
+    for layer_idx, picks_TK in enumerate(picks_of_layer):
+        row_T = np.arange(len(picks_TK)) % len(ranks)
+        home_T = domain_R[ranks[row_T]]
+        slot_TK = chosen_RLE[row_T[:, None], layer_idx, picks_TK]
+        meets_TG = np.zeros((len(picks_TK), len(ids)), dtype=bool)
+        np.put_along_axis(
+            meets_TG, np.where(slot_TK == NO_SLOT, home_T[:, None], domain_of_slot[slot_TK]), True, axis=1
+        )
+        meets_TG[np.arange(len(picks_TK)), home_T] = False
+        means.append(float(meets_TG.sum(1).mean()))
+    return float(np.mean(means))

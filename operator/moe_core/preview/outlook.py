@@ -16,7 +16,7 @@ from moe_core.experts.affinity import pack_together
 from moe_core.experts.bounds import bound_of_slots
 from moe_core.experts.checks import FloatArray
 from moe_core.experts.fleet import Fleet
-from moe_core.experts.measure import Balance, balance, copies_of_logical, load_of_ranks, load_of_slots
+from moe_core.experts.measure import Balance, balance, balancedness_of, copies_of_logical, load_of_ranks, load_of_slots
 from moe_core.experts.pack import pack
 from moe_core.experts.replan import Prices, Replan, Rows, replan
 from moe_core.experts.survival import Survival, survival
@@ -115,7 +115,7 @@ def look_ahead(
         survival=_survivals(expert_map, None),
         survival_of_nodes=() if nodes is None else _survivals(expert_map, nodes),
         balance=balance(expert_map, load_LE),
-        bound=_mean_over(load_LE, bound_of_slots(load_LE, fleet), plan.num_ranks),
+        bound=balancedness_of(load_LE.sum(1) / plan.num_ranks, bound_of_slots(load_LE, fleet)),
         load_of_rank=tuple(load_of_ranks(expert_map, load_LE).sum(0).tolist()),
         load_of_slot=load_of_slots(expert_map, load_LE),
         size=size,
@@ -143,12 +143,6 @@ def _survivals(expert_map: ExpertMap, unit_of_rank: Sequence[str] | None) -> tup
     units = [ids[name] for name in names]
     failures = range(1, min(MOST_FAILURES, len(ids) - 1) + 1)
     return tuple(survival(expert_map, failures=count, unit_of_rank=units) for count in failures)
-
-
-def _mean_over(load_LE: FloatArray, worst_L: FloatArray, num_ranks: int) -> float:
-    """Balancedness of heaviest ranks: mean over max, meant over layers; a layer without load is even."""
-    mean_L = load_LE.sum(1) / num_ranks
-    return float(np.where(worst_L > 0, mean_L / np.where(worst_L > 0, worst_L, 1.0), 1.0).mean())
 
 
 def _traffic(accepted: Accepted, expert_map: ExpertMap, load_LE: FloatArray, size: ModelSize) -> Traffic:
@@ -210,20 +204,15 @@ def _crossing(rows: Rows, expert_map: ExpertMap, trace: Trace, load_LE: FloatArr
         slots_of_rank=expert_map.slots_of_rank,
         logical_of_slot=rows,
     )
-    return Crossing(_mean_crossed(layout, trace, nodes), balance(layout, load_LE).balancedness)
-
-
-def _mean_crossed(expert_map: ExpertMap, trace: Trace, nodes: Sequence[str]) -> float:
-    crossed = []
-    for layer_idx, layer in enumerate(trace.layers):
-        picks_TK = trace.picks(layer)
-        source_T = np.arange(len(picks_TK)) % expert_map.num_ranks
-        crossed.append(domains_per_token(expert_map, layer_idx, picks_TK, source_T, domain_of_rank=nodes))
-    return float(np.mean(crossed))
+    picks = [trace.picks(layer) for layer in trace.layers]
+    nodes_met = domains_per_token(layout, picks, domain_of_rank=nodes)
+    return Crossing(nodes_met, balance(layout, load_LE).balancedness)
 
 
 def _balance_of(planned: Replan | None, load_LE: FloatArray, num_ranks: int) -> float:
-    return 0.0 if planned is None else _mean_over(load_LE, np.asarray(planned.worst_after), num_ranks)
+    if planned is None:
+        return 0.0
+    return balancedness_of(load_LE.sum(1) / num_ranks, np.asarray(planned.worst_after))
 
 
 def _tokens_per_rank(accepted: Accepted) -> int:
