@@ -19,6 +19,7 @@ import typer
 
 from moe_core.contract.exchange import RuntimeState
 from moe_core.contract.expert_map import ExpertMap
+from moe_core.manifests.map_slices import map_of_slices
 from moe_core.outcome import MoeratorError
 from moe_operator.cli_files import EXIT_MISSING, read_files
 from moe_operator.cli_run import EXIT_FAILED, EXIT_INTERRUPTED, ConditionTeller, condition, outcome_of
@@ -284,19 +285,17 @@ async def within(seconds: float, what: str) -> AsyncIterator[None]:
 
 def map_of(shell: LocalShell, service: Key) -> ExpertMap:
     """The assignment in force, from the service's ExpertMap objects."""
-    slices = [
-        thing["spec"]
-        for thing in shell.cluster.objects("ExpertMap")
-        if thing["metadata"]["labels"].get("moerator.dev/owner-name") == service.name
-        and thing["metadata"]["labels"].get("moerator.dev/owner-kind") == service.kind
-    ]
-    slices.sort(key=lambda spec: int(spec["firstLayer"]))
-    return ExpertMap(
-        generation=slices[0]["generation"],
-        num_logical_experts=slices[0]["numLogicalExperts"],
-        slots_of_rank=tuple(slices[0]["slotsOfRank"]),
-        logical_of_slot=tuple(tuple(layer["logicalOfSlot"]) for spec in slices for layer in spec["layers"]),
+    expert_map = map_of_slices(
+        [
+            thing["spec"]
+            for thing in shell.cluster.objects("ExpertMap")
+            if thing["metadata"]["labels"].get("moerator.dev/owner-name") == service.name
+            and thing["metadata"]["labels"].get("moerator.dev/owner-kind") == service.kind
+        ]
     )
+    if expert_map is None:
+        raise DemoFailed(f"{service} has no ExpertMap")
+    return expert_map
 
 
 def what_dies(expert_map: ExpertMap, rank: int) -> Loss:

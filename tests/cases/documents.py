@@ -217,4 +217,5 @@ BROKEN: tuple[Broken, ...] = (
     Broken("MoEDrill", "spec.slo", {"restoredWithinSeconds": 0}, ("restoredWithinSeconds", "1")),
     Broken("ExpertMap", "spec.slotsOfRank", REMOVED, ("slotsOfRank",)),
     Broken("ExpertMap", "spec.layers.0.logicalOfSlot", ["0"], ("logicalOfSlot", "integer")),
+    Broken("ExpertMap", "spec.layers.0.shareOfSlot", [1, -1], ("shareOfSlot", "0")),
 )

@@ -13,7 +13,8 @@ from moe_core.contract.runtime_config import RuntimeConfig, TrainingConfig
 from moe_core.decide import decide
 from moe_core.decide.accept import Accepted, accept
 from moe_core.facts import Action, ApplyObject, BindPod, CreatePod, Facts, NetworkFact, NodeFact, Wish
-from moe_core.manifests.objects import MAX_SLICE_BYTES, wanted_objects
+from moe_core.manifests.map_slices import MAX_SLICE_BYTES
+from moe_core.manifests.objects import wanted_objects
 from moe_core.spec.job import Training
 from simcluster import gpu_nodes, job_spec, make, service_spec
 

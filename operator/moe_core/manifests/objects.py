@@ -11,14 +11,12 @@ from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.names import ROLE_COORDINATOR, ROLE_GATEWAY
 from moe_core.facts import ApplyObject
 from moe_core.manifests import network
+from moe_core.manifests.map_slices import slices_of
 from moe_core.manifests.plan import Plan
 from moe_core.manifests.pods import CONFIG_KEY
-from moe_core.spec.others import ExpertMapSpec, MapLayer
 
 Owner = tuple[str, str]
 """(kind, name)."""
-MAX_SLICE_BYTES = 200 * 1024
-"""An ExpertMap object stays under 256 KiB with its metadata; etcd refuses 1.5 MiB."""
 
 
 def wanted_objects(plan: Plan, expert_map: ExpertMap) -> list[ApplyObject]:
@@ -109,31 +107,13 @@ def _rendered(owner: Owner, policy: str, same: _Same) -> Sequence[ApplyObject]:
 
     A memo of a pure function: rendering a big map takes a tenth of a second, and decide asks for it every time.
     """
-    expert_map = same.expert_map
-    slices: list[tuple[int, list[tuple[int, ...]]]] = [(0, [])]
-    size = 0
-    for layer_idx, row in enumerate(expert_map.logical_of_slot):
-        row_bytes = len(json.dumps(row))
-        if slices[-1][1] and size + row_bytes > MAX_SLICE_BYTES:
-            slices.append((layer_idx, []))
-            size = 0
-        slices[-1][1].append(row)
-        size += row_bytes
-    return tuple(_map_slice(owner, policy, expert_map, first_layer, rows) for first_layer, rows in slices)
-
-
-def _map_slice(
-    owner: Owner, policy: str, expert_map: ExpertMap, first_layer: int, rows: Sequence[tuple[int, ...]]
-) -> ApplyObject:
-    spec = ExpertMapSpec(
-        generation=expert_map.generation,
-        digest=expert_map.digest,
-        num_logical_experts=expert_map.num_logical_experts,
-        slots_of_rank=expert_map.slots_of_rank,
-        first_layer=first_layer,
-        layers=tuple(MapLayer(logical_of_slot=row) for row in rows),
-        policy=policy,
+    return tuple(
+        _apply(
+            owner,
+            "ExpertMap",
+            f"map-{part.first_layer}" if part.first_layer else "map",
+            {"spec": part.model_dump(mode="json", by_alias=True, exclude_none=True)},
+            api_version=names.API_VERSION,
+        )
+        for part in slices_of(same.expert_map, policy=policy)
     )
-    body = {"spec": spec.model_dump(mode="json", by_alias=True, exclude_none=True)}
-    what = f"map-{first_layer}" if first_layer else "map"
-    return _apply(owner, "ExpertMap", what, body, api_version=names.API_VERSION)

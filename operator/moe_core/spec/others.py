@@ -1,9 +1,10 @@
 """ClusterTopology, MoEDrill and the ExpertMap object."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from moe_core.contract.expert_map import MAX_SHARE
 from moe_core.spec.base import Rule, SpecModel
 from moe_core.spec.common import DnsLabel
 
@@ -62,6 +63,11 @@ class MoEDrillSpec(SpecModel):
 class MapLayer(SpecModel):
     logical_of_slot: tuple[int, ...] = Field(
         max_length=16384, description="Logical expert in each global slot of this layer; -1 is empty."
+    )
+    share_of_slot: tuple[Annotated[int, Field(ge=0, le=MAX_SHARE)], ...] | None = Field(
+        default=None,
+        max_length=16384,
+        description="Copies of one expert divide its tokens in proportion to these; evenly where they are left out.",
     )
 
 

@@ -1,0 +1,97 @@
+"""An ExpertMap as the specs of its objects, slices of whole layers that fit into etcd, and back.
+
+What is read back may have been caught while it was being written: slices of two maps, or some not there yet. The digest
+that every slice carries is that of the whole map, so nothing half written passes for a map.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from moe_core.contract.expert_map import ExpertMap
+from moe_core.outcome import InvalidInput
+from moe_core.spec.others import ExpertMapSpec, MapLayer
+
+MAX_SLICE_BYTES = 200 * 1024
+"""An ExpertMap object stays under 256 KiB with its metadata; etcd refuses 1.5 MiB."""
+
+
+def slices_of(expert_map: ExpertMap, *, policy: str) -> list[ExpertMapSpec]:
+    """The specs of the map's objects by first layer; a map without layers is one slice too."""
+    shares = expert_map.share_of_slot or (None,) * expert_map.num_layers
+    rows = zip(expert_map.logical_of_slot, shares, strict=True)
+    slices: list[list[MapLayer]] = [[]]
+    size = 0
+    for layer in (MapLayer(logical_of_slot=logical, share_of_slot=share) for logical, share in rows):
+        layer_bytes = len(json.dumps(layer.model_dump(mode="json", exclude_none=True)))
+        if slices[-1] and size + layer_bytes > MAX_SLICE_BYTES:
+            slices.append([])
+            size = 0
+        slices[-1].append(layer)
+        size += layer_bytes
+    found: list[ExpertMapSpec] = []
+    for layers in slices:
+        found.append(
+            ExpertMapSpec(
+                generation=expert_map.generation,
+                digest=expert_map.digest,
+                num_logical_experts=expert_map.num_logical_experts,
+                slots_of_rank=expert_map.slots_of_rank,
+                first_layer=sum(len(part.layers) for part in found),
+                layers=tuple(layers),
+                policy=policy,
+            )
+        )
+    return found
+
+
+def map_of_slices(specs: Sequence[Mapping[str, Any]]) -> ExpertMap | None:
+    """The map whose objects have these specs (as in the objects, in any order); None for none.
+
+    Raises InvalidInput, saying why, for slices that belong to different maps, overlap, or are not all there.
+    """
+    if not specs:
+        return None
+    slices = sorted(map(_parsed, specs), key=lambda part: part.first_layer)
+    first = slices[0]
+    next_layer = 0
+    for part in slices:
+        for name in ("digest", "generation", "num_logical_experts", "slots_of_rank"):
+            if getattr(part, name) != getattr(first, name):
+                raise InvalidInput(
+                    f"slices of different maps: {name} is {getattr(first, name)} from layer {first.first_layer} on "
+                    f"and {getattr(part, name)} from layer {part.first_layer} on"
+                )
+        if part.first_layer != next_layer:
+            raise InvalidInput(
+                f"a slice must begin with layer {next_layer}, the next one begins with {part.first_layer}"
+            )
+        next_layer += len(part.layers)
+    layers = [layer for part in slices for layer in part.layers]
+    shares = [layer.share_of_slot for layer in layers if layer.share_of_slot is not None]
+    if shares and len(shares) != len(layers):
+        raise InvalidInput(f"shareOfSlot must be given for all {len(layers)} layers or for none, got {len(shares)}")
+    try:
+        found = ExpertMap(
+            generation=first.generation,
+            num_logical_experts=first.num_logical_experts,
+            slots_of_rank=first.slots_of_rank,
+            logical_of_slot=tuple(layer.logical_of_slot for layer in layers),
+            share_of_slot=tuple(shares),
+        )
+    except ValidationError as error:
+        raise InvalidInput(f"the slices are no map: {error.errors()[0]['msg']}") from error
+    if found.digest != first.digest:
+        raise InvalidInput(f"digest {first.digest} is of another map than these {len(layers)} layers: {found.digest}")
+    return found
+
+
+def _parsed(spec: Mapping[str, Any]) -> ExpertMapSpec:
+    try:
+        return ExpertMapSpec.model_validate_json(json.dumps(spec))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise InvalidInput(f"ExpertMap spec.{where}: {problem['msg']} (got {problem['input']!r:.120})") from error
