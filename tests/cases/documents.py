@@ -161,6 +161,20 @@ BROKEN: tuple[Broken, ...] = (
     Broken(
         "MoEService", "spec.topologyConstraint", {"topologyName": "A B", "pack": {"required": "rack"}}, ("topologyN",)
     ),
+    Broken(
+        *("MoEService", "spec.topologyConstraint", {"topologyName": "racks", "pack": {"ranksPerNode": 0}}),
+        ("ranksPerNode", "1"),
+    ),
+    Broken(
+        *("MoEService", "spec.topologyConstraint", {"topologyName": "racks", "pack": {"ranksPerNode": 3}}),
+        ("parallelism.expert must be a multiple of topologyConstraint.pack.ranksPerNode",),
+    ),
+    Broken(
+        *("MoEJob", "spec.topologyConstraint", {"topologyName": "racks", "pack": {"ranksPerNode": 3}}),
+        ("parallelism.expert must be a multiple of topologyConstraint.pack.ranksPerNode",),
+    ),
+    Broken("MoEService", "spec.spares", {"perDomain": -1}, ("perDomain", "0")),
+    Broken("MoEService", "spec.spares", {"perRack": 1}, ("perRack",)),
     Broken("MoEService", "spec.template.spec.resources.requests.cpu", "two", ("cpu",)),
     Broken("MoEService", "spec.template.spec.resources.requests.memory", 1.5, ("memory",)),
     Broken("MoEService", "spec.template.spec.schedulingGates", [{"name": "x"}], ("schedulingGates",)),

@@ -112,7 +112,10 @@ OPTIONAL: dict[str, Object] = {
         "managedBy": "moerator.dev/operator",
         "activeDeadlineSeconds": 60,
         "ttlSecondsAfterFinished": 60,
-        "topologyConstraint": {"topologyName": "racks", "pack": {"required": "rack", "preferred": "host"}},
+        "topologyConstraint": {
+            "topologyName": "racks",
+            "pack": {"required": "rack", "preferred": "host", "ranksPerNode": 2},
+        },
     },
     "MoEService": {
         "model": {"path": "/models/tiny", "servedName": "tiny", "numExperts": 16, "numMoeLayers": 4},
@@ -212,6 +215,7 @@ async def test_what_may_change_may_change(api: Api, service: str) -> None:
         "parallelism": {"expert": 6},
         "suspend": True,
         "failurePolicy": {"maxRestarts": 3},
+        "spares": {"perDomain": 1},
     }
     changed = await api.patch(service, {"spec": change})
     assert changed["metadata"]["generation"] == 2

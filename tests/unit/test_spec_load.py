@@ -207,7 +207,7 @@ def test_a_change_that_the_api_server_refuses_is_known_without_one(change: dict[
 
 def test_what_may_change_may_change() -> None:
     wider = {**SERVICE_NOW, "parallelism": {"expert": 6}, "gateway": {"port": 8000, "replicas": 3}, "suspend": True}
-    assert broken_changes(MoEServiceSpec, SERVICE_NOW, wider) == []
+    assert broken_changes(MoEServiceSpec, SERVICE_NOW, {**wider, "spares": {"perDomain": 1}}) == []
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.kind)

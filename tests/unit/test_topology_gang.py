@@ -86,6 +86,12 @@ def test_a_lost_rank_returns_to_the_rack_of_its_subgroup_even_when_another_has_m
     )
 
 
+def test_a_rank_whose_subgroup_is_on_nodes_that_are_gone_is_placed_with_the_lost_of_its_subgroup() -> None:
+    kept = {**dict.fromkeys(range(4), "a"), 4: "gone", 5: "gone"}
+    found = fit(CLUSTER, [6, 7], needs=GPU, pack=ANYWHERE, subgroups=EP4, kept=kept, own=own_of(kept))
+    assert racks_of(found, CLUSTER) == ["b1.r1"] * 2, "one rack for both, the tightest that holds them"
+
+
 def test_ranks_of_several_subgroups_lost_at_once_each_return_home() -> None:
     whole = fit(CLUSTER, range(16), needs=GPU, pack=ANYWHERE, subgroups=EP4)
     assert isinstance(whole, Fit)
@@ -108,7 +114,7 @@ def test_fewer_spares_are_the_cheapest_relaxation() -> None:
     found = refused(fit(CLUSTER, range(7), needs=GPU, pack=one_rack, spares_per_domain=3))
     assert str(found) == (
         "needs room for 7 ranks in one rack with 3 spares per rack; best is rack b2/r1 with 5; "
-        "excluded: for spares 9; keep 1 spare per domain instead of 3"
+        "excluded: for spares 9; set spares.perDomain to 1 instead of 3"
     )
     assert [r.kind for r in found.relaxations] == ["spares", "required", "add nodes", "fewer ranks"]
 
@@ -127,6 +133,12 @@ def test_a_replacement_tops_up_the_nodes_of_those_that_stay_before_it_opens_anot
     found = fit(CLUSTER, [3], needs=GPU, pack=ANYWHERE, ranks_per_node=4, kept=kept, own=own_of(kept))
     assert isinstance(found, Fit)
     assert found.node_of_rank == {3: "e"}
+
+
+def test_beside_ranks_on_nodes_that_are_gone_a_replacement_may_be_alone_on_its_node() -> None:
+    found = fit(CLUSTER, [3], needs=GPU, pack=ANYWHERE, ranks_per_node=4, kept=dict.fromkeys(range(3), "gone"))
+    assert isinstance(found, Fit)
+    assert len(found.node_of_rank) == 1
 
 
 def test_lost_ranks_fill_the_racks_in_use_before_they_open_another() -> None:

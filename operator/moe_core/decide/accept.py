@@ -155,6 +155,7 @@ def _plan(  # noqa: PLR0917
     needs: Needs,
 ) -> Plan:
     serving = spec if isinstance(spec, MoEServiceSpec) else None
+    constraint = spec.topology_constraint
     return Plan(
         kind="MoEService" if serving else "MoEJob",
         namespace=wish.namespace,
@@ -170,6 +171,8 @@ def _plan(  # noqa: PLR0917
         template=spec.template,
         needs=needs,
         pack=pack,
+        ranks_per_node=(constraint.pack.ranks_per_node or 0) if constraint else 0,
+        spares_per_domain=serving.spares.per_domain if serving else 0,
         config=job_config(wish, spec, facts) if isinstance(spec, MoEJobSpec) else service_config(wish, spec, facts),
         default_image=facts.default_image,
         network=facts.network,

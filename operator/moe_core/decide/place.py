@@ -2,14 +2,18 @@
 
 Until the group runs, every rank waits for all. Afterwards a lost rank is placed by itself, because each one brings
 experts back; ranks that join in a resize come all or none again, and so does a group of which nothing is left.
+
+Who joins leaves the spare places free, a rank that replaces one may take them: they are in the domains of the others,
+and those are filled first. So may the rest of a gang of which a part stands, once no other room is left.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from moe_core.contract.names import ROLE_COORDINATOR, ROLE_GATEWAY
 from moe_core.decide.crew import Seat
-from moe_core.facts import BindPod, DeletePod, Facts, PodFact
+from moe_core.facts import BindPod, DeletePod, Facts, NodeFact, PodFact
 from moe_core.manifests.plan import Plan
 from moe_core.manifests.pods import HELPER_REQUEST
 from moe_core.outcome import NoFit
@@ -56,18 +60,34 @@ def bind(plan: Plan, facts: Facts, *, ranks: Mapping[int, Seat], helpers: Sequen
     joiners = range(ran, plan.num_ranks)
     waiting = [r for r in joiners if r in gated]
     if lost:
-        _bind_group(bound, board, lost, placed, one_by_one=True)
+        _bind_group(bound, board, lost, placed, spares=(0,), one_by_one=True)
     if waiting and all(r in gated or r in placed for r in joiners):
-        _bind_group(bound, board, waiting, placed, one_by_one=False)
+        is_half_started = not ran and bool(placed)
+        spares = (plan.spares_per_domain, 0) if is_half_started else (plan.spares_per_domain,)
+        _bind_group(bound, board, waiting, placed, spares=spares, one_by_one=False)
     return bound
 
 
-def _bind_group(bound: Bound, board: _Board, group: Sequence[int], placed: dict[int, str], *, one_by_one: bool) -> None:
+def place_new(plan: Plan, nodes: Sequence[NodeFact]) -> Fit | NoFit:
+    """All ranks of a gang of which nothing stands, as `bind` would place them: for whoever asks beforehand."""
+    board = _Board(plan, {}, {}, (), tree_of(nodes, plan.pack), build_tree(nodes))
+    return _find(board, range(plan.num_ranks), {}, spares=(plan.spares_per_domain,), explain=True)
+
+
+def _bind_group(
+    bound: Bound,
+    board: _Board,
+    group: Sequence[int],
+    placed: dict[int, str],
+    *,
+    spares: Sequence[int],
+    one_by_one: bool,
+) -> None:
     is_first_try = one_by_one and len(group) > 1
-    found = _find(board, group, placed, explain=bound.no_fit is None and not is_first_try)
+    found = _find(board, group, placed, spares=spares, explain=bound.no_fit is None and not is_first_try)
     if isinstance(found, NoFit) and is_first_try:
         for rank in group:
-            _bind_group(bound, board, [rank], placed, one_by_one=False)
+            _bind_group(bound, board, [rank], placed, spares=spares, one_by_one=False)
         return
     if isinstance(found, NoFit):
         bound.no_fit = bound.no_fit or found
@@ -78,17 +98,30 @@ def _bind_group(bound: Bound, board: _Board, group: Sequence[int], placed: dict[
         bound.actions.append(BindPod(name=pod.name, uid=pod.uid, node=node))
 
 
-def _find(board: _Board, group: Sequence[int], placed: Mapping[int, str], *, explain: bool) -> Fit | NoFit:
+def _find(
+    board: _Board, group: Sequence[int], placed: Mapping[int, str], *, spares: Sequence[int], explain: bool
+) -> Fit | NoFit:
     """Beside pods that are still Terminating; if that is too tight, in their place: the scheduler waits for them.
+
+    `spares`: places to leave in each domain, first choice first.
 
     Only one NoFit is told per cycle, so only that one is explained: it takes forty fits where a fit takes one.
     """
     first: NoFit | None = None
-    for count_leaving in (True, False):
+    plan = board.plan
+    for left, count_leaving in product(spares, (True, False)):
         own = _own_use(board, placed, count_leaving=count_leaving)
-        plan = board.plan
-        told = explain and count_leaving
-        found = fit(board.tree, group, needs=plan.needs, pack=plan.pack, kept=placed, own=own, explain=told)
+        found = fit(
+            board.tree,
+            group,
+            needs=plan.needs,
+            pack=plan.pack,
+            kept=placed,
+            own=own,
+            ranks_per_node=plan.ranks_per_node,
+            spares_per_domain=left,
+            explain=explain and first is None,
+        )
         if isinstance(found, Fit):
             found = _with_helpers(board, found, own)
         if isinstance(found, Fit):

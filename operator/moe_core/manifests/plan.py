@@ -33,6 +33,9 @@ class Plan:
     needs: Needs
     pack: Pack
     config: RuntimeConfig
+    ranks_per_node: int = 0
+    """0 for any number."""
+    spares_per_domain: int = 0
     default_image: str = ""
     network: NetworkFact | None = None
 

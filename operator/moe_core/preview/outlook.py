@@ -12,6 +12,7 @@ import numpy as np
 
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.decide.accept import Accepted, Refusal, accept
+from moe_core.decide.place import place_new
 from moe_core.experts.affinity import pack_together
 from moe_core.experts.bounds import bound_of_slots
 from moe_core.experts.checks import FloatArray
@@ -27,7 +28,7 @@ from moe_core.manifests.plan import Plan
 from moe_core.outcome import InvalidInput, NoFit
 from moe_core.preview.size import ModelSize
 from moe_core.spec.job import MoEJobSpec
-from moe_core.topology.fit import Fit, fit
+from moe_core.topology.fit import Fit
 
 MOST_FAILURES = 4
 
@@ -99,7 +100,7 @@ def look_ahead(
     plan = accepted.plan
     expert_map = plan.expert_map(plan.num_ranks)
     copies = copies_of_logical(expert_map)
-    placement = _placed(plan, facts)
+    placement = place_new(plan, facts.nodes) if facts.nodes else None
     load_LE = np.ones((plan.num_layers, plan.num_experts)) if trace is None else _load_of(trace, expert_map)
     nodes = _nodes_of(placement, plan.num_ranks)
     traffic = None if size is None else _traffic(accepted, expert_map, load_LE, size)
@@ -125,10 +126,6 @@ def look_ahead(
         planned_balance=_balance_of(planned, load_LE, plan.num_ranks),
         crossings=None if trace is None or nodes is None else _crossings(expert_map, trace, load_LE, nodes),
     )
-
-
-def _placed(plan: Plan, facts: Facts) -> Fit | NoFit | None:
-    return fit(facts.nodes, range(plan.num_ranks), needs=plan.needs, pack=plan.pack) if facts.nodes else None
 
 
 def _nodes_of(placement: Fit | NoFit | None, num_ranks: int) -> tuple[str, ...] | None:

@@ -39,13 +39,13 @@ class Parallelism(SpecModel):
 
 
 class Pack(SpecModel):
-    """Levels, by name, that the gang must or should lie inside."""
+    """Levels, by name, that the gang must or should lie inside, and how many of its ranks share a node."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            "has(self.required) || has(self.preferred)",
-            "give required, preferred or both",
-            lambda pack: pack.required is not None or pack.preferred is not None,
+            "has(self.required) || has(self.preferred) || has(self.ranksPerNode)",
+            "give at least one of required, preferred, ranksPerNode",
+            lambda pack: pack != Pack(),
         ),
     )
 
@@ -55,11 +55,30 @@ class Pack(SpecModel):
     preferred: str | None = Field(
         default=None, min_length=1, max_length=63, description="As few domains of this level as possible."
     )
+    ranks_per_node: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="Exactly so many ranks on each node of a new gang. Ranks that come later join nodes with fewer, "
+        "rather than move one that lives.",
+    )
 
 
 class TopologyConstraint(SpecModel):
     topology_name: DnsLabel = Field(description="Name of the ClusterTopology whose levels are meant.")
     pack: Pack
+
+
+WHOLE_NODES = Rule(
+    "!has(self.topologyConstraint) || !has(self.topologyConstraint.pack.ranksPerNode) || "
+    "self.parallelism.expert % self.topologyConstraint.pack.ranksPerNode == 0",
+    "parallelism.expert must be a multiple of topologyConstraint.pack.ranksPerNode",
+    lambda spec: (
+        spec.topology_constraint is None
+        or spec.parallelism.expert % (spec.topology_constraint.pack.ranks_per_node or 1) == 0
+    ),
+)
+"""Of the spec of a job and of a service."""
 
 
 class FailurePolicy(SpecModel):

@@ -6,7 +6,15 @@ from pydantic import Field
 
 from moe_core.contract.names import MANAGER
 from moe_core.spec.base import Rule, SpecModel, unchangeable
-from moe_core.spec.common import Decimal, FailurePolicy, ModelShapeSpec, Parallelism, PodTemplate, TopologyConstraint
+from moe_core.spec.common import (
+    WHOLE_NODES,
+    Decimal,
+    FailurePolicy,
+    ModelShapeSpec,
+    Parallelism,
+    PodTemplate,
+    TopologyConstraint,
+)
 
 
 class JobModel(SpecModel):
@@ -95,7 +103,10 @@ class MoEJobSpec(SpecModel):
     )
     template: PodTemplate = PodTemplate()
 
-    rules: ClassVar[tuple[Rule, ...]] = tuple(
-        unchangeable(field, lever="create another MoEJob")
-        for field in ("model", "training", "output", "parallelism", "topologyConstraint", "drills", "template")
+    rules: ClassVar[tuple[Rule, ...]] = (
+        WHOLE_NODES,
+        *(
+            unchangeable(field, lever="create another MoEJob")
+            for field in ("model", "training", "output", "parallelism", "topologyConstraint", "drills", "template")
+        ),
     )

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from moe_core.contract.names import MANAGER
 from moe_core.spec.base import Rule, SpecModel, unchangeable
-from moe_core.spec.common import FailurePolicy, Parallelism, PodTemplate, TopologyConstraint
+from moe_core.spec.common import WHOLE_NODES, FailurePolicy, Parallelism, PodTemplate, TopologyConstraint
 
 
 class ServiceModel(SpecModel):
@@ -60,6 +60,19 @@ class Gateway(SpecModel):
     port: int = Field(default=8000, ge=1, le=65535)
 
 
+class Spares(SpecModel):
+    """Room that is left for the replacement of ranks."""
+
+    per_domain: int = Field(
+        default=0,
+        ge=0,
+        le=1024,
+        description="Places for one rank each that must be left, when ranks are placed, in every domain that takes "
+        "one: domains of the narrowest level that topologyConstraint names, without one the cluster. A lost rank finds "
+        "room there, beside the others. Nothing holds these places against other pods.",
+    )
+
+
 class MoEServiceSpec(SpecModel):
     """Serve a Mixture-of-Experts checkpoint over ranks, behind the OpenAI API."""
 
@@ -75,6 +88,7 @@ class MoEServiceSpec(SpecModel):
     serving: Serving = Serving()
     gateway: Gateway = Gateway()
     topology_constraint: TopologyConstraint | None = None
+    spares: Spares = Spares()
     failure_policy: FailurePolicy = FailurePolicy()
     drills: Literal["Allowed", "Forbidden"] = Field(
         default="Forbidden", description="Whether a MoEDrill may injure this object."
@@ -87,6 +101,7 @@ class MoEServiceSpec(SpecModel):
             "experts.minCopies must not exceed parallelism.expert: copies of one expert live on distinct ranks",
             lambda spec: spec.experts.min_copies <= spec.parallelism.expert,
         ),
+        WHOLE_NODES,
         *(
             unchangeable(field, lever="create another MoEService")
             for field in ("model", "serving", "topologyConstraint", "drills", "template")

@@ -1,6 +1,6 @@
 """One try at a gang fit: the rules of fit.py over the rooms that it is given. relax.py tries changed asks with it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,8 @@ class Ask:
     kept: Mapping[int, int]
     """Rank to node index, for those that stay."""
     own: Use
+    outside: Collection[int] = ()
+    """Ranks that stay on nodes outside the tree: deleted, or without a label that counts."""
 
     def rooms(self, *, ignoring: Sequence[str] = ()) -> Rooms:
         most = len(self.ranks) + self.shape.spares
@@ -75,20 +77,29 @@ def count_kept(ask: Ask) -> IntArray:
 
 
 def _by_home(ask: Ask, board: Board) -> list[tuple[Span | None, list[int]]]:
-    """Ranks by the domain that they must return to; None, and last, for those that are free to choose."""
+    """Ranks by the domain that they must return to; None, and last, for those that are free to choose.
+
+    Where the rest of a subgroup is outside the tree, nobody knows its domain: any one that holds them will do.
+    """
     size, depth = ask.shape.group_size, ask.shape.group_depth
     if size == 1:
         return [(None, list(ask.ranks))]
+    astray: dict[int, list[int]] = {rank // size: [] for rank in ask.outside}
     kept_by_group: dict[int, list[int]] = {}
     for rank, node in ask.kept.items():
         kept_by_group.setdefault(rank // size, []).append(node)
     found: dict[int, list[int]] = {}
     for rank in ask.ranks:
         nodes = kept_by_group.get(rank // size)
+        if not nodes and rank // size in astray:
+            astray[rank // size].append(rank)
+            continue
         home = int(np.argmax(np.bincount(ask.tree.domain_of(depth, np.array(nodes))))) if nodes else -1
         found.setdefault(home, []).append(rank)
     free = found.pop(-1, [])
     homes: list[tuple[Span | None, list[int]]] = [(board.tree.span(depth, home), found[home]) for home in sorted(found)]
+    anywhere = board.fixed_span(ask.shape.required) or (0, len(ask.tree.nodes))
+    homes += [(anywhere, ranks) for ranks in astray.values() if ranks]
     return [*homes, (None, free)] if free else homes
 
 
@@ -97,7 +108,7 @@ def _check_whole(ask: Ask, wanted: int) -> None:
     size, block = ask.shape.group_size, ask.shape.ranks_per_node
     if wanted % size:
         raise InvalidInput(f"{wanted} ranks must be whole subgroups of {size}")
-    if block and not ask.kept and wanted % block:
+    if block and ask.shape.is_new and wanted % block:
         raise InvalidInput(f"{wanted} ranks must be whole nodes of {block}")
 
 

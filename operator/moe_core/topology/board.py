@@ -36,16 +36,12 @@ class Board:
 
 
 def board_of(tree: Tree, shape: Shape, *, free: IntArray, kept: IntArray) -> Board:
-    """Adds up from the nodes to the cluster.
-
-    With ranks_per_node a new gang fills every node it uses with exactly that many. What joins kept ranks may leave a
-    node short of it, because the other way would be to move ranks that live.
-    """
+    """Adds up from the nodes to the cluster."""
     block, unit = shape.ranks_per_node, 1
-    if block and kept.any():
-        room = np.minimum(free, np.maximum(0, block - kept))
-    elif block:
+    if block and shape.is_new:
         room, unit = np.where(free >= block, block, 0), block
+    elif block:
+        room = np.minimum(free, np.maximum(0, block - kept))
     else:
         room = free
     beside_spares = tree.sums(free, shape.narrowest) - shape.spares

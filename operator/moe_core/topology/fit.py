@@ -21,7 +21,7 @@ the narrowest level that was named) that takes a rank, and names their nodes.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_core.facts import NodeFact
 from moe_core.outcome import InvalidInput, NoFit
@@ -67,11 +67,14 @@ def fit(
         raise InvalidInput(f"the tree has {tree.needed} levels of {tree.levels}, the gang asks for {pack}")
     if not ranks:
         return Fit({})
-    kept_idx = {rank: tree.index_of[node] for rank, node in sorted((kept or {}).items()) if node in tree.index_of}
-    again = sorted(set(ranks) & set(kept or {}))
+    kept = kept or {}
+    kept_idx = {rank: tree.index_of[node] for rank, node in sorted(kept.items()) if node in tree.index_of}
+    outside = sorted(kept.keys() - kept_idx.keys())
+    shape = replace(shape, is_new=not kept)
+    again = sorted(set(ranks) & kept.keys())
     if again:
         raise InvalidInput(f"rank {again[0]} is both kept and to be placed ({len(again)} such ranks)")
-    ask = Ask(tree=tree, shape=shape, needs=needs, ranks=sorted(ranks), kept=kept_idx, own=own or {})
+    ask = Ask(tree=tree, shape=shape, needs=needs, ranks=sorted(ranks), kept=kept_idx, own=own or {}, outside=outside)
     rooms = ask.rooms()
     found = attempt(ask, rooms.ranks)
     if not isinstance(found, Placed):

@@ -48,7 +48,11 @@ def _relaxations(
     free = rooms.ranks
     yield from _fewer_spares(ask, free)
     if ask.shape.ranks_per_node and fits(replace(ask, shape=replace(ask.shape, ranks_per_node=0)), free):
-        yield Relaxation("ranks_per_node", 1, f"let nodes hold any number of ranks, not {ask.shape.ranks_per_node}")
+        yield Relaxation(
+            "ranks_per_node",
+            1,
+            f"drop pack.ranksPerNode {ask.shape.ranks_per_node}: nodes may then hold any number of ranks",
+        )
     yield from _broader(ask, free, pack, subgroups)
     yield from _some_nodes(ask, stuck, rooms, CORDONED)
     for cause in dict.fromkeys(rooms.causes):
@@ -82,8 +86,7 @@ def _fewer_spares(ask: Ask, free: IntArray) -> Iterator[Relaxation]:
     wanted = ask.shape.spares
     for spares in range(wanted - 1, -1, -1):
         if fits(replace(ask, shape=replace(ask.shape, spares=spares)), free):
-            what = "1 spare" if spares == 1 else f"{spares} spares"
-            yield Relaxation("spares", wanted - spares, f"keep {what} per domain instead of {wanted}")
+            yield Relaxation("spares", wanted - spares, f"set spares.perDomain to {spares} instead of {wanted}")
             return
 
 
@@ -161,5 +164,6 @@ def _terms(ask: Ask, stuck: Stuck, pack: Pack, subgroups: Subgroups | None) -> s
         terms.append(f"{ask.shape.ranks_per_node} per node")
     if ask.shape.spares:
         depth = ask.shape.narrowest
-        terms.append(f"with {ask.shape.spares} spares per {pack.levels[depth - 1][0] if depth else 'cluster'}")
+        what = "1 spare" if ask.shape.spares == 1 else f"{ask.shape.spares} spares"
+        terms.append(f"with {what} per {pack.levels[depth - 1][0] if depth else 'cluster'}")
     return ", ".join(terms)

@@ -15,7 +15,10 @@ class Pack:
 
 @dataclass(frozen=True, slots=True)
 class Subgroups:
-    """Ranks 0 to size-1 are the first subgroup, and so on: EP groups, say. Each lies inside one domain of `level`."""
+    """Ranks 0 to size-1 are the first subgroup, and so on: EP groups, say. Each lies inside one domain of `level`.
+
+    No resource asks for them yet: its ranks are one EP group, until there is data parallelism over several.
+    """
 
     size: int
     level: str
@@ -36,6 +39,9 @@ class Shape:
     apart: bool = False
     ranks_per_node: int = 0
     """0 for any number."""
+    is_new: bool = True
+    """Nothing of the gang stands: it fills every node with exactly ranks_per_node. What joins ranks that are kept may
+    leave a node short of it, because the other way would be to move ranks that live."""
     spares: int = 0
     """Places that stay free for this gang in every domain of the narrowest stage that takes a rank."""
 
@@ -54,7 +60,7 @@ def shape_of(
         if number < 0:
             raise InvalidInput(f"{name} must not be negative, got {number}")
     if subgroups is None:
-        return Shape(required, (max(required, preferred),), 0, 1, False, ranks_per_node, spares_per_domain)
+        return Shape(required, (max(required, preferred),), ranks_per_node=ranks_per_node, spares=spares_per_domain)
     if subgroups.size < 1 or (ranks_per_node and subgroups.size % ranks_per_node):
         raise InvalidInput(f"a subgroup must be whole nodes of {ranks_per_node or 1}, got {subgroups.size} ranks")
     group_depth = max(required, depth_of(subgroups.level, pack.levels))
