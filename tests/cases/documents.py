@@ -105,6 +105,17 @@ class Broken:
 
 SHAPE = "spec.model.shape"
 TEMPLATE = "spec.template.spec"
+READ_ONLY_TRACE = {
+    "model": {"path": "/models/tiny"},
+    "parallelism": {"expert": 4},
+    "trace": {"path": "/models/traces"},
+    "template": {
+        "spec": {
+            "volumes": [{"name": "a", "emptyDir": {}}],
+            "volumeMounts": [{"name": "a", "mountPath": "/models", "readOnly": True}],
+        }
+    },
+}
 BROKEN: tuple[Broken, ...] = (
     Broken("MoEJob", "spec.model", REMOVED, ("model",)),
     Broken("MoEJob", "spec.model", {}, ("shape",)),
@@ -215,6 +226,11 @@ BROKEN: tuple[Broken, ...] = (
     Broken("MoEService", "metadata.ownerReferences", [5], ("ownerReferences",)),
     Broken("MoEService", "metadata.ownerReferences", [{"kind": "A"}], ("ownerReferences",)),
     Broken("MoEService", "spec.gatway", {"port": 1}, ("gatway",)),
+    Broken("MoEService", "spec.trace", {}, ("path",)),
+    Broken("MoEService", "spec.trace", {"path": "/t", "everySteps": 0}, ("everySteps", "1")),
+    Broken("MoEJob", "spec.trace", {"path": "/t", "maxMegabytes": 0}, ("maxMegabytes", "1")),
+    Broken("MoEJob", "spec.trace", {"path": "/t", "every_steps": 2}, ("every_steps",)),
+    Broken("MoEService", "spec", READ_ONLY_TRACE, ("trace.path must not lie in a mount that is readOnly",)),
     Broken("ClusterTopology", "spec.levels", [], ("levels",)),
     Broken("ClusterTopology", "spec.levels.1.name", "zone", ("levels must have distinct names",)),
     Broken(

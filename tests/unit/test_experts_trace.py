@@ -2,7 +2,8 @@
 
 import pytest
 
-from moe_core.experts.trace import Trace, TraceRecord, read_lines
+from moe_core.contract.trace import TraceRecord
+from moe_core.experts.trace import Trace, read_lines
 from moe_core.outcome import InvalidInput
 
 LINE = (

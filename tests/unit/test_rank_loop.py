@@ -1,11 +1,15 @@
 """The step loop of one rank alone, over a keeper and a work that do as a test says."""
 
+import time
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.membership import Member, Membership
+from moe_core.contract.runtime_config import RuntimeConfig, TraceConfig
 from moe_runtime.engine.model import StagedSlots
 from moe_runtime.membership.keeper import MembershipKeeper
 from moe_runtime.rank.loop import StepLoop
@@ -35,10 +39,10 @@ class Model:
 
 class Work:
     def __init__(self) -> None:
-        self.report, self.epm = WorkReport(), Model()
+        self.report, self.epm, self.tokens = WorkReport(), Model(), 0
 
     def prepare(self) -> int:
-        return 0
+        return self.tokens
 
     def enter(self, *_: object) -> None:
         """Nothing to do here or in the others."""
@@ -57,15 +61,16 @@ class Keeper:
 
 
 class Lab:
-    def __init__(self) -> None:
+    def __init__(self, config: RuntimeConfig = CONFIG) -> None:
         self.directive = Directive(ranks=(0,))
         self.steps = 0
+        self.work = Work()
         self.loop = StepLoop(
-            CONFIG,
+            config,
             rank=0,
             token="t",
             keeper=cast("MembershipKeeper", Keeper()),
-            work=cast("Any", Work()),
+            work=cast("Any", self.work),
             directive=lambda: self.directive,
             settled=self._count,
         )
@@ -110,3 +115,30 @@ def test_a_rank_is_settled_by_its_first_step_and_not_by_entering(lab: Lab) -> No
     assert lab.steps == 0
     lab.step(ranks=(0,))
     assert lab.steps == 1
+
+
+def test_only_steps_with_tokens_are_numbered_and_an_epoch_takes_no_number_of_the_last(tmp_path: Path) -> None:
+    lab = Lab(serving_config(trace=TraceConfig(folder=str(tmp_path), every_steps=1, max_bytes=1)))
+    recorder = lab.loop._recorder
+    assert recorder is not None
+    numbers = []
+    for tokens in (0, 5, 0, 3):
+        lab.work.tokens = tokens
+        lab.step(ranks=(0,))
+        numbers.append(recorder.step)
+    lab.loop._enter(Keeper().current)
+    lab.step(ranks=(0,))
+    assert [*numbers, recorder.step] == [1, 1, 2, 2, 4]
+
+
+def test_a_trace_that_cannot_be_written_is_told_and_holds_up_no_step(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    lab = Lab(serving_config(trace=TraceConfig(folder=str(tmp_path / "file"), every_steps=1, max_bytes=1)))
+    recorder = lab.loop._recorder
+    assert recorder is not None
+    recorder.take([(0, torch.zeros(1, 1, dtype=torch.long))])
+    deadline = time.monotonic() + 10
+    while not recorder.problem and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert lab.step(ranks=(0,)) == "Active"
+    assert lab.loop.report().message == f"routing is not recorded: {recorder.path}: File exists"

@@ -84,6 +84,15 @@ class ServingConfig(WireModel):
     """Port of the OpenAI face; in the local shell gateways share it (SO_REUSEPORT)."""
 
 
+class TraceConfig(WireModel):
+    """Every rank writes which experts its tokens chose into a file of its own (moe_core.contract.trace)."""
+
+    folder: str
+    every_steps: int = Field(ge=1)
+    max_bytes: int = Field(ge=1)
+    """Of one file; recording stops before it would be larger."""
+
+
 class RuntimeConfig(WireModel):
     owner_kind: Literal["MoEJob", "MoEService"]
     namespace: str
@@ -101,6 +110,7 @@ class RuntimeConfig(WireModel):
     device: Literal["cpu", "cuda"] = "cpu"
     training: TrainingConfig | None = None
     serving: ServingConfig | None = None
+    trace: TraceConfig | None = None
 
     @model_validator(mode="after")
     def _mode_matches(self) -> Self:

@@ -1,61 +1,21 @@
-"""Routing traces: which experts each token chose, line by line, in the fields that Megatron's router tracer writes.
+"""Routing traces: which experts each token chose, read from lines (moe_core.contract.trace) into arrays.
 
-    {"step": 0, "stage": "pre_dispatch", "block": "decoder", "layer": 3, "rank": 0,
-     "num_tokens": 2, "topk": 2, "top_indices": [[12, 45], [3, 12]]}
-
-Layers of multi-token prediction bear `mtp_idx` as well. The tracer's pointers to its binary side files (`hs_*`,
-`logit_*`) are passed over: a plan needs choices only. No file is opened here; a shell hands in the lines.
+Megatron's pointers to its tracer's binary side files (`hs_*`, `logit_*`) are passed over: a plan needs choices only.
+No file is opened here; a shell hands in the lines.
 """
 
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 
+from moe_core.contract.trace import LayerName, TraceRecord
 from moe_core.experts.checks import FloatArray, IntArray
 from moe_core.outcome import InvalidInput
 
 SIDE_FILES = ("hs_offset", "hs_bytes", "hs_shape", "logit_offset", "logit_bytes", "logit_shape")
-LayerName = tuple[str, int, int]
-"""(block, mtp_idx or -1, layer)."""
-
-
-class TraceRecord(BaseModel):
-    """What one rank routed in one layer of one step. top_indices [num_tokens][topk] are logical experts."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    step: int = Field(ge=0)
-    stage: str = "pre_dispatch"
-    block: str = "decoder"
-    layer: int = Field(ge=0)
-    mtp_idx: int | None = Field(default=None, ge=0)
-    rank: int = Field(ge=0)
-    num_tokens: int = Field(ge=0)
-    topk: int = Field(ge=1)
-    top_indices: list[list[int]]
-
-    @model_validator(mode="after")
-    def _shapes_agree(self) -> Self:
-        if len(self.top_indices) != self.num_tokens:
-            raise ValueError(f"top_indices has {len(self.top_indices)} tokens, num_tokens says {self.num_tokens}")
-        for token, picks in enumerate(self.top_indices):
-            if len(picks) != self.topk:
-                raise ValueError(f"top_indices[{token}] has {len(picks)} picks, topk says {self.topk}")
-            if min(picks) < 0:
-                raise ValueError(f"top_indices[{token}] names expert {min(picks)}")
-        return self
-
-    @property
-    def layer_name(self) -> LayerName:
-        return self.block, -1 if self.mtp_idx is None else self.mtp_idx, self.layer
-
-    def line(self) -> str:
-        """The record as a line of the file, without its line break."""
-        return self.model_dump_json(exclude_none=True)
 
 
 def read_lines(lines: Iterable[str]) -> Iterator[TraceRecord]:

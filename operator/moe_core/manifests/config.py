@@ -4,9 +4,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe_core.contract.names import COORDINATOR_PORT, RAY_PORT, child_name
-from moe_core.contract.runtime_config import ModelShape, ModelSource, RuntimeConfig, ServingConfig, TrainingConfig
+from moe_core.contract.runtime_config import (
+    ModelShape,
+    ModelSource,
+    RuntimeConfig,
+    ServingConfig,
+    TraceConfig,
+    TrainingConfig,
+)
 from moe_core.facts import Facts, Wish
-from moe_core.spec.common import PodTemplate
+from moe_core.spec.common import PodTemplate, RoutingTrace
 from moe_core.spec.job import MoEJobSpec
 from moe_core.spec.service import MoEServiceSpec
 
@@ -29,6 +36,7 @@ def job_config(wish: Wish, spec: MoEJobSpec, facts: Facts) -> RuntimeConfig:
         num_ranks=spec.parallelism.expert,
         faults_enabled=spec.drills == "Allowed",
         device=_device(spec.template),
+        trace=_trace(spec.trace),
         training=TrainingConfig(
             data="stdlib" if data.path is None else data.path,
             sequence_length=training.sequence_length,
@@ -63,6 +71,7 @@ def service_config(wish: Wish, spec: MoEServiceSpec, facts: Facts) -> RuntimeCon
         num_ranks=spec.parallelism.expert,
         faults_enabled=spec.drills == "Allowed",
         device=_device(spec.template),
+        trace=_trace(spec.trace),
         serving=ServingConfig(
             max_sequences=spec.serving.max_sequences,
             max_context=spec.serving.max_context,
@@ -87,6 +96,12 @@ def _where(wish: Wish, facts: Facts) -> _Where:
         return _Where(LOOPBACK, ports.get("coordinator", COORDINATOR_PORT), ports.get("ray", RAY_PORT))
     service = child_name(wish.kind, wish.name, "coordinator")
     return _Where(f"{service}.{wish.namespace}.svc", COORDINATOR_PORT, RAY_PORT)
+
+
+def _trace(trace: RoutingTrace | None) -> TraceConfig | None:
+    if trace is None:
+        return None
+    return TraceConfig(folder=trace.path, every_steps=trace.every_steps, max_bytes=trace.max_megabytes * 1_000_000)
 
 
 def _device(template: PodTemplate) -> Literal["cpu", "cuda"]:

@@ -202,6 +202,46 @@ class PodTemplate(SpecModel):
     spec: PodSpec = PodSpec()
 
 
+class RoutingTrace(SpecModel):
+    """Record which experts the ranks' tokens choose, in lines that `moerator trace` and `moerator plan --load` read."""
+
+    path: str = Field(
+        min_length=1, max_length=1024, description="Folder inside the pods; each rank's pod writes a file of its own."
+    )
+    every_steps: int = Field(
+        default=1,
+        ge=1,
+        le=1000000,
+        description="Record one step of so many; each costs a copy of its choices to the host.",
+    )
+    max_megabytes: int = Field(
+        default=256,
+        ge=1,
+        le=1048576,
+        description="Of one pod's file (10^6 bytes); recording stops before it is larger.",
+    )
+
+
+def trace_can_be_written(spec: Any) -> bool:
+    """`spec` has a trace and a template. A path under no mount is not judged: the local shell mounts nothing."""
+    if spec.trace is None:
+        return True
+    holding = [m for m in spec.template.spec.volume_mounts if f"{spec.trace.path}/".startswith(f"{m.mount_path}/")]
+    return not holding or any(not mount.read_only for mount in holding)
+
+
+_HOLDS_TRACE = "(self.trace.path + '/').startsWith(m.mountPath + '/')"
+_MOUNTS = "self.template.spec.volumeMounts"
+TRACE_IS_WRITABLE = Rule(
+    "!has(self.trace) || !has(self.template) || !has(self.template.spec) || "
+    f"!has({_MOUNTS}) || {_MOUNTS}.all(m, !{_HOLDS_TRACE}) || "
+    f"{_MOUNTS}.exists(m, {_HOLDS_TRACE} && !(has(m.readOnly) && m.readOnly))",
+    "trace.path must not lie in a mount that is readOnly",
+    trace_can_be_written,
+)
+"""Of MoEJob and MoEService."""
+
+
 class ModelShapeSpec(SpecModel):
     """A model built from a config instead of a checkpoint."""
 

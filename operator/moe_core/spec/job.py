@@ -7,12 +7,14 @@ from pydantic import Field
 from moe_core.contract.names import MANAGER
 from moe_core.spec.base import Rule, SpecModel, unchangeable
 from moe_core.spec.common import (
+    TRACE_IS_WRITABLE,
     WHOLE_NODES,
     Decimal,
     FailurePolicy,
     ModelShapeSpec,
     Parallelism,
     PodTemplate,
+    RoutingTrace,
     TopologyConstraint,
 )
 
@@ -101,12 +103,25 @@ class MoEJobSpec(SpecModel):
     drills: Literal["Allowed", "Forbidden"] = Field(
         default="Forbidden", description="Whether a MoEDrill may injure this object."
     )
+    trace: RoutingTrace | None = Field(
+        default=None, description="Record the routing of every rank; nothing is recorded without it."
+    )
     template: PodTemplate = PodTemplate()
 
     rules: ClassVar[tuple[Rule, ...]] = (
+        TRACE_IS_WRITABLE,
         WHOLE_NODES,
         *(
             unchangeable(field, lever="create another MoEJob")
-            for field in ("model", "training", "output", "parallelism", "topologyConstraint", "drills", "template")
+            for field in (
+                "model",
+                "training",
+                "output",
+                "parallelism",
+                "topologyConstraint",
+                "drills",
+                "trace",
+                "template",
+            )
         ),
     )

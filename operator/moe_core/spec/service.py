@@ -6,7 +6,15 @@ from pydantic import Field
 
 from moe_core.contract.names import MANAGER
 from moe_core.spec.base import Rule, SpecModel, unchangeable
-from moe_core.spec.common import WHOLE_NODES, FailurePolicy, Parallelism, PodTemplate, TopologyConstraint
+from moe_core.spec.common import (
+    TRACE_IS_WRITABLE,
+    WHOLE_NODES,
+    FailurePolicy,
+    Parallelism,
+    PodTemplate,
+    RoutingTrace,
+    TopologyConstraint,
+)
 
 
 class ServiceModel(SpecModel):
@@ -93,6 +101,9 @@ class MoEServiceSpec(SpecModel):
     drills: Literal["Allowed", "Forbidden"] = Field(
         default="Forbidden", description="Whether a MoEDrill may injure this object."
     )
+    trace: RoutingTrace | None = Field(
+        default=None, description="Record the routing of every rank; nothing is recorded without it."
+    )
     template: PodTemplate = PodTemplate()
 
     rules: ClassVar[tuple[Rule, ...]] = (
@@ -104,8 +115,9 @@ class MoEServiceSpec(SpecModel):
         WHOLE_NODES,
         *(
             unchangeable(field, lever="create another MoEService")
-            for field in ("model", "serving", "topologyConstraint", "drills", "template")
+            for field in ("model", "serving", "topologyConstraint", "drills", "trace", "template")
         ),
+        TRACE_IS_WRITABLE,
         Rule(
             "self.experts.fallback == oldSelf.experts.fallback",
             "experts.fallback cannot be changed",

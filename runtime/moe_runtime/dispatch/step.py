@@ -18,6 +18,7 @@ class StepContext:
     valid_V              flat indices of the tokens that are no padding, None when all are
     tokens_of_position   valid tokens per position of this step, None when the ranks have not told each other
     pending_LE           picks counted since the last commit or rollback, [L, E] int64
+    routed               (layer, expert_TK) since the last commit or rollback, where somebody records it, else None
     degraded_T           which of the step's flat tokens met a lost expert (None: none did)
     experts_off          the routed experts give zeros and exchange nothing
     """
@@ -29,11 +30,14 @@ class StepContext:
     tokens_of_position: tuple[int, ...] | None = None
     num_tokens: int = 0
     pending_LE: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    routed: list[tuple[int, torch.Tensor]] | None = None
     degraded_T: torch.Tensor | None = None
     experts_off: bool = False
 
     def count(self, layer_idx: int, expert_TK: torch.Tensor) -> None:
         self.pending_LE[layer_idx] += torch.bincount(expert_TK.reshape(-1), minlength=self.num_experts)
+        if self.routed is not None:
+            self.routed.append((layer_idx, expert_TK))
 
     def mark_degraded(self, layer_idx: int, expert_TK: torch.Tensor) -> None:
         lost_E = torch.zeros(self.num_experts, dtype=torch.bool, device=expert_TK.device)

@@ -11,7 +11,7 @@ trainer.
 Suffixes: B rows of a batch, Q query tokens per row, T = B*Q tokens, V vocabulary, L MoE layers, E logical experts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +34,8 @@ from moe_runtime.experts.families import ModelFacts, check_map
 from moe_runtime.experts.generalists import Generalists, read_generalists
 
 Fallback = Literal["Generalist", "Drop", "Refuse"]
+TakeRouted = Callable[[Sequence[tuple[int, torch.Tensor]]], None]
+"""Gets (MoE layer, expert_TK) of a step, a layer perhaps in several parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ class ExpertParallelModel:
         self._degraded = {"generalist": 0, "drop": 0}
         self._slot_digests: tuple[tuple[int, ...], ...] | None = None
         self._last_cache: StepCache | None = None
+        self._take_routed: TakeRouted | None = None
         self.bind(None)
 
     @classmethod
@@ -224,6 +227,8 @@ class ExpertParallelModel:
             self._degraded["drop"] += int(pending_LE[torch.from_numpy(by_nobody_LE)].sum())
         if self._last_cache is not None:
             self._last_cache.commit()
+        if self._take_routed is not None and self._context.routed is not None:
+            self._take_routed(self._context.routed)
         self._forget()
 
     def rollback(self) -> None:
@@ -235,9 +240,15 @@ class ExpertParallelModel:
     def _forget(self) -> None:
         self._last_cache = None
         self._context.degraded_T = None
+        self._context.routed = None if self._take_routed is None else []
         self._context.pending_LE = torch.zeros(
             self.num_layers, self.num_experts, dtype=torch.int64, device=self._device
         )
+
+    def record(self, take: TakeRouted) -> None:
+        """From now on `take` gets what each committed step has routed on this rank."""
+        self._take_routed = take
+        self._forget()
 
     def load_window(self, *, reset: bool = False) -> list[list[int]]:
         """[L][E] committed picks of this rank's own tokens per logical expert since the last reset."""

@@ -20,6 +20,7 @@ from moe_runtime.host.processes import resident_bytes
 from moe_runtime.membership.deadlines import Deadlines
 from moe_runtime.membership.group import EpochGroup
 from moe_runtime.membership.keeper import MembershipKeeper
+from moe_runtime.rank.recorder import Recorder
 from moe_runtime.rank.recovery import Recovering
 from moe_runtime.rank.slot_check import SlotCheck
 from moe_runtime.rank.staging import Staging
@@ -56,6 +57,13 @@ class StepLoop:
         self._staging = Staging()
         self._slots = SlotCheck()
         self._traffic = Traffic(rank)
+        self._recorder = (
+            Recorder(config.trace, name=config.name, rank=rank, pod_uid=keeper.me.pod_uid, say=self._say)
+            if config.trace is not None
+            else None
+        )
+        self._next_step = 0
+        """Number of the group's next step, as far as this rank knows; all take the highest that any of them knows."""
         self._moved_bytes = 0
         self._group: EpochGroup | None = None
         self._halt = threading.Event()
@@ -89,7 +97,7 @@ class StepLoop:
             applied_digest=epm.expert_map.digest if epm is not None else "",
             memory_bytes=resident_bytes(),
             tokens=work.tokens,
-            message=self._message or self._staging.problem,
+            message=self._message or self._staging.problem or (self._recorder.problem if self._recorder else ""),
             degraded_tokens=work.degraded_tokens,
             coverage=self._coverage,
             recoveries=self._recoveries,
@@ -125,6 +133,8 @@ class StepLoop:
         self._phase = "Loading"
         began = time.monotonic()
         self._work.load(wanted)
+        if self._recorder is not None and self._work.epm is not None:
+            self._work.epm.record(self._recorder.take)
         self._phase = "Ready"
         self._say(f"ready, loaded in {time.monotonic() - began:.1f} s, {resident_bytes() >> 20} MiB resident")
 
@@ -199,6 +209,7 @@ class StepLoop:
         epm = self._work.epm
         assert epm is not None
         self._drop_group()
+        self._next_step += 1  # a step that some had committed when the last epoch ended is not made twice by one number
         self._group = EpochGroup.build(
             membership,
             rank=self._rank,
@@ -234,13 +245,17 @@ class StepLoop:
         self._phase = "Draining" if directive.ranks and self._rank not in directive.ranks else "Active"
         self._follow_map(directive, outside=False)
         plan = self._ready_plan(directive, current)
-        rows = group.all_gather_ints((self._work.prepare(), _key(plan)))
+        rows = group.all_gather_ints((self._work.prepare(), _key(plan), self._next_step))
         if plan is not None and all(row[1] == _key(plan) for row in rows):
             if self._may_change(plan):
                 return self._change(plan)
             return True
         tokens = [row[0] for row in rows]
+        step = max(row[2] for row in rows)
+        if self._recorder is not None:
+            self._recorder.step = step
         self._work.run(tokens)
+        self._next_step = step + any(tokens)
         self._settled()
         self._resumed()
         if any(tokens):

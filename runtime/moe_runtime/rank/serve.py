@@ -1,6 +1,7 @@
 """Serving, as the step loop drives it: scheduler, model, sampling, desk."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -30,6 +31,7 @@ class ServeWork:
         self._scheduler = self._new_scheduler()
         self._chunks: tuple[Chunk, ...] = ()
         self._steps = 0
+        self._load_of_step = 0
         self._had_work = False
 
     def _new_scheduler(self) -> Scheduler:
@@ -78,6 +80,8 @@ class ServeWork:
         epm, cache = self._parts()
         self._had_work = any(tokens_of_rank)
         if not self._had_work:
+            if self._load_of_step < self._steps:  # what is told at rest is what was served
+                self.report = replace(self.report, load=self._load(epm))
             return
         chunks = self._chunks
         if chunks:
@@ -138,8 +142,12 @@ class ServeWork:
         epm, _ = self._parts()
         self._steps += 1
         due = self._steps % _LOAD_EVERY_STEPS == 1
-        load = tuple(tuple(row) for row in epm.load_window()) if due else self.report.load
+        load = self._load(epm) if due else self.report.load
         self.report = WorkReport(tokens=self.report.tokens + tokens, degraded_tokens=degraded, load=load)
+
+    def _load(self, epm: ExpertParallelModel) -> tuple[tuple[int, ...], ...]:
+        self._load_of_step = self._steps
+        return tuple(tuple(row) for row in epm.load_window())
 
     def rollback(self) -> None:
         if self.epm is not None:

@@ -118,10 +118,10 @@ class TrainWork:
             done=True,
             checkpoint_path=str(Path(self._training.output_path)),
         )
-        self.report = WorkReport(tokens=self.report.tokens, load=self.report.load, training=progress)
+        self.report = WorkReport(tokens=self.report.tokens, load=self._load(), training=progress)
 
     def _tell(self, *, step: int, loss: float, tokens_per_s: float, seconds: float) -> None:
-        epm, trainer, _ = self._parts()
+        _, trainer, _ = self._parts()
         progress = TrainingProgress(
             step=step,
             max_steps=self._training.max_steps,
@@ -130,8 +130,12 @@ class TrainWork:
             seconds=seconds,
             restored_from_step=self._restored_from,
         )
-        load = tuple(tuple(row) for row in epm.load_window()) if step % 20 == 1 else self.report.load
+        load = self._load() if step % 20 == 1 else self.report.load
         self.report = WorkReport(tokens=trainer.state.tokens, load=load, training=progress)
+
+    def _load(self) -> tuple[tuple[int, ...], ...]:
+        epm, _, _ = self._parts()
+        return tuple(tuple(row) for row in epm.load_window())
 
     def rollback(self) -> None:
         """The trainer's own steps leave nothing behind; the model's counters do."""
