@@ -195,7 +195,7 @@ def serve(
     A fault is met as the step loop does: roll back, build a group of the living, bind, run the same step again.
     """
     if by_pick:
-        slots.SMALL_STEP_TOKENS = -1
+        vars(slots)["SMALL_STEP_TOKENS"] = -1
     epm = load(folder, expert_map, rank)
     group: Any = join_group(store_path, ranks=range(world), rank=rank, timeout_ms=timeout_ms)
     if fault is not None and fault.victim == rank:

@@ -58,7 +58,8 @@ def plan(  # noqa: PLR0917  typer's way
         str | None, typer.Option(metavar="FILE", help="Nodes to place on: what `kubectl get nodes -o yaml` prints.")
     ] = None,
     load: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Routing trace (JSON lines, Megatron's fields) to plan for.")
+        str | None,
+        typer.Option(metavar="PATH", help="Routing trace to plan for: a file, or a folder that spec.trace recorded."),
     ] = None,
     ranks: Annotated[
         str | None, typer.Option(metavar="A..B", help="Other numbers of ranks: one, or a range that doubles.")
@@ -79,7 +80,7 @@ def plan(  # noqa: PLR0917  typer's way
 
 @app.command()
 def trace(  # noqa: PLR0917  typer's way
-    file: Annotated[Path, typer.Argument(help="Routing trace: JSON lines in the fields of Megatron's tracer.")],
+    path: Annotated[Path, typer.Argument(help="JSON lines in the fields of Megatron's tracer: a file, or a folder.")],
     ranks: Annotated[int, typer.Option(min=1, max=1024, help="Ranks to assign to.")] = 4,
     redundant: Annotated[int, typer.Option(min=0, max=4096, help="Redundant slots of each rank and layer.")] = 1,
     window: Annotated[int, typer.Option(min=1, help="Steps in one window.")] = 1,
@@ -92,7 +93,7 @@ def trace(  # noqa: PLR0917  typer's way
 
     raise typer.Exit(
         show_trace(
-            file,
+            path,
             ranks=ranks,
             redundant=redundant,
             window=window,

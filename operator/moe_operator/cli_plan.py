@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from moe_core.contract.trace import TraceRecord
 from moe_core.decide.accept import Refusal
 from moe_core.experts.trace import Trace, read_lines
 from moe_core.facts import Facts, ModelFact, NodeFact, Wish
 from moe_core.outcome import InvalidInput, NoFit
-from moe_core.preview.outlook import Outlook, look_ahead
+from moe_core.preview.outlook import Outlook, Step, look_ahead
 from moe_core.preview.size import ModelSize, size_of_config, size_of_shape
 from moe_core.spec.job import MoEJobSpec
 from moe_core.spec.load import Document
@@ -105,15 +106,34 @@ def _nodes(file: Path) -> tuple[NodeFact, ...]:
     return found
 
 
-def read_trace(file: Path) -> Trace:
-    """Raises InvalidInput that names the file."""
+def read_trace(path: Path) -> Trace:
+    """One file, or a folder of what the pods of one run recorded. Raises InvalidInput that names the file."""
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not files:
+        raise InvalidInput(f"{path}: no *.jsonl lies in this folder")
+    records: list[TraceRecord] = []
+    file_of: dict[tuple[int, int], Path] = {}
+    for file in files:
+        try:
+            found = list(read_lines(_whole_lines(file)))
+        except OSError as error:
+            raise InvalidInput(f"{file}: {error.strerror}") from error
+        except (InvalidInput, UnicodeDecodeError) as error:
+            raise InvalidInput(f"{file}: {error}") from error
+        for step, rank in sorted({(record.step, record.rank) for record in found}):
+            if (other := file_of.setdefault((step, rank), file)) != file:
+                raise InvalidInput(f"{file}: step {step} of rank {rank} is in {other.name} too: these are two traces")
+        records += found
     try:
-        with file.open(encoding="utf-8") as lines:
-            return Trace.of(read_lines(lines))
-    except OSError as error:
-        raise InvalidInput(f"{file}: {error.strerror}") from error
-    except (InvalidInput, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{file}: {error}") from error
+        return Trace.of(records)
+    except InvalidInput as error:
+        raise InvalidInput(f"{path}: {error}") from error
+
+
+def _whole_lines(file: Path) -> Iterator[str]:
+    """Without a last line that was cut off: whoever wrote it was killed."""
+    with file.open(encoding="utf-8") as lines:
+        yield from (line for line in lines if line.endswith(("\n", "}")))
 
 
 def _look(
@@ -175,7 +195,7 @@ def _cells(found: Outlook | Refusal) -> dict[str, str]:
         cells["parameters per rank"] = _bytes(max(found.size.rank_bytes(found.expert_map)))
     if found.traffic is not None:
         by_scope = ", ".join(f"{scope} {_bytes(count)}" for scope, count in found.bytes_by_scope.items())
-        cells["bytes of a step"] = f"{_bytes(found.traffic.sent_bytes)} sent ({by_scope})"
+        cells["bytes of a step"] = f"{_bytes(found.traffic.sent_bytes)} sent ({by_scope}); {_way(found.step)}"
     if found.planned is not None:
         cells["planned for this load"] = f"balancedness {found.planned_balance:.3f}; {found.planned.reason}"
     if found.crossings is not None:
@@ -188,6 +208,11 @@ def _cells(found: Outlook | Refusal) -> dict[str, str]:
             )
         )
     return cells
+
+
+def _way(step: Step) -> str:
+    kind = "training" if step.trains else "decoding"
+    return f"{kind} {step.tokens_per_rank} tokens a rank goes by {'token' if step.by_token else 'pick'}"
 
 
 def _placement(found: Outlook) -> str:
@@ -231,6 +256,11 @@ def _plan_as_json(found: Outlook | Refusal) -> dict[str, Any]:
         "balancednessMin": found.balance.balancedness_min,
         "bestBalancedness": found.bound,
         "parameterBytesOfRank": None if found.size is None else found.size.rank_bytes(found.expert_map),
+        "step": {
+            "tokensPerRank": found.step.tokens_per_rank,
+            "trains": found.step.trains,
+            "dispatch": "ByToken" if found.step.by_token else "ByPick",
+        },
         "bytesByScope": dict(found.bytes_by_scope),
         "bytesBetweenRanks": None if found.traffic is None else found.traffic.total_RR.tolist(),
         "crossings": None if found.crossings is None else asdict(found.crossings),

@@ -19,11 +19,11 @@ from moe_operator.cli_plan import read_trace
 
 
 def show_trace(
-    file: Path, *, ranks: int, redundant: int, window: int, horizon: float, expert_bytes: int, as_json: bool
+    path: Path, *, ranks: int, redundant: int, window: int, horizon: float, expert_bytes: int, as_json: bool
 ) -> int:
     """0, or 2 for a trace that cannot be read or played."""
     try:
-        trace = read_trace(file)
+        trace = read_trace(path)
         load_WLE = windows_of(trace, window)
         slots = even_slots(trace.num_experts, ranks, redundant_per_rank=redundant)
         prices = Prices(bytes_per_expert=expert_bytes, horizon=horizon)

@@ -10,6 +10,19 @@ from typer.testing import CliRunner
 from moe_operator.cli import app
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+MIXTRAL = {
+    "model_type": "mixtral",
+    "architectures": ["MixtralForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 256,
+    "torch_dtype": "bfloat16",
+}
 JOB = str(EXAMPLES / "job-tiny.yaml")
 
 
@@ -33,6 +46,23 @@ def nodes_file(folder: Path, count: int, cpu: str = "8") -> Path:
     ]
     file = folder / "nodes.yaml"
     file.write_text(yaml.safe_dump({"apiVersion": "v1", "kind": "List", "items": nodes}))
+    return file
+
+
+def service_file(folder: Path, *, max_sequences: int) -> Path:
+    """Two ranks, and beside it the config of a checkpoint with 8 experts in 2 layers, in bfloat16."""
+    model = folder / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(MIXTRAL))
+    (model / "model.safetensors").touch()
+    spec = {
+        "model": {"path": str(model)},
+        "parallelism": {"expert": 2},
+        "serving": {"maxSequences": max_sequences},
+    }
+    file = folder / "service.yaml"
+    head = {"apiVersion": "moerator.dev/v1alpha1", "kind": "MoEService", "metadata": {"name": "s"}}
+    file.write_text(yaml.safe_dump({**head, "spec": spec}))
     return file
 
 
@@ -82,6 +112,28 @@ def test_nodes_and_a_trace_show_how_far_tokens_have_to_go(tmp_path: Path) -> Non
     assert plan["crossings"]["together"]["nodes"] <= plan["crossings"]["by_load"]["nodes"] <= 2
     assert plan["crossings"]["assigned"]["balancedness"] < plan["crossings"]["together"]["balancedness"]
     assert run("-f", JOB, "--nodes", nodes_file(tmp_path, 1), "--load", trace_file(tmp_path))[0] == 0
+
+
+@pytest.mark.parametrize(("sequences", "way"), [(64, "ByToken"), (65, "ByPick")])
+def test_a_small_step_of_a_service_goes_by_token_as_the_data_plane_has_it(
+    tmp_path: Path, sequences: int, way: str
+) -> None:
+    file = service_file(tmp_path, max_sequences=sequences)
+    code, text = run("-f", file, "--json")
+    (plan,) = json.loads(text)[0]["plans"]
+    assert code == 0
+    assert plan["step"] == {"tokensPerRank": sequences, "trains": False, "dispatch": way}
+    row, layers, others = 64 * 4, 2, 2 * 1
+    if way == "ByToken":
+        assert plan["bytesByScope"]["across"] == layers * others * sequences * (2 * row + 2 * 8)
+    else:
+        half_of_the_picks = sequences * 2 // 2
+        assert plan["bytesByScope"]["across"] == layers * others * (half_of_the_picks * 2 * row + 4 * 8)
+
+
+def test_a_training_step_goes_by_pick_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "training 512 tokens a rank goes by pick" in run("-f", JOB)[1]
 
 
 def test_numbers_of_ranks_stand_side_by_side(tmp_path: Path) -> None:

@@ -61,3 +61,38 @@ def test_a_file_that_is_no_trace_is_refused_with_its_line(tmp_path: Path) -> Non
     result = CliRunner().invoke(app, ["trace", str(file)])
     assert result.exit_code == 2
     assert "line 2: step: Field required" in result.output
+
+
+def recorded(folder: Path, pod: str, *steps: int, rank: int = 0) -> Path:
+    """What a pod has recorded of some steps, one layer each."""
+    record = {"stage": "pre_dispatch", "block": "decoder", "layer": 0, "rank": rank, "num_tokens": 1, "topk": 2}
+    file = folder / f"tiny-rank-{rank}-{pod}.jsonl"
+    file.write_text("".join(json.dumps({"step": step, **record, "top_indices": [[0, 3]]}) + "\n" for step in steps))
+    return file
+
+
+def test_a_folder_is_the_trace_of_all_pods_in_it(tmp_path: Path) -> None:
+    recorded(tmp_path, "a", 0, 1)
+    recorded(tmp_path, "b", 2, 3)  # it came after a
+    recorded(tmp_path, "c", 0, 1, 2, 3, rank=1)
+    result = CliRunner().invoke(app, ["trace", str(tmp_path), "--ranks", "2", "--json"])
+    assert result.exit_code == 0
+    assert json.loads(result.output)["windows"] == 4
+
+
+def test_a_line_that_a_killed_pod_left_unfinished_is_passed_over(tmp_path: Path) -> None:
+    file = recorded(tmp_path, "a", 0, 1, 2)
+    file.write_text(file.read_text()[:-20])
+    result = CliRunner().invoke(app, ["trace", str(file), "--ranks", "2", "--json"])
+    assert result.exit_code == 0
+    assert json.loads(result.output)["windows"] == 2
+
+
+def test_two_traces_in_one_folder_and_an_empty_one_are_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["trace", str(tmp_path)])
+    assert (result.exit_code, "no *.jsonl lies in this folder" in result.output) == (2, True)
+    recorded(tmp_path, "a", 0, 1)
+    recorded(tmp_path, "b", 1, 2)
+    result = CliRunner().invoke(app, ["trace", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "step 1 of rank 0 is in tiny-rank-0-a.jsonl too: these are two traces" in result.output.replace("\n", " ")

@@ -29,6 +29,18 @@ def test_by_pick_rows_travel_there_and_back_and_counts_before_them() -> None:
     assert traffic.sent_bytes == pytest.approx((60 - 15 - 12.5 - 2.5) * 32 * 2 + 6 * 16)
 
 
+def test_a_step_that_trains_sends_its_gradients_the_same_ways_and_no_more_counts() -> None:
+    forward, both = traffic_by_pick(MAP, LOAD, SHAPE), traffic_by_pick(MAP, LOAD, SHAPE, trains=True)
+    np.testing.assert_allclose(both.combine_RR, 2 * forward.combine_RR)
+    assert both.dispatch_RR[0, 1] == 2 * 2.5 * 8 * 4 + 2 * 8
+
+
+def test_a_rank_that_is_alone_exchanges_nothing() -> None:
+    alone = ExpertMap(generation=1, num_logical_experts=2, slots_of_rank=(2, 0), logical_of_slot=((0, 1),))
+    for traffic in (traffic_by_pick(alone, [[1, 1]], SHAPE), traffic_by_token(alone, SHAPE)):
+        assert not traffic.total_RR.any()
+
+
 def test_by_token_every_rank_gets_every_token_whatever_the_load() -> None:
     traffic = traffic_by_token(MAP, SHAPE)
     assert traffic.dispatch_RR[0, 2] == 10 * (8 * 4 + 2 * 8)

@@ -6,6 +6,8 @@ Two ways to exchange, as the data plane has them (moe_runtime.dispatch.all_to_al
                is told before
     by token   every token with its K addresses and weights goes to every other rank, and a sum comes back from each
 
+A step that trains goes by pick, and its gradients once more the same ways back. A rank that is alone exchanges nothing.
+
 Expected, not sampled: a pick goes to expert e with the share of the load that e has in its layer, and from each source
 rank to the copy that choice.py names.
 """
@@ -14,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.experts.checks import FloatArray, IntArray, as_load_LE
@@ -105,25 +107,35 @@ def picks_between(
 
 
 def traffic_by_pick(
-    expert_map: ExpertMap, load: ArrayLike, shape: StepShape, *, domain_of_rank: Sequence[str] | None = None
+    expert_map: ExpertMap,
+    load: ArrayLike,
+    shape: StepShape,
+    *,
+    trains: bool = False,
+    domain_of_rank: Sequence[str] | None = None,
 ) -> Traffic:
-    """Rows there and back, and before them one count for each slot of the widest rank."""
+    """One count for each slot of the widest rank, then rows there and back, and again if the step `trains`."""
+    pairs_RR = _pairs(expert_map)
     picks_LRR = picks_between(expert_map, load, shape, domain_of_rank=domain_of_rank)
-    rows_RR = picks_LRR.sum(0) * shape.hidden_size * shape.bytes_per_number
-    takes_part_R = np.asarray(expert_map.slots_of_rank) > 0
-    pairs_RR = takes_part_R[:, None] & takes_part_R[None, :]
+    row = shape.hidden_size * shape.bytes_per_number * (2 if trains else 1)
+    rows_RR = picks_LRR.sum(0) * pairs_RR * row
     counts = expert_map.num_layers * max(1, *expert_map.slots_of_rank) * COUNT_BYTES
     return Traffic(dispatch_RR=rows_RR + pairs_RR * counts, combine_RR=rows_RR.T.copy())
 
 
 def traffic_by_token(expert_map: ExpertMap, shape: StepShape) -> Traffic:
     """The same to every rank, whatever the load."""
-    takes_part_R = np.asarray(expert_map.slots_of_rank) > 0
-    pairs_RR = (takes_part_R[:, None] & takes_part_R[None, :]).astype(np.float64)
+    pairs_RR = _pairs(expert_map).astype(np.float64)
     row = shape.hidden_size * shape.bytes_per_number
     there = row + shape.top_k * (ADDRESS_BYTES + WEIGHT_BYTES)
     tokens = expert_map.num_layers * shape.tokens_per_rank
     return Traffic(dispatch_RR=pairs_RR * tokens * there, combine_RR=pairs_RR * tokens * row)
+
+
+def _pairs(expert_map: ExpertMap) -> NDArray[np.bool_]:
+    """[R, R] which ranks exchange with which."""
+    takes_part_R = np.asarray(expert_map.slots_of_rank) > 0
+    return np.outer(takes_part_R, takes_part_R & (takes_part_R.sum() > 1))
 
 
 def domains_per_token(

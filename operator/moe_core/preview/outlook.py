@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from moe_core.contract.dispatch import SMALL_STEP_TOKENS
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.decide.accept import Accepted, Refusal, accept
 from moe_core.decide.place import place_new
@@ -22,11 +23,11 @@ from moe_core.experts.pack import pack
 from moe_core.experts.replan import Prices, Replan, Rows, replan
 from moe_core.experts.survival import Survival, survival
 from moe_core.experts.trace import Trace
-from moe_core.experts.traffic import StepShape, Traffic, domains_per_token, traffic_by_pick
+from moe_core.experts.traffic import StepShape, Traffic, domains_per_token, traffic_by_pick, traffic_by_token
 from moe_core.facts import Facts, Wish
 from moe_core.manifests.plan import Plan
 from moe_core.outcome import InvalidInput, NoFit
-from moe_core.preview.size import ModelSize
+from moe_core.preview.size import BYTES_PER_NUMBER, ModelSize
 from moe_core.spec.job import MoEJobSpec
 from moe_core.topology.fit import Fit
 
@@ -51,6 +52,19 @@ class Crossings:
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """The step whose bytes are shown: one of training, or one that decodes as many sequences as a rank may."""
+
+    tokens_per_rank: int
+    trains: bool
+
+    @property
+    def by_token(self) -> bool:
+        """As the data plane chooses (moe_runtime.experts.slots)."""
+        return not self.trains and self.tokens_per_rank <= SMALL_STEP_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
 class Outlook:
     """placement is None where no nodes were given; size and traffic None where the model cannot be read.
 
@@ -70,6 +84,7 @@ class Outlook:
     load_of_rank: tuple[float, ...]
     load_of_slot: FloatArray
     """[L, S]"""
+    step: Step
     size: ModelSize | None = None
     traffic: Traffic | None = None
     bytes_by_scope: Mapping[str, float] = field(default_factory=dict)
@@ -103,7 +118,8 @@ def look_ahead(
     placement = place_new(plan, facts.nodes) if facts.nodes else None
     load_LE = np.ones((plan.num_layers, plan.num_experts)) if trace is None else _load_of(trace, expert_map)
     nodes = _nodes_of(placement, plan.num_ranks)
-    traffic = None if size is None else _traffic(accepted, expert_map, load_LE, size)
+    step = _step(accepted)
+    traffic = None if size is None else _traffic(step, expert_map, load_LE, size)
     planned = None if trace is None else _planned(expert_map, load_LE, nodes, size, prices or Prices())
     fleet = Fleet(expert_map.slots_of_rank)
     return Outlook(
@@ -119,6 +135,7 @@ def look_ahead(
         bound=balancedness_of(load_LE.sum(1) / plan.num_ranks, bound_of_slots(load_LE, fleet)),
         load_of_rank=tuple(load_of_ranks(expert_map, load_LE).sum(0).tolist()),
         load_of_slot=load_of_slots(expert_map, load_LE),
+        step=step,
         size=size,
         traffic=traffic,
         bytes_by_scope={} if traffic is None else _by_scope(traffic, plan, facts, nodes),
@@ -142,14 +159,16 @@ def _survivals(expert_map: ExpertMap, unit_of_rank: Sequence[str] | None) -> tup
     return tuple(survival(expert_map, failures=count, unit_of_rank=units) for count in failures)
 
 
-def _traffic(accepted: Accepted, expert_map: ExpertMap, load_LE: FloatArray, size: ModelSize) -> Traffic:
+def _traffic(step: Step, expert_map: ExpertMap, load_LE: FloatArray, size: ModelSize) -> Traffic:
     shape = StepShape(
-        tokens_per_rank=_tokens_per_rank(accepted),
+        tokens_per_rank=step.tokens_per_rank,
         hidden_size=size.hidden_size,
         top_k=size.top_k,
-        bytes_per_number=size.bytes_per_number,
+        bytes_per_number=BYTES_PER_NUMBER,
     )
-    return traffic_by_pick(expert_map, load_LE, shape)
+    if step.by_token:
+        return traffic_by_token(expert_map, shape)
+    return traffic_by_pick(expert_map, load_LE, shape, trains=step.trains)
 
 
 def _by_scope(traffic: Traffic, plan: Plan, facts: Facts, nodes: Sequence[str] | None) -> Mapping[str, float]:
@@ -212,12 +231,11 @@ def _balance_of(planned: Replan | None, load_LE: FloatArray, num_ranks: int) -> 
     return balancedness_of(load_LE.sum(1) / num_ranks, np.asarray(planned.worst_after))
 
 
-def _tokens_per_rank(accepted: Accepted) -> int:
-    """Of one step: a training step's sequences, or one token of every sequence that a serving rank decodes."""
+def _step(accepted: Accepted) -> Step:
     spec = accepted.spec
     if isinstance(spec, MoEJobSpec):
-        return spec.training.sequences_per_rank * spec.training.sequence_length
-    return spec.serving.max_sequences
+        return Step(spec.training.sequences_per_rank * spec.training.sequence_length, trains=True)
+    return Step(spec.serving.max_sequences, trains=False)
 
 
 def _planned(

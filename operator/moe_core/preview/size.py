@@ -8,7 +8,8 @@ from moe_core.contract.expert_map import ExpertMap
 from moe_core.outcome import InvalidInput
 from moe_core.spec.common import ModelShapeSpec
 
-BYTES_OF_DTYPE = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
+BYTES_PER_NUMBER = 4
+"""The runtime computes in float32, whatever a checkpoint is stored in."""
 _GATED = 3
 """Matrices of one expert: gate, up and down."""
 
@@ -20,27 +21,25 @@ class ModelSize:
     hidden_size: int
     moe_intermediate_size: int
     top_k: int
-    bytes_per_number: int
     dense_numbers: int
 
     @property
     def expert_bytes(self) -> int:
         """One physical expert of one layer."""
-        return _GATED * self.hidden_size * self.moe_intermediate_size * self.bytes_per_number
+        return _GATED * self.hidden_size * self.moe_intermediate_size * BYTES_PER_NUMBER
 
     def rank_bytes(self, expert_map: ExpertMap) -> tuple[int, ...]:
         """Parameters in each rank's memory; caches, activations and optimizer state come on top."""
-        dense = self.dense_numbers * self.bytes_per_number
+        dense = self.dense_numbers * BYTES_PER_NUMBER
         return tuple(dense + slots * expert_map.num_layers * self.expert_bytes for slots in expert_map.slots_of_rank)
 
 
 def size_of_shape(shape: ModelShapeSpec) -> ModelSize:
-    """A model that a job builds: float32."""
+    """A model that a job builds."""
     return ModelSize(
         hidden_size=shape.hidden_size,
         moe_intermediate_size=shape.moe_intermediate_size,
         top_k=shape.num_experts_per_tok,
-        bytes_per_number=4,
         dense_numbers=_dense_numbers(
             hidden=shape.hidden_size,
             layers=shape.num_hidden_layers,
@@ -57,14 +56,10 @@ def size_of_config(config: Mapping[str, Any]) -> ModelSize:
     """A checkpoint's config.json, by the names that transformers' families use. Raises InvalidInput."""
     heads = _number(config, "num_attention_heads")
     hidden = _number(config, "hidden_size")
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    if dtype not in BYTES_OF_DTYPE:
-        raise InvalidInput(f"config.dtype must be one of {', '.join(BYTES_OF_DTYPE)}, got {dtype!r}")
     return ModelSize(
         hidden_size=hidden,
         moe_intermediate_size=_number(config, "moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"),
         top_k=_number(config, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts"),
-        bytes_per_number=BYTES_OF_DTYPE[dtype],
         dense_numbers=_dense_numbers(
             hidden=hidden,
             layers=_number(config, "num_hidden_layers"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from moe_core.contract.dispatch import SMALL_STEP_TOKENS
 from moe_core.contract.expert_map import EMPTY_SLOT
 from moe_runtime.dispatch.all_to_all import run_by_pick, run_by_token
 from moe_runtime.dispatch.reference import run_local
@@ -16,9 +17,6 @@ from moe_runtime.dispatch.step import StepContext
 from moe_runtime.experts.families import ExpertsModule
 from moe_runtime.experts.ladder import LayerLadder, SharedExpert
 from moe_runtime.experts.weights import WeightSource
-
-SMALL_STEP_TOKENS = 64
-"""A step with at most this many tokens on the fullest rank dispatches by token (2 exchanges per layer instead of 3)."""
 
 
 class SlottedExperts:
