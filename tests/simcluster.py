@@ -88,6 +88,7 @@ class Sim:
     pods: list[PodFact] = field(default_factory=list)
     objects: dict[tuple[str, str], str] = field(default_factory=dict)
     map_status: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    map_spec: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     told: RuntimeWish | None = None
     registered: set[str] = field(default_factory=set)
     """uids of the ranks that the coordinator has heard of: none when it has just started."""
@@ -99,6 +100,7 @@ class Sim:
     epoch: int = 0
     step_count: int = 0
     load: tuple[tuple[int, ...], ...] = ()
+    load_window_s: float = 0.0
     owner_deleted: bool = False
     stuck_terminating: bool = False
     uids: int = 0
@@ -160,6 +162,9 @@ class Sim:
             coverage=seen,
             serving=ServingProgress() if serving else None,
             load=self.load,
+            load_window_s=self.load_window_s,
+            seconds_per_pick=1e-5,
+            expert_bytes=1000,
             training=None if serving else TrainingProgress(step=self.epoch, done=self.training_done),
         )
 
@@ -168,7 +173,11 @@ class Sim:
             nodes=self.nodes,
             pods=tuple(self.pods),
             objects=tuple(
-                ObjectFact(kind, name, digest, self.map_status.get(name, {}) if kind == "ExpertMap" else {})
+                ObjectFact(kind, name, digest)
+                if kind != "ExpertMap"
+                else ObjectFact(
+                    kind, name, digest, status=self.map_status.get(name, {}), spec=self.map_spec[name], version=digest
+                )
                 for (kind, name), digest in self.objects.items()
             ),
             topologies=self.topologies,
@@ -233,6 +242,8 @@ class Sim:
                     self.change(action.uid, deleting=True)
             case ApplyObject():
                 self.objects[action.kind, action.name] = action.digest
+                if action.kind == "ExpertMap":
+                    self.map_spec[action.name] = action.manifest["spec"]
             case EnsureToken():
                 self.objects["Secret", action.name] = ""
             case DeleteObject():

@@ -62,12 +62,17 @@ class PodFact:
 
 @dataclass(frozen=True, slots=True)
 class ObjectFact:
-    """An owned object that is not a pod, with the digest of what was last applied; `status` of an ExpertMap only."""
+    """An owned object that is not a pod, with the digest of what was last applied.
+
+    Of an ExpertMap only: its spec and status, and `version`, which names the spec among all that it has had.
+    """
 
     kind: str
     name: str
     digest: str
     status: Mapping[str, Any] = field(default_factory=dict)
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,8 +105,11 @@ def topology_levels(obj: Object) -> tuple[tuple[str, str], ...]:
 def object_fact(obj: Object) -> ObjectFact:
     metadata = obj["metadata"]
     digest = (metadata.get("annotations") or {}).get(ANNOTATION_SPEC_DIGEST, "")
-    status = obj.get("status") or {} if obj["kind"] == "ExpertMap" else {}
-    return ObjectFact(kind=obj["kind"], name=metadata["name"], digest=digest, status=status)
+    if obj["kind"] != "ExpertMap":
+        return ObjectFact(kind=obj["kind"], name=metadata["name"], digest=digest)
+    version = f"{metadata.get('uid')}/{metadata.get('generation')}/{digest}"
+    status, spec = obj.get("status") or {}, obj.get("spec") or {}
+    return ObjectFact("ExpertMap", metadata["name"], digest, status=status, spec=spec, version=version)
 
 
 def node_fact(obj: Object) -> NodeFact:

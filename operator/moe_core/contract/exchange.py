@@ -25,6 +25,8 @@ class RuntimeWish(WireModel):
     """Pods proven gone (process reaped, or removed by the API server): the coordinator may vouch for it."""
     newest_epoch: int = Field(default=0, ge=0)
     """The newest epoch the operator remembers: a coordinator that starts beside no living rank counts on from it."""
+    load_window_s: float = Field(default=60.0, gt=0)
+    """How far back `RuntimeState.load` shall reach."""
 
 
 RankPhase = Literal["Starting", "Loading", "Ready", "Active", "Draining", "Left", "Failed"]
@@ -101,7 +103,13 @@ class RuntimeState(WireModel):
     recoveries: tuple[Recovery, ...] = ()
     """The newest sixteen."""
     load: tuple[tuple[int, ...], ...] = ()
-    """[L][E] tokens per logical expert over the window that ended at this version; empty when none was recorded."""
+    """[L][E] tokens per logical expert over the last `load_window_s`; empty when none was recorded."""
+    load_window_s: float = 0.0
+    """Seconds that `load` covers: less than was wished while the coordinator has not listened for so long."""
+    seconds_per_pick: float = 0.0
+    """Time that one token takes at one expert, over all ranks since they started; 0 while nothing was computed."""
+    expert_bytes: int = 0
+    """One physical expert of one layer; 0 while no rank has loaded."""
     failure: str = ""
     """A failure that no restart can mend, such as a model that cannot be loaded."""
 

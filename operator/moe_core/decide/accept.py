@@ -68,7 +68,7 @@ def accept(wish: Wish, facts: Facts) -> Accepted | Refusal:  # noqa: PLR0911 - e
         names = ", ".join(foreign)
         return Refusal(Reason.FOREIGN_OBJECT, f"{names} exists and belongs to somebody else; delete it or rename this")
     plan = _plan(wish, spec, facts, shape, pack, needs)
-    refused = _coverage(plan, spec)
+    refused = _coverage(plan)
     if refused is not None:
         return refused
     slots = even_slots(plan.num_experts, plan.num_ranks, redundant_per_rank=plan.redundant_per_rank)
@@ -165,7 +165,9 @@ def _plan(  # noqa: PLR0917
         num_experts=shape[0],
         num_layers=shape[1],
         redundant_per_rank=serving.experts.redundant_per_rank if serving else 0,
-        policy="linear",  # the only one in the schema: the others need a load, and none is planned with yet
+        policy="linear",  # without a load; decide.assignment follows one
+        rebalance=serving.experts.rebalance if serving and serving.experts.policy == "Balanced" else None,
+        min_copies=serving.experts.min_copies if serving else 1,
         max_restarts=spec.failure_policy.max_restarts,
         num_gateways=serving.gateway.replicas if serving else 0,
         template=spec.template,
@@ -179,9 +181,9 @@ def _plan(  # noqa: PLR0917
     )
 
 
-def _coverage(plan: Plan, spec: MoEJobSpec | MoEServiceSpec) -> Refusal | None:
+def _coverage(plan: Plan) -> Refusal | None:
     """A size whose slots cannot hold what the spec promises is refused."""
-    min_copies = spec.experts.min_copies if isinstance(spec, MoEServiceSpec) else 1
+    min_copies = plan.min_copies
     per_layer = plan.num_experts + plan.num_ranks * plan.redundant_per_rank
     if per_layer > MAX_SLOTS:
         told = (

@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.names import ROLE_COORDINATOR, ROLE_GATEWAY, ROLE_RANK
+from moe_core.decide.assignment import Assigned, assigned
 from moe_core.decide.crew import Seat, may_take_part, seats
-from moe_core.decide.follow import Following, follow, release_leavers
+from moe_core.decide.follow import Following, follow, group_size, release_leavers
 from moe_core.decide.gang import Steps, fill, remember
 from moe_core.decide.helpers import tend
 from moe_core.decide.maps import report_maps
@@ -34,6 +36,7 @@ class Cycle:
     filled: Steps
     no_fit: NoFit | None
     following: Following
+    assignment: Assigned
     formed: bool
     waking: tuple[float, ...]
 
@@ -50,7 +53,9 @@ def run_cycle(plan: Plan, memory: Memory, facts: Facts, now: float) -> Cycle:
     silence = listen(memory, facts, now, num_ranks=plan.num_ranks)
     ranks, gateways = seats(facts, now, ROLE_RANK, silent=silence.dead), seats(facts, now, ROLE_GATEWAY)
     coordinator = seats(facts, now, ROLE_COORDINATOR)
-    following = follow(plan, memory, facts, ranks)
+    size = group_size(plan, memory, facts, ranks)
+    assignment = assigned(plan, memory, facts, now, num_ranks=size, ranks=ranks)
+    following = follow(plan, memory, facts, num_ranks=size, expert_map=assignment.expert_map)
 
     seen, base = remember(plan.num_ranks, memory, ranks, planned=False)
     filled = fill(plan, now, ranks=ranks, seen=seen, base=base)
@@ -63,14 +68,14 @@ def run_cycle(plan: Plan, memory: Memory, facts: Facts, now: float) -> Cycle:
         bound.undo = [DeletePod(pod.name, pod.uid) for pod in undone]
         base = [seen[r] if r in ranks and ranks[r].is_placed else base[r] for r in range(len(seen))]
     actions = (
-        *_objects(plan, facts, following.num_ranks),
+        *_objects(plan, facts, assignment.expert_map),
         *filled.actions,
         *bound.actions,
         *bound.undo,
         *helpers,
         *following.actions,
         *release_leavers(plan, facts, following, ranks, formed=formed),
-        *report_maps(plan.expert_map(following.num_ranks), facts, now),
+        *report_maps(assignment.expert_map, facts, now),
     )
     memory = replace(
         memory,
@@ -83,6 +88,7 @@ def run_cycle(plan: Plan, memory: Memory, facts: Facts, now: float) -> Cycle:
         started_at=memory.started_at if memory.started_at is not None else now,
         heard=silence.heard,
         silent_since=silence.since,
+        weighed_at=assignment.weighed_at,
         num_experts=plan.num_experts,
         num_layers=plan.num_layers,
         redundant_per_rank=plan.redundant_per_rank,
@@ -102,8 +108,15 @@ def run_cycle(plan: Plan, memory: Memory, facts: Facts, now: float) -> Cycle:
         filled=filled,
         no_fit=bound.no_fit,
         following=following,
+        assignment=assignment,
         formed=formed,
-        waking=(*filled.waking, *helper_waking, *silence.waking, *([] if stranded is None else [max(stranded, 0.05)])),
+        waking=(
+            *filled.waking,
+            *helper_waking,
+            *silence.waking,
+            *assignment.waking,
+            *([] if stranded is None else [max(stranded, 0.05)]),
+        ),
     )
 
 
@@ -145,10 +158,10 @@ def _helpers(
     return [*first, *second], [*waking, *more]
 
 
-def _objects(plan: Plan, facts: Facts, num_ranks: int) -> list[Action]:
+def _objects(plan: Plan, facts: Facts, expert_map: ExpertMap) -> list[Action]:
     """Apply what differs from what was last applied, remove slices of a map that no longer exist."""
     have = {(obj.kind, obj.name): obj.digest for obj in facts.objects}
-    wanted = wanted_objects(plan, plan.expert_map(num_ranks))
+    wanted = wanted_objects(plan, expert_map)
     actions: list[Action] = [] if ("Secret", plan.child("token")) in have else [EnsureToken(plan.child("token"))]
     actions += [obj for obj in wanted if have.get((obj.kind, obj.name)) != obj.digest]
     names = [(obj.kind, obj.name) for obj in wanted]

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 
 from moe_core.contract.base import digest_of
 from moe_core.contract.exchange import RuntimeState, RuntimeWish
+from moe_core.contract.expert_map import ExpertMap
 from moe_core.decide.crew import Seat, may_take_part, proven_dead, states_of
 from moe_core.decide.memory import MAX_DEAD_PODS, Memory
 from moe_core.facts import Action, DeletePod, Facts, PutWish
 from moe_core.manifests.plan import Plan
 
+LOAD_WINDOW_S = 60.0
+"""Where nothing follows the load: what the balance of the last minute is measured over."""
 _OUT = ("Left", "Failed")
 _MEMBER = ("Active", "Draining")
 
@@ -33,8 +36,10 @@ class Following:
 
 
 def group_size(plan: Plan, memory: Memory, facts: Facts, ranks: Mapping[int, Seat]) -> int:
-    """Ranks that the wish names now."""
+    """Ranks that the wish names now; while there is nobody to tell, those that it named last."""
     told = memory.wish_ranks
+    if facts.runtime is None and told:
+        return told
     if told == 0 or (memory.epoch == 0 and (facts.runtime is None or facts.runtime.epoch == 0)):
         return plan.num_ranks
     if plan.num_ranks <= told:
@@ -46,17 +51,16 @@ def group_size(plan: Plan, memory: Memory, facts: Facts, ranks: Mapping[int, Sea
     return plan.num_ranks if ready else told
 
 
-def follow(plan: Plan, memory: Memory, facts: Facts, ranks: Mapping[int, Seat]) -> Following:
+def follow(plan: Plan, memory: Memory, facts: Facts, *, num_ranks: int, expert_map: ExpertMap) -> Following:
     """The wish under a generation that only grows, put unless the coordinator is known to have it."""
-    size = group_size(plan, memory, facts, ranks)
     known = memory.dead_pod_uids
     dead = (*known, *(uid for uid in proven_dead(facts) if uid not in known))[-MAX_DEAD_PODS:]
-    expert_map = plan.expert_map(size)
-    digest = digest_of(f"{size} {expert_map.digest} {','.join(dead)}")
+    window_s = float(plan.rebalance.window_seconds) if plan.rebalance is not None else LOAD_WINDOW_S
+    digest = digest_of(f"{num_ranks} {expert_map.digest} {','.join(dead)} {window_s}")
     runtime = facts.runtime
     if runtime is None:  # nobody to tell; a wish that was never heard is not remembered
         return Following(
-            num_ranks=memory.wish_ranks or size,
+            num_ranks=num_ranks,
             generation=memory.wish_generation,
             digest=memory.wish_digest,
             dead_pod_uids=dead,
@@ -69,14 +73,15 @@ def follow(plan: Plan, memory: Memory, facts: Facts, ranks: Mapping[int, Seat]) 
         generation = max(generation, heard_of) + 1
     wish = RuntimeWish(
         generation=generation,
-        ranks=tuple(range(size)),
+        ranks=tuple(range(num_ranks)),
         expert_map=expert_map,
         dead_pod_uids=dead,
         newest_epoch=memory.epoch,
+        load_window_s=window_s,
     )
     heard = facts.put_generation == generation
     return Following(
-        num_ranks=size,
+        num_ranks=num_ranks,
         generation=generation,
         digest=digest,
         dead_pod_uids=dead,

@@ -41,6 +41,8 @@ class Memory:
     """(rank, time) of ranks that run, were heard before, and are missed."""
     last_loss: str = ""
     """The rank that was last replaced, and why it was lost."""
+    weighed_at: float | None = None
+    """When it was last decided whether another expert map pays."""
     started_at: float | None = None
     completed_at: float | None = None
 
@@ -66,12 +68,15 @@ class Memory:
                 (_int(one.get("rank")), _int(one.get("atMilliseconds")) / 1000) for one in kept.get("silentSince", ())
             ),
             last_loss=str(kept.get("lastLoss", "")),
+            weighed_at=_int(at) / 1000 if (at := kept.get("weighedAtMilliseconds")) is not None else None,
             started_at=seconds_of(status.get("startTime")),
             completed_at=seconds_of(status.get("completionTime")),
         )
 
     def as_status(self) -> dict[str, Any]:
+        weighed = {} if self.weighed_at is None else {"weighedAtMilliseconds": round(self.weighed_at * 1000)}
         return {
+            **weighed,
             "incarnations": list(self.incarnations),
             "baselines": list(self.baselines),
             "wishGeneration": self.wish_generation,

@@ -12,9 +12,9 @@ from moe_core.decide.times import rfc3339
 from moe_core.facts import Condition, Event, Wish
 from moe_core.outcome import Reason
 
-_GOOD_WHEN_TRUE = ("Accepted", "Placed", "Ready", "ExpertCoverage", "Complete")
+_GOOD_WHEN_TRUE = ("Accepted", "Placed", "Ready", "ExpertCoverage", "Balanced", "Complete")
 _BAD_WHEN_TRUE = ("Failed", "Degraded")
-_QUIET = (Reason.STARTING, Reason.PLACING, Reason.STABLE, Reason.FORMING, Reason.RUNNING)
+_QUIET = (Reason.STARTING, Reason.PLACING, Reason.STABLE, Reason.FORMING, Reason.RUNNING, Reason.COUNTING)
 """How things always begin; not worth an event until they change."""
 
 

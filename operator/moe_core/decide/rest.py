@@ -45,6 +45,7 @@ def suspended(wish: Wish, accepted: Accepted, memory: Memory, facts: Facts, now:
     else:
         conditions += [
             Condition("ExpertCoverage", "False", Reason.SUSPENDED, told),
+            Condition("Balanced", "Unknown", Reason.SUSPENDED, told),
             Condition("Degraded", "False", Reason.SUSPENDED, told),
         ]
     conditions.append(Condition("Progressing", "True" if left else "False", Reason.SUSPENDED, told))

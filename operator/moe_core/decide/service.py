@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from moe_core.decide.accept import Accepted
+from moe_core.decide.assignment import balanced_condition
 from moe_core.decide.crew import active_uids
 from moe_core.decide.cycle import Cycle, run_cycle, soonest
 from moe_core.decide.follow import is_leaving_done
@@ -29,6 +30,7 @@ def decide_service(
         placed_condition(accepted.plan, cycle),
         ready,
         coverage,
+        balanced_condition(wish, cycle.assignment),
         _degraded(wish, cycle, facts, coverage),
         progressing(cycle, ready),
     )

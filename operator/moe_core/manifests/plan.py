@@ -12,6 +12,7 @@ from moe_core.experts.assign import Policy, assign, even_slots
 from moe_core.experts.measure import copies_of_logical
 from moe_core.facts import NetworkFact
 from moe_core.spec.common import PodTemplate
+from moe_core.spec.service import Rebalance
 from moe_core.topology.room import Needs
 from moe_core.topology.shape import Pack
 
@@ -27,6 +28,9 @@ class Plan:
     num_layers: int
     redundant_per_rank: int
     policy: Policy
+    rebalance: Rebalance | None
+    """None where the map does not follow the load."""
+    min_copies: int
     max_restarts: int
     num_gateways: int
     template: PodTemplate
@@ -46,7 +50,7 @@ class Plan:
         return pod_name(self.kind, self.name, role, index=index, incarnation=incarnation)
 
     def expert_map(self, num_ranks: int) -> ExpertMap:
-        """The assignment for this many ranks; its generation is the resource's."""
+        """The assignment for this many ranks while no load is known; its generation is the resource's."""
         slots = even_slots(self.num_experts, num_ranks, redundant_per_rank=self.redundant_per_rank)
         return _assigned(self.policy, self.num_layers, self.num_experts, slots, self.generation)
 

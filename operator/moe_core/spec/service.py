@@ -41,15 +41,31 @@ class ServiceModel(SpecModel):
     )
 
 
+class Rebalance(SpecModel):
+    """When a new expert map is worth its moves (policy Balanced)."""
+
+    window_seconds: int = Field(
+        default=60, ge=5, le=86400, description="Tokens are counted over so long; then the map is looked at again."
+    )
+    horizon_seconds: int = Field(
+        default=600, ge=5, le=604800, description="How long a counted load is believed to last: moves must pay in it."
+    )
+    max_moved_percent: int = Field(
+        default=10, ge=0, le=100, description="Slots, in percent of all, whose expert one new map may send for."
+    )
+
+
 class Experts(SpecModel):
     redundant_per_rank: int = Field(
         default=0, ge=0, le=4096, description="Slots per rank and layer beyond an even share."
     )
     min_copies: int = Field(default=1, ge=1, le=64, description="Live copies every logical expert must have by plan.")
-    policy: Literal["Linear"] = Field(
-        default="Linear",
-        description="How experts are assigned to slots: in order over the ranks, copies of one on distinct ranks.",
+    policy: Literal["Balanced", "Linear"] = Field(
+        default="Balanced",
+        description="How experts are assigned to slots: Balanced follows the counted load, with few moves; "
+        "Linear is in order over the ranks, whatever the load.",
     )
+    rebalance: Rebalance = Rebalance()
     fallback: Literal["Generalist", "Drop", "Refuse"] = Field(
         default="Generalist",
         description="What answers for an expert without a live copy; Refuse fails the request instead.",

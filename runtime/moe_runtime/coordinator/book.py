@@ -7,8 +7,11 @@ times a second.
 
 from collections.abc import Callable
 
+import numpy as np
+
 from moe_core.contract.exchange import RuntimeState, RuntimeWish
 from moe_runtime.coordinator.counts import Counts
+from moe_runtime.coordinator.load_window import LoadWindow
 from moe_runtime.coordinator.plan import committed_membership, members_view, next_directive, runtime_state
 from moe_runtime.registration import Directive, GatewayReport, MembersView, RankReport
 
@@ -16,6 +19,8 @@ HEARD_WITHIN_S = 5.0
 """A rank reports every second; one that is silent for longer is no candidate to join."""
 FORM_AFTER_S = 2.0
 """A new coordinator listens for this long before it forms a first epoch: living ranks report within one second."""
+LOAD_WINDOW_S = 60.0
+"""Until a wish says how long the load is to be counted."""
 COUNTS_EVERY_S = 1.0
 """How often counts alone make a new state. 72 ranks change one 180 times a second, and each is read by an operator."""
 LONGEST_TICK_S = 1.0
@@ -41,6 +46,7 @@ class Book:
         self.version = first_version
         self.wish: RuntimeWish | None = None
         self.counts = Counts()
+        self._window = LoadWindow(0.0)
         self._reports: dict[str, RankReport] = {}
         self._living: dict[str, RankReport] = {}
         self._dead: frozenset[str] = frozenset()
@@ -66,6 +72,10 @@ class Book:
         self._reports[uid] = report
         self._heard[uid] = self._lived_s
         self.counts.note_rank(report)
+        if report.load:
+            # A pod that had counted before it was heard of: this coordinator is the newcomer.
+            counted_before = before is None and bool(report.tokens)
+            self._window.note(uid, np.array(report.load, dtype=np.int64), counted_before=counted_before)
         if report.membership is not None:
             self._last_epoch = max(self._last_epoch, report.membership.epoch)
         self._judge()
@@ -83,6 +93,7 @@ class Book:
         could_form = self._may_form
         self._lived_s += min(now - self._looked_at, LONGEST_TICK_S)
         self._looked_at = now
+        self._window.tick(self._lived_s, length_s=self.wish.load_window_s if self.wish else LOAD_WINDOW_S)
         self._judge()
         if self._may_form != could_form:
             self._mark_news()
@@ -91,6 +102,7 @@ class Book:
         for uid in [u for u in self._reports if u not in self._living and u not in members]:
             del self._reports[uid], self._heard[uid]
             self.counts.forget_load(uid)
+            self._window.forget(uid)
 
     @property
     def _may_form(self) -> bool:
@@ -134,7 +146,8 @@ class Book:
             self.wish,
             self._living,
             serving=self.counts.serving() if self._is_serving else None,
-            load=self.counts.load(self._living.keys()),
+            load=self._window.load(),
+            load_window_s=self._window.covers_s,
         )
         self._has_news = self._has_counts = False
         self._stated_s = self._lived_s

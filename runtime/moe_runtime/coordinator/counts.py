@@ -3,7 +3,7 @@
 A new coordinator knows the counts of those that report to it, and no others.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -104,11 +104,3 @@ class Counts:
             digest_mismatches=moves.get("mismatches", 0),
             expert_tokens_LE=np.sum(ever, axis=0).tolist() if is_one_model else [],
         )
-
-    def load(self, pod_uids: Collection[str]) -> tuple[tuple[int, ...], ...]:
-        """[L][E] over these pods; empty when none has one, or they do not agree on the shape."""
-        loads_LE = [load_LE for uid, load_LE in self._load_of.items() if uid in pod_uids]
-        if not loads_LE or any(load_LE.shape != loads_LE[0].shape for load_LE in loads_LE):
-            return ()
-        total: list[list[int]] = np.sum(loads_LE, axis=0).tolist()
-        return tuple(map(tuple, total))

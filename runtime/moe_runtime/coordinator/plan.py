@@ -19,6 +19,7 @@ from moe_core.contract.membership import Member, Membership
 from moe_runtime.registration import Directive, MembersView, RankReport, RankView
 
 _NEWEST_RECOVERIES = 16
+MOST_LOAD_EVERY_S, LOADS_PER_WINDOW = 10.0, 6.0
 
 
 def committed_membership(reports: Mapping[str, RankReport]) -> Membership | None:
@@ -55,6 +56,7 @@ def next_directive(
         ranks=tuple(sorted(wish.ranks)),
         is_first=committed is None,
         newest_epoch=max(last_epoch, committed.epoch if committed else 0),
+        load_every_s=min(MOST_LOAD_EVERY_S, wish.load_window_s / LOADS_PER_WINDOW),
     )
 
 
@@ -102,8 +104,9 @@ def runtime_state(
     *,
     serving: ServingProgress | None = None,
     load: tuple[tuple[int, ...], ...] = (),
+    load_window_s: float = 0.0,
 ) -> RuntimeState:
-    """The coordinator's answer to the operator; `serving` counts over dead pods too, `load` over `reports`."""
+    """The coordinator's answer to the operator; `serving` and `load` count over dead pods too."""
     committed = committed_membership(reports)
     in_force = (
         wish is not None
@@ -135,8 +138,16 @@ def runtime_state(
         serving=serving,
         recoveries=_recoveries(reports),
         load=load,
+        load_window_s=load_window_s,
+        seconds_per_pick=_seconds_per_pick(reports),
+        expert_bytes=max((r.expert_bytes for r in reports.values()), default=0),
         failure=next((r.failure for _, r in sorted(reports.items()) if r.failure), ""),
     )
+
+
+def _seconds_per_pick(reports: Mapping[str, RankReport]) -> float:
+    rows = sum(report.expert_rows for report in reports.values())
+    return sum(report.expert_seconds for report in reports.values()) / rows if rows else 0.0
 
 
 def _knowledge(training: TrainingProgress) -> tuple[int, bool, bool]:

@@ -8,6 +8,7 @@ import torch
 
 from moe_runtime.dispatch.group_face import Group
 from moe_runtime.dispatch.plan import DispatchPlan
+from moe_runtime.dispatch.stopwatch import Stopwatch
 
 
 @dataclass(slots=True)
@@ -21,6 +22,7 @@ class StepContext:
     routed               (layer, expert_TK) since the last commit or rollback, where somebody records it, else None
     degraded_T           which of the step's flat tokens met a lost expert (None: none did)
     experts_off          the routed experts give zeros and exchange nothing
+    stopwatch            time that this rank's experts take, over all steps
     """
 
     plan: DispatchPlan
@@ -33,6 +35,7 @@ class StepContext:
     routed: list[tuple[int, torch.Tensor]] | None = None
     degraded_T: torch.Tensor | None = None
     experts_off: bool = False
+    stopwatch: Stopwatch = field(default_factory=lambda: Stopwatch("cpu"))
 
     def count(self, layer_idx: int, expert_TK: torch.Tensor) -> None:
         self.pending_LE[layer_idx] += torch.bincount(expert_TK.reshape(-1), minlength=self.num_experts)

@@ -257,6 +257,17 @@ class ExpertParallelModel:
             self._load_LE.zero_()
         return window
 
+    def expert_work(self) -> tuple[float, int]:
+        """(seconds, rows) of this rank's experts in all steps so far, committed or not."""
+        return self._context.stopwatch.read()
+
+    def expert_bytes(self) -> int:
+        """Of one physical expert of one layer; layers are alike."""
+        entry = self._layers[0].entry
+        return sum(
+            entry.module.get_parameter(name)[0].nbytes for name in entry.parameter_names
+        ) if self._layers[0].logical_of_slot else 0
+
     def degraded_tokens(self) -> dict[str, int]:
         """Committed picks answered otherwise than by a live copy, by reason: generalist, drop. Cumulative."""
         return dict(self._degraded)

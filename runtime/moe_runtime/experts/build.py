@@ -10,6 +10,7 @@ from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.runtime_config import ModelSource
 from moe_runtime.dispatch.plan import logical_of_local_slot, make_plan
 from moe_runtime.dispatch.step import StepContext
+from moe_runtime.dispatch.stopwatch import Stopwatch
 from moe_runtime.experts.families import (
     ModelFacts,
     UnsupportedModel,
@@ -49,7 +50,13 @@ def build(source: ModelSource, *, expert_map: ExpertMap, rank: int, device: str,
     weights.fill_dense(model, expert_names)
     plan = make_plan(expert_map, range(expert_map.num_ranks), rank=rank, device=device)
     pending_LE = torch.zeros(facts.num_layers, facts.num_experts, dtype=torch.int64, device=device)
-    context = StepContext(plan=plan, group=None, num_experts=facts.num_experts, pending_LE=pending_LE)
+    context = StepContext(
+        plan=plan,
+        group=None,
+        num_experts=facts.num_experts,
+        pending_LE=pending_LE,
+        stopwatch=Stopwatch(device),
+    )
     layers = tuple(
         SlottedExperts(entry, layer_idx, context, shared_expert_of(model, entry))
         for layer_idx, entry in enumerate(entries)

@@ -59,7 +59,8 @@ class SlottedExperts:
     def run_slots(self, rows_RD: torch.Tensor, local_slot_R: torch.Tensor) -> torch.Tensor:
         """[R, D] this rank's slots on rows, unweighted. R >= 1. Arguments go by position: families name them apart."""
         ones = torch.ones(rows_RD.shape[0], 1, dtype=rows_RD.dtype, device=rows_RD.device)
-        output: torch.Tensor = self._family_forward(rows_RD, local_slot_R.unsqueeze(-1), ones)
+        with self._context.stopwatch.running(rows_RD.shape[0]):
+            output: torch.Tensor = self._family_forward(rows_RD, local_slot_R.unsqueeze(-1), ones)
         return output
 
     def _forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:

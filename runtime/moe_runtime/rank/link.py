@@ -22,11 +22,6 @@ _RETRY_S = 0.3
 EXIT_LINK_BROKEN = 72
 
 
-_LOAD_EVERY_S = 10.0
-"""A load of 61 layers x 256 experts is 80 kB of text, the rest of a report 8 (72 ranks); figures of balance need not
-be fresher."""
-
-
 class Loads:
     """Leaves the load out of most reports: () says that there is none newer than the last."""
 
@@ -34,10 +29,10 @@ class Loads:
         self._sent: tuple[tuple[int, ...], ...] = ()
         self._due = 0.0
 
-    def thin(self, report: RankReport, now: float) -> RankReport:
+    def thin(self, report: RankReport, now: float, *, every_s: float) -> RankReport:
         if now < self._due or report.load == self._sent:
             return report.model_copy(update={"load": ()})
-        self._sent, self._due = report.load, now + _LOAD_EVERY_S
+        self._sent, self._due = report.load, now + every_s
         return report
 
 
@@ -96,7 +91,9 @@ class CoordinatorLink:
             if connection is None:
                 connection = http.client.HTTPConnection(self._host, self._port, timeout=_CALL_S)
                 loads = Loads()  # whoever answers may be a new coordinator, which knows none
-            report = loads.thin(make_report(), time.monotonic()).model_copy(
+            report = loads.thin(
+                make_report(), time.monotonic(), every_s=self.directive.load_every_s
+            ).model_copy(
                 update={"directive_seen": self.directive.seal, "wait_s": _HOLD_S}
             )
             try:

@@ -107,6 +107,9 @@ class StepLoop:
             digest_mismatches=self._slots.mismatches,
             dispatch_bytes=self._traffic.by_scope(),
             moved_bytes=self._moved_bytes,
+            expert_seconds=work.expert_work[0],
+            expert_rows=work.expert_work[1],
+            expert_bytes=epm.expert_bytes() if epm is not None else 0,
         )
 
     # -- the thread --

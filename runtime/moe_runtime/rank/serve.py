@@ -142,8 +142,13 @@ class ServeWork:
         epm, _ = self._parts()
         self._steps += 1
         due = self._steps % _LOAD_EVERY_STEPS == 1
-        load = self._load(epm) if due else self.report.load
-        self.report = WorkReport(tokens=self.report.tokens + tokens, degraded_tokens=degraded, load=load)
+        last = self.report
+        self.report = WorkReport(
+            tokens=last.tokens + tokens,
+            degraded_tokens=degraded,
+            load=self._load(epm) if due else last.load,
+            expert_work=epm.expert_work() if due else last.expert_work,
+        )
 
     def _load(self, epm: ExpertParallelModel) -> tuple[tuple[int, ...], ...]:
         self._load_of_step = self._steps

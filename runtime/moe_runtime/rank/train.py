@@ -7,6 +7,7 @@ joined, all ranks restore the newest snapshot that they can read, unless all sti
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from moe_core.contract.exchange import TrainingProgress
@@ -118,10 +119,10 @@ class TrainWork:
             done=True,
             checkpoint_path=str(Path(self._training.output_path)),
         )
-        self.report = WorkReport(tokens=self.report.tokens, load=self._load(), training=progress)
+        self.report = replace(self.report, load=self._load(), training=progress)
 
     def _tell(self, *, step: int, loss: float, tokens_per_s: float, seconds: float) -> None:
-        _, trainer, _ = self._parts()
+        epm, trainer, _ = self._parts()
         progress = TrainingProgress(
             step=step,
             max_steps=self._training.max_steps,
@@ -130,8 +131,13 @@ class TrainWork:
             seconds=seconds,
             restored_from_step=self._restored_from,
         )
-        load = self._load() if step % 20 == 1 else self.report.load
-        self.report = WorkReport(tokens=trainer.state.tokens, load=load, training=progress)
+        due = step % 20 == 1
+        self.report = WorkReport(
+            tokens=trainer.state.tokens,
+            load=self._load() if due else self.report.load,
+            expert_work=epm.expert_work() if due else self.report.expert_work,
+            training=progress,
+        )
 
     def _load(self) -> tuple[tuple[int, ...], ...]:
         epm, _, _ = self._parts()

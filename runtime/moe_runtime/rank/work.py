@@ -27,6 +27,8 @@ class WorkReport:
     tokens: int = 0
     degraded_tokens: dict[str, int] = field(default_factory=dict)
     load: tuple[tuple[int, ...], ...] = ()
+    expert_work: tuple[float, int] = (0.0, 0)
+    """Seconds that this rank's experts took, and for how many rows."""
     training: TrainingProgress | None = None
 
 

@@ -1,0 +1,208 @@
+"""Which expert map the group shall follow now: the one it has, one for another size, or a better one for its load.
+
+The current map is a fact, read from the ExpertMap objects, so that an operator that starts anew goes on with it. A
+better one is looked for once a window, in a quiet moment: everybody active, the wish in force, enough tokens counted.
+Whether it is worth its moves is experts.replan's to say, in seconds; this module names the prices.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from moe_core.contract.exchange import RuntimeState
+from moe_core.contract.expert_map import ExpertMap
+from moe_core.decide.crew import Seat
+from moe_core.decide.memory import Memory, condition_in
+from moe_core.experts.assign import even_slots
+from moe_core.experts.bounds import bound_of_slots
+from moe_core.experts.carry import carry_over
+from moe_core.experts.checks import FloatArray
+from moe_core.experts.fleet import Fleet
+from moe_core.experts.measure import balancedness_of, copies_of_logical
+from moe_core.experts.replan import Prices, replan
+from moe_core.facts import Condition, Facts, ObjectFact, Wish
+from moe_core.manifests.map_slices import map_of_slices
+from moe_core.manifests.plan import Plan
+from moe_core.outcome import InvalidInput, Reason
+from moe_core.spec.service import Rebalance
+
+PICKS_PER_EXPERT = 16
+"""Below so many in a window, on average, a load is more chance than popularity: a count of 16 is off by a quarter
+(Poisson), a rank of nine such experts by a twelfth."""
+FULL_WINDOW = 0.9
+EVEN_ENOUGH = 0.9
+"""Of the balancedness that is possible at best; below it a service is called not balanced."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assigned:
+    """`balanced` is the condition to report, None where the one that was written stands; `weighed_at` as in Memory."""
+
+    expert_map: ExpertMap
+    balanced: Condition | None = None
+    weighed_at: float | None = None
+    waking: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Current:
+    expert_map: ExpertMap
+    least_copies: int
+
+
+def assigned(
+    plan: Plan, memory: Memory, facts: Facts, now: float, *, num_ranks: int, ranks: Mapping[int, Seat]
+) -> Assigned:
+    """The map for a group of `num_ranks`."""
+    if plan.rebalance is None:
+        return Assigned(plan.expert_map(num_ranks), _unknown(Reason.LOAD_NOT_FOLLOWED, "the policy is not Balanced"))
+    current = _current(facts.objects)
+    slots = even_slots(plan.num_experts, num_ranks, redundant_per_rank=plan.redundant_per_rank)
+    if current is None or not _suits(current, plan, slots):
+        anew = _anew(plan, current, facts, _fleet(slots, ranks), num_ranks)
+        return Assigned(anew, _unknown(Reason.COUNTING, "a new expert map; no load has been counted since"))
+    runtime = facts.runtime
+    if runtime is None or facts.refused or not _is_quiet(plan, memory, runtime, current.expert_map, num_ranks):
+        return Assigned(current.expert_map, None, memory.weighed_at)
+    wait = _due_in(plan.rebalance, memory, runtime, now)
+    if wait > 0:
+        return Assigned(current.expert_map, None, memory.weighed_at, waking=(wait,))
+    return _weighed(plan, plan.rebalance, current.expert_map, runtime, now, _fleet(slots, ranks))
+
+
+def balanced_condition(wish: Wish, found: Assigned) -> Condition:
+    """What was found now, else what was last written."""
+    before = condition_in(wish.status, "Balanced")
+    if found.balanced is not None:
+        return found.balanced
+    known = next((reason for reason in _REASONS if before is not None and reason == before.get("reason")), None)
+    if before is None or known is None:
+        return _unknown(Reason.COUNTING, "no load has been counted yet")
+    status = before.get("status")
+    return Condition(
+        "Balanced", status if status in ("True", "False") else "Unknown", known, str(before.get("message", ""))
+    )
+
+
+_REASONS = (Reason.BALANCED, Reason.REBALANCED, Reason.IMBALANCED, Reason.COUNTING)
+
+
+def _unknown(reason: Reason, message: str) -> Condition:
+    return Condition("Balanced", "Unknown", reason, message)
+
+
+def _current(objects: Sequence[ObjectFact]) -> _Current | None:
+    """As the objects say; None where they are no whole map: none is there yet, or one was deleted or edited."""
+    slices = sorted((obj for obj in objects if obj.kind == "ExpertMap"), key=lambda obj: obj.name)
+    return _read(_Versions(slices)) if slices else None
+
+
+class _Versions:
+    """ExpertMap objects that compare by name and version: what they hold is read once, not in every cycle."""
+
+    def __init__(self, slices: Sequence[ObjectFact]) -> None:
+        self.slices = slices
+        self._key = tuple((obj.name, obj.version) for obj in slices)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Versions) and self._key == other._key
+
+
+@lru_cache(maxsize=32)
+def _read(versions: _Versions) -> _Current | None:
+    try:
+        expert_map = map_of_slices([obj.spec for obj in versions.slices])
+    except InvalidInput:
+        return None
+    if expert_map is None:
+        return None
+    return _Current(expert_map, int(copies_of_logical(expert_map).min(initial=expert_map.num_ranks)))
+
+
+def _suits(current: _Current, plan: Plan, slots: tuple[int, ...]) -> bool:
+    """Made for this model and these slots, with the copies that every expert was promised."""
+    shape = (current.expert_map.num_logical_experts, current.expert_map.num_layers, current.expert_map.slots_of_rank)
+    return shape == (plan.num_experts, plan.num_layers, slots) and current.least_copies >= plan.min_copies
+
+
+def _fleet(slots: tuple[int, ...], ranks: Mapping[int, Seat]) -> Fleet:
+    """A node is what ranks die together with."""
+    live = [ranks[rank].live if rank in ranks else None for rank in range(len(slots))]
+    nodes = [pod.node if pod is not None and pod.node else f"of rank {rank}" for rank, pod in enumerate(live)]
+    return Fleet(slots, domain_of_rank=tuple(nodes))
+
+
+def _anew(plan: Plan, current: _Current | None, facts: Facts, fleet: Fleet, num_ranks: int) -> ExpertMap:
+    """For a first group in order; for another size by what is known of the load, with few moves."""
+    known = current.expert_map if current is not None else None
+    if known is None or (known.num_logical_experts, known.num_layers) != (plan.num_experts, plan.num_layers):
+        return plan.expert_map(num_ranks)
+    load_LE = _load(plan, facts.runtime)
+    even_LE = np.ones((plan.num_layers, plan.num_experts))
+    rows = carry_over(known, even_LE if load_LE is None else load_LE, fleet, least_copies=plan.min_copies)
+    return _next_map(known, fleet.slots_of_rank, rows)
+
+
+def _next_map(before: ExpertMap, slots: tuple[int, ...], rows: tuple[tuple[int, ...], ...]) -> ExpertMap:
+    return ExpertMap(
+        generation=before.generation + 1,
+        num_logical_experts=before.num_logical_experts,
+        slots_of_rank=slots,
+        logical_of_slot=rows,
+    )
+
+
+def _load(plan: Plan, runtime: RuntimeState | None) -> FloatArray | None:
+    """[L, E]; None where nothing was counted, or for another model."""
+    if runtime is None or len(runtime.load) != plan.num_layers:
+        return None
+    if {len(row) for row in runtime.load} != {plan.num_experts} or not any(map(any, runtime.load)):
+        return None
+    return np.asarray(runtime.load, dtype=np.float64)
+
+
+def _is_quiet(plan: Plan, memory: Memory, runtime: RuntimeState, current: ExpertMap, num_ranks: int) -> bool:
+    """The wish is in force, members and map; nobody joins, leaves or is missed."""
+    in_force = memory.wish_generation > 0 and runtime.wish_generation == memory.wish_generation
+    return in_force and runtime.map_digest == current.digest and num_ranks == plan.num_ranks
+
+
+def _due_in(rebalance: Rebalance, memory: Memory, runtime: RuntimeState, now: float) -> float:
+    """Seconds until a whole window lies behind the last decision, and behind the coordinator that counts."""
+    since = 0.0 if memory.weighed_at is None else memory.weighed_at + rebalance.window_seconds - now
+    return max(since, FULL_WINDOW * rebalance.window_seconds - runtime.load_window_s)
+
+
+def _weighed(  # noqa: PLR0917
+    plan: Plan, rebalance: Rebalance, current: ExpertMap, runtime: RuntimeState, now: float, fleet: Fleet
+) -> Assigned:
+    load_LE = _load(plan, runtime)
+    picks = 0 if load_LE is None else int(load_LE.sum())
+    needed = PICKS_PER_EXPERT * plan.num_layers * plan.num_experts
+    if load_LE is None or picks < needed or runtime.seconds_per_pick <= 0:
+        told = f"{picks} picks in the last {runtime.load_window_s:.0f} s, {needed} are needed to tell popular experts"
+        return Assigned(current, _unknown(Reason.COUNTING, told), now)
+    prices = Prices(
+        seconds_per_pick=runtime.seconds_per_pick,
+        bytes_per_expert=runtime.expert_bytes,
+        horizon=rebalance.horizon_seconds / runtime.load_window_s,
+        most_moves=rebalance.max_moved_percent * fleet.num_slots * plan.num_layers // 100,
+    )
+    found = replan(load_LE, fleet, current.logical_of_slot, prices=prices, least_copies=plan.min_copies)
+    mean_L = load_LE.sum(1) / fleet.num_ranks
+    before, after = (balancedness_of(mean_L, np.asarray(worst)) for worst in (found.worst_before, found.worst_after))
+    best = balancedness_of(mean_L, bound_of_slots(load_LE, fleet))
+    is_even, is_new = after >= EVEN_ENOUGH * best, found.logical_of_slot != current.logical_of_slot
+    balances = f"balancedness {before:.3f}" + (f", {after:.3f} from now on" if is_new else "")
+    told = f"{balances}, at best {best:.3f}; {found.reason}"
+    if not is_even:
+        told += "; raise experts.rebalance.maxMovedPercent or horizonSeconds"
+    reason = Reason.REBALANCED if is_new else Reason.BALANCED if is_even else Reason.IMBALANCED
+    condition = Condition("Balanced", "True" if is_even else "False", reason, told)
+    new_map = _next_map(current, current.slots_of_rank, found.logical_of_slot) if is_new else current
+    return Assigned(new_map, condition, now)

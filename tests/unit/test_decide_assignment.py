@@ -1,0 +1,183 @@
+"""The expert map follows the counted load: once a window, in a quiet moment, when it pays; and stays otherwise."""
+
+from collections.abc import Sequence
+
+from moe_core.contract.expert_map import ExpertMap
+from moe_core.experts.measure import balance, copies_of_logical
+from moe_core.facts import ApplyObject, PutWish
+from simcluster import Sim, edit, gpu_nodes, gpu_template, make, running, service_spec
+
+LAYERS, EXPERTS = 4, 16
+SKEWED = tuple(tuple(4000 if expert in (3, 4) else 100 for expert in range(EXPERTS)) for _ in range(LAYERS))
+EVEN = tuple((500,) * EXPERTS for _ in range(LAYERS))
+
+
+def counted(sim: Sim, load: Sequence[Sequence[int]], seconds: float = 60.0) -> None:
+    """A window has passed in which the ranks have counted this."""
+    sim.now += seconds
+    sim.load, sim.load_window_s = tuple(map(tuple, load)), 60.0
+
+
+def told_map(sim: Sim) -> ExpertMap:
+    assert sim.told is not None
+    return sim.told.expert_map
+
+
+def of_policy(**experts: object) -> Sim:
+    sim = make("MoEService", service_spec(template=gpu_template()), gpu_nodes(6))
+    edit(sim, experts={"redundantPerRank": 2, **experts})
+    sim.settle()
+    return sim
+
+
+def test_a_skewed_load_brings_a_map_that_is_more_even() -> None:
+    sim = running()
+    before = told_map(sim)
+    counted(sim, SKEWED)
+    sim.settle()
+    after = told_map(sim)
+    assert balance(after, SKEWED).balancedness > balance(before, SKEWED).balancedness + 0.1
+    assert sim.map_in_force is not None and sim.map_in_force.digest == after.digest
+    assert sim.condition("Balanced") == ("True", "Rebalanced")
+    assert "balancedness 0." in sim.message("Balanced") and "moves cost" in sim.message("Balanced")
+
+
+def test_what_was_decided_is_not_decided_again() -> None:
+    sim = running()
+    counted(sim, SKEWED)
+    sim.settle()
+    after = told_map(sim).digest
+    for _ in range(3):
+        counted(sim, SKEWED)
+        sim.settle()
+        assert told_map(sim).digest == after
+    assert sim.condition("Balanced") == ("True", "Balanced")
+
+
+def test_an_even_load_moves_nothing() -> None:
+    sim = running()
+    before = told_map(sim).digest
+    counted(sim, EVEN)
+    sim.settle()
+    assert told_map(sim).digest == before
+
+
+def test_between_windows_and_before_the_first_nothing_is_planned() -> None:
+    sim = running()
+    before = told_map(sim).digest
+    sim.load, sim.load_window_s = SKEWED, 30.0
+    sim.settle()
+    assert told_map(sim).digest == before
+    sim.load_window_s = 60.0
+    sim.settle()
+    first = told_map(sim).digest
+    assert first != before
+    counted(sim, SKEWED[::-1][:1] * LAYERS, seconds=1.0)
+    sim.load = tuple(tuple(reversed(row)) for row in SKEWED)
+    sim.step()
+    assert told_map(sim).digest == first
+
+
+def test_few_tokens_tell_nothing_and_the_condition_says_how_many_are_needed() -> None:
+    sim = running()
+    before = told_map(sim).digest
+    counted(sim, [[1 if expert == 3 else 0 for expert in range(EXPERTS)]] * LAYERS)
+    sim.settle()
+    assert told_map(sim).digest == before
+    assert sim.condition("Balanced") == ("Unknown", "Counting")
+    assert sim.message("Balanced") == "4 picks in the last 60 s, 1024 are needed to tell popular experts"
+
+
+def test_while_a_rank_is_missing_no_expert_moves() -> None:
+    sim = running()
+    before = told_map(sim).digest
+    sim.kill(1)
+    sim.tick()
+    counted(sim, SKEWED)
+    decision = sim.step()
+    assert not any(isinstance(a, ApplyObject) and a.kind == "ExpertMap" for a in decision.actions)
+    assert told_map(sim).digest == before
+
+
+def test_an_operator_killed_between_map_and_wish_goes_on_with_the_map_it_has_written() -> None:
+    sim = running()
+    counted(sim, SKEWED)
+    applied = next(
+        index + 1
+        for index, action in enumerate(sim.decision().actions)
+        if isinstance(action, ApplyObject) and action.kind == "ExpertMap"
+    )
+    sim.step(crash_after=applied)
+    written = sim.objects["ExpertMap", "tiny-svc-map"]
+    sim.load = tuple(tuple(reversed(row)) for row in SKEWED)
+    puts = [action for action in sim.step().actions if isinstance(action, PutWish)]
+    assert len(puts) == 1 and sim.objects["ExpertMap", "tiny-svc-map"] == written
+    assert puts[0].wish.expert_map.digest == sim.map_spec["tiny-svc-map"]["digest"]
+
+
+def test_policy_linear_keeps_its_order_whatever_the_load() -> None:
+    sim = of_policy(policy="Linear")
+    before = told_map(sim).digest
+    counted(sim, SKEWED)
+    sim.settle()
+    assert told_map(sim).digest == before
+    assert sim.condition("Balanced") == ("Unknown", "LoadNotFollowed")
+
+
+def test_a_budget_of_nothing_moves_nothing_and_the_condition_names_the_lever() -> None:
+    sim = of_policy(rebalance={"maxMovedPercent": 0})
+    held = [sorted(told_map(sim).logical_of_slot[0][slot] for slot in told_map(sim).slot_range(r)) for r in range(4)]
+    counted(sim, SKEWED)
+    sim.settle()
+    now = [sorted(told_map(sim).logical_of_slot[0][slot] for slot in told_map(sim).slot_range(r)) for r in range(4)]
+    assert now == held
+    assert sim.condition("Balanced")[0] == "False"
+    assert "maxMovedPercent" in sim.message("Balanced")
+
+
+def test_promised_copies_are_kept_when_the_map_follows_the_load() -> None:
+    sim = of_policy(redundantPerRank=4, minCopies=2, rebalance={"maxMovedPercent": 100})
+    assert copies_of_logical(told_map(sim)).min() == 2
+    counted(sim, SKEWED)
+    sim.settle()
+    assert copies_of_logical(told_map(sim)).min() == 2
+
+
+def test_a_resize_keeps_what_ranks_hold_and_follows_the_load() -> None:
+    sim = running()
+    counted(sim, SKEWED)
+    sim.settle()
+    before = told_map(sim)
+    edit(sim, parallelism={"expert": 3})
+    sim.settle()
+    after = told_map(sim)
+    assert after.slots_of_rank == (8, 7, 7)
+    kept = [
+        len({before.logical_of_slot[0][s] for s in before.slot_range(r)} & {after.logical_of_slot[0][s] for s in after.slot_range(r)})
+        for r in range(3)
+    ]
+    assert sum(kept) >= 9  # of 18 slots that the three ranks had
+    assert balance(after, SKEWED).balancedness > 0.9
+
+
+def test_a_map_that_somebody_has_deleted_or_edited_is_made_anew() -> None:
+    for spoil in ("delete", "edit"):
+        sim = running()
+        counted(sim, SKEWED)
+        sim.settle()
+        if spoil == "delete":
+            del sim.objects["ExpertMap", "tiny-svc-map"]
+        else:
+            spec = dict(sim.map_spec["tiny-svc-map"])
+            sim.map_spec["tiny-svc-map"] = {**spec, "slotsOfRank": [6, 6, 6, 7]}
+            sim.objects["ExpertMap", "tiny-svc-map"] = "edited by hand"
+        sim.settle()
+        assert sim.map_spec["tiny-svc-map"]["digest"] == told_map(sim).digest
+        assert sim.condition("Ready") == ("True", "AllActive")
+
+
+def test_another_window_reaches_the_coordinator() -> None:
+    sim = running()
+    edit(sim, experts={"redundantPerRank": 2, "rebalance": {"windowSeconds": 300}})
+    sim.settle()
+    assert sim.told is not None and sim.told.load_window_s == 300
