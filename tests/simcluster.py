@@ -176,7 +176,12 @@ class Sim:
                 ObjectFact(kind, name, digest)
                 if kind != "ExpertMap"
                 else ObjectFact(
-                    kind, name, digest, status=self.map_status.get(name, {}), spec=self.map_spec[name], version=digest
+                    kind,
+                    name,
+                    digest,
+                    status=self.map_status.get(name, {}),
+                    spec=self.map_spec.get(name, {}),
+                    version=digest,
                 )
                 for (kind, name), digest in self.objects.items()
             ),

@@ -139,13 +139,12 @@ async def test_a_bad_query_is_refused(client: TestClient[Any, Any], query: str) 
     assert "numbers" in json.loads(await answer.text())["error"]
 
 
-async def test_metrics_tell_how_evenly_the_load_falls(client: TestClient[Any, Any]) -> None:
+async def test_metrics_tell_epoch_and_active_ranks(client: TestClient[Any, Any]) -> None:
     both = Membership(epoch=3, members=(REPORT.member,), map_digest=WISH.expert_map.digest)
-    active = REPORT.model_copy(update={"phase": "Active", "membership": both, "load": ((3, 1),)})
+    active = REPORT.model_copy(update={"phase": "Active", "membership": both})
     await client.put("/v1/wish", data=WISH.canonical())
     await client.post("/v1/register", data=active.canonical())
     lines = (await (await client.get("/metrics")).text()).splitlines()
-    assert "moe_balancedness 1.0" in lines
     assert "moe_active_ranks 1.0" in lines
     assert "moe_epoch 3.0" in lines
 

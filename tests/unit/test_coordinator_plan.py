@@ -270,16 +270,39 @@ def test_the_directive_is_planned_again_only_when_what_it_is_made_of_changed() -
     assert known.directive().plan is not None
 
 
-def test_the_load_is_summed_over_living_ranks_and_a_report_without_one_keeps_the_last() -> None:
+def test_the_load_is_that_of_the_last_window_over_all_ranks_dead_ones_too() -> None:
     clock = Clock()
     known = book(clock)
     both = epoch(4, member(0), member(1))
-    known.note_rank(active(0, both).model_copy(update={"load": ((1, 2),)}))
-    known.note_rank(active(1, both).model_copy(update={"load": ((3, 4),)}))
-    known.note_rank(active(0, both))
-    assert known.state().load == ((4, 6),)
-    known.put_wish(WISH.model_copy(update={"dead_pod_uids": ("p1",)}))
-    assert known.state().load == ((1, 2),)
+    known.put_wish(WISH.model_copy(update={"load_window_s": 4.0}))
+    for load in ((), ((1, 2),), ()):
+        known.note_rank(active(0, both).model_copy(update={"load": load}))
+    for load in ((), ((3, 4),)):
+        known.note_rank(active(1, both).model_copy(update={"load": load}))
+    passes(known, clock, 4.0)
+    assert (known.state().load, known.state().load_window_s) == (((4, 6),), 4.0)
+    known.put_wish(WISH.model_copy(update={"generation": 9, "load_window_s": 4.0, "dead_pod_uids": ("p1",)}))
+    known.note_rank(active(0, both).model_copy(update={"load": ((2, 2),)}))
+    passes(known, clock, 3.0)
+    assert known.state().load == ((1, 0),)
+
+
+def test_what_was_counted_before_a_new_coordinator_listened_is_not_of_its_window() -> None:
+    clock = Clock()
+    known = book(clock)
+    known.put_wish(WISH.model_copy(update={"load_window_s": 8.0}))
+    one = epoch(4, member(0))
+    for count in (7000, 7005):
+        known.note_rank(active(0, one).model_copy(update={"load": ((count,),), "tokens": 9999}))
+    passes(known, clock, 2.0)
+    assert known.state().load == ((5,),)
+
+
+def test_what_a_pick_costs_is_measured_over_all_ranks() -> None:
+    both = epoch(4, member(0), member(1))
+    work = [{"expert_seconds": 3.0, "expert_rows": 100}, {"expert_seconds": 1.0, "expert_rows": 300}]
+    reports = by_uid(*(active(rank, both).model_copy(update=told) for rank, told in enumerate(work)))
+    assert runtime_state(1, WISH, reports).seconds_per_pick == 0.01
 
 
 def test_coverage_is_told_by_a_member_of_the_newest_epoch() -> None:

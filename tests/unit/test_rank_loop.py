@@ -34,7 +34,7 @@ class Model:
     def slot_digests(self, *, fresh: bool = False) -> tuple[tuple[int, ...], ...]:
         return ((70,),)
 
-    slot_digest, holds = (lambda *_: 70), (lambda *_: True)
+    slot_digest, holds, expert_bytes = (lambda *_: 70), (lambda *_: True), (lambda _: 12)
 
 
 class Work:

@@ -94,9 +94,12 @@ def _unknown(reason: Reason, message: str) -> Condition:
 
 
 def _current(objects: Sequence[ObjectFact]) -> _Current | None:
-    """As the objects say; None where they are no whole map: none is there yet, or one was deleted or edited."""
+    """As the objects say; None where they are no whole map: none is there yet, or one was deleted or edited.
+
+    Slices of another map than the first one's are left over from that map.
+    """
     slices = sorted((obj for obj in objects if obj.kind == "ExpertMap"), key=lambda obj: obj.name)
-    return _read(_Versions(slices)) if slices else None
+    return _read(_Versions([obj for obj in slices if obj.spec.get("digest") == slices[0].spec.get("digest")]))
 
 
 class _Versions:

@@ -73,9 +73,8 @@ class Book:
         self._heard[uid] = self._lived_s
         self.counts.note_rank(report)
         if report.load:
-            # A pod that had counted before it was heard of: this coordinator is the newcomer.
-            counted_before = before is None and bool(report.tokens)
-            self._window.note(uid, np.array(report.load, dtype=np.int64), counted_before=counted_before)
+            # A pod that has counted when it is first heard of: this coordinator is the newcomer.
+            self._window.note(uid, np.array(report.load, dtype=np.int64), counted_before=before is None)
         if report.membership is not None:
             self._last_epoch = max(self._last_epoch, report.membership.epoch)
         self._judge()

@@ -20,7 +20,7 @@ class Stopwatch:
     def running(self, num_rows: int) -> Iterator[None]:
         self._rows += num_rows
         if self._is_cuda:
-            began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             began.record()
             yield
             ended.record()

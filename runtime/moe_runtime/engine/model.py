@@ -264,9 +264,11 @@ class ExpertParallelModel:
     def expert_bytes(self) -> int:
         """Of one physical expert of one layer; layers are alike."""
         entry = self._layers[0].entry
-        return sum(
-            entry.module.get_parameter(name)[0].nbytes for name in entry.parameter_names
-        ) if self._layers[0].logical_of_slot else 0
+        return (
+            sum(entry.module.get_parameter(name)[0].nbytes for name in entry.parameter_names)
+            if self._layers[0].logical_of_slot
+            else 0
+        )
 
     def degraded_tokens(self) -> dict[str, int]:
         """Committed picks answered otherwise than by a live copy, by reason: generalist, drop. Cumulative."""

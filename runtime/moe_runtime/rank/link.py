@@ -91,9 +91,7 @@ class CoordinatorLink:
             if connection is None:
                 connection = http.client.HTTPConnection(self._host, self._port, timeout=_CALL_S)
                 loads = Loads()  # whoever answers may be a new coordinator, which knows none
-            report = loads.thin(
-                make_report(), time.monotonic(), every_s=self.directive.load_every_s
-            ).model_copy(
+            report = loads.thin(make_report(), time.monotonic(), every_s=self.directive.load_every_s).model_copy(
                 update={"directive_seen": self.directive.seal, "wait_s": _HOLD_S}
             )
             try:
