@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from moe_core.facts import DeletePod, PutWish
+from moe_core.facts import CreatePod, DeletePod, PutWish
 from simcluster import Sim, edit, running
 
 
@@ -79,6 +79,22 @@ def test_growing_again_before_the_leaver_is_gone_keeps_it() -> None:
     assert sim.live(3)[0].uid == uid
     assert sim.condition("Ready") == ("True", "AllActive")
     assert sim.wish.status["restarts"] == 0
+
+
+def test_a_leaver_on_a_node_that_is_gone_is_asked_to_go_before_its_successor_is_created() -> None:
+    sim = running(4, 9)
+    edit(sim, parallelism={"expert": 3})
+    sim.refuses = lambda action: isinstance(action, DeletePod)
+    for _ in range(4):
+        sim.step()
+        sim.tick()
+    leaver = next(pod for pod in sim.ranks() if pod.index == 3)
+    sim.nodes = tuple(node for node in sim.nodes if node.name != leaver.node)
+    edit(sim, parallelism={"expert": 4})
+    actions = sim.decision().actions
+    gone = next(i for i, a in enumerate(actions) if isinstance(a, DeletePod) and a.uid == leaver.uid)
+    made = next(i for i, a in enumerate(actions) if isinstance(a, CreatePod) and a.index == 3)
+    assert gone < made
 
 
 def test_shrinking_and_growing_counts_no_restart() -> None:

@@ -77,8 +77,9 @@ def fill(
             continue
         replacement = seen[rank] - base[rank]
         if replacement <= 0:
+            steps.actions += _hurried(seat)  # of a leaver that is wished again, on a node that is gone
             steps.actions.append(create_pod(plan, ROLE_RANK, index=rank, incarnation=seen[rank] + 1))
-            steps.actions += _clear(seat)
+            steps.actions += _clear(seat, but_running=True)
             continue
         why = _why_lost(seat)
         steps.lost[rank] = why
