@@ -90,6 +90,7 @@ def test_a_leaver_on_a_node_that_is_gone_is_asked_to_go_before_its_successor_is_
         sim.tick()
     leaver = next(pod for pod in sim.ranks() if pod.index == 3)
     sim.nodes = tuple(node for node in sim.nodes if node.name != leaver.node)
+    sim.step()
     edit(sim, parallelism={"expert": 4})
     actions = sim.decision().actions
     gone = next(i for i, a in enumerate(actions) if isinstance(a, DeletePod) and a.uid == leaver.uid)
