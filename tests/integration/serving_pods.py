@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from moe_core.contract.exchange import RuntimeState, RuntimeWish
 from moe_core.contract.expert_map import ExpertMap
-from moe_core.contract.runtime_config import ModelSource, RuntimeConfig, ServingConfig, TrainingConfig
+from moe_core.contract.runtime_config import ModelSource, RuntimeConfig, ServingConfig, TraceConfig, TrainingConfig
 from moe_runtime.host import processes
 from tiny_checkpoint import NUM_EXPERTS, NUM_LAYERS
 
@@ -106,6 +106,7 @@ class Pods:
     num_ranks: int = 2
     source: ModelSource | None = None
     training: TrainingConfig | None = None
+    trace: TraceConfig | None = None
     max_sequences: int = 8
     faults_enabled: bool = True
     shared_ray: bool = True
@@ -129,6 +130,7 @@ class Pods:
             ray_port=free_port(),
             faults_enabled=self.faults_enabled,
             training=self.training,
+            trace=self.trace,
             serving=None
             if self.training
             else ServingConfig(
