@@ -55,7 +55,10 @@ def validate(filename: Files) -> None:
 def plan(  # noqa: PLR0917  typer's way
     filename: Files,
     nodes: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Nodes to place on: what `kubectl get nodes -o yaml` prints.")
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Nodes to place on, and pods there: what `kubectl get nodes,pods -A -o yaml` prints."
+        ),
     ] = None,
     load: Annotated[
         str | None,
@@ -76,6 +79,36 @@ def plan(  # noqa: PLR0917  typer's way
     from moe_operator.cli_plan import show_plan
 
     raise typer.Exit(show_plan(filename, nodes=nodes, load=load, ranks=ranks, as_json=as_json, plot=plot))
+
+
+@app.command()
+def explain(
+    filename: Files,
+    nodes: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="Nodes, and pods on them: what `kubectl get nodes,pods -A -o yaml` (or json) prints; - for stdin.",
+        ),
+    ],
+    ranks: Annotated[
+        str | None, typer.Option(metavar="A..B", help="Other numbers of ranks: one, or a range that doubles.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
+) -> None:
+    """Say whether resources fit on these nodes; if not, why in numbers, and what would help.
+
+    What does not fit: by domain of the required level the room there is, and
+    what takes the rest. What would help: changes that were tried with the same
+    placement, one at a time, the cheapest first. What fits: where, what would
+    become of a lost rank, and how many more such gangs there is room for.
+
+    A ClusterTopology that they name must be in the files. Exits with 1 if
+    anything does not fit or is refused.
+    """
+    from moe_operator.cli_explain import show_explanation
+
+    raise typer.Exit(show_explanation(filename, nodes=nodes, ranks=ranks, as_json=as_json))
 
 
 @app.command()

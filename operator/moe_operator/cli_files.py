@@ -9,7 +9,7 @@ import typer
 from moe_core.outcome import InvalidSpec
 from moe_core.spec.load import Document, read_documents
 
-EXIT_INVALID, EXIT_MISSING = 2, 3
+EXIT_NOT_AS_WISHED, EXIT_INVALID, EXIT_MISSING = 1, 2, 3
 
 
 def read_files(names: Sequence[str]) -> list[Document]:

@@ -1,109 +1,69 @@
 """`moerator plan`: what would come of a resource, as a table, as JSON, or as a picture; nothing is started."""
 
 import json
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from moe_core.contract.trace import TraceRecord
 from moe_core.decide.accept import Refusal
 from moe_core.experts.trace import Trace, read_lines
-from moe_core.facts import Facts, ModelFact, NodeFact, Wish
+from moe_core.facts import Facts
 from moe_core.outcome import InvalidInput, NoFit
 from moe_core.preview.outlook import Outlook, Step, look_ahead
-from moe_core.preview.size import ModelSize, size_of_config, size_of_shape
+from moe_core.preview.size import size_of_config, size_of_shape
 from moe_core.spec.job import MoEJobSpec
 from moe_core.spec.load import Document
-from moe_core.spec.others import ClusterTopologySpec
-from moe_core.spec.service import MoEServiceSpec
-from moe_operator.cli_files import EXIT_INVALID, read_files
-from moe_operator.cluster.local_model import read_model
-from moe_operator.observe import node_fact
+from moe_core.topology.tree import Levels
+from moe_operator.cli_facts import Cluster, read_cluster, read_counts, read_model_of, read_planned, wish_of_document
+from moe_operator.cli_files import EXIT_INVALID, EXIT_NOT_AS_WISHED
 from moe_operator.plan_picture import picture
 
-EXIT_NOT_AS_WISHED = 1
-_RANGE = re.compile(r"(\d+)(?:\.\.(\d+))?")
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """`no_size` says why bytes and memory are not shown, where the model's config does not tell its size."""
+
+    doc: Document
+    looks: tuple[Outlook | Refusal, ...]
+    no_size: str = ""
 
 
 def show_plan(
     names: Sequence[str], *, nodes: str | None, load: str | None, ranks: str | None, as_json: bool, plot: Path | None
 ) -> int:
     """0 when everything would be accepted and placed, 1 when something would not be, 2 for bad input."""
-    documents = read_files(names)
-    planned = [doc for doc in documents if isinstance(doc.spec, (MoEJobSpec, MoEServiceSpec))]
-    if not planned:
-        return _refuse("-f: no MoEJob and no MoEService in these files")
     try:
-        counts = _counts(ranks)
-        facts = _facts(documents, nodes)
+        documents, topologies = read_planned(names)
+        counts = read_counts(ranks)
+        cluster = None if nodes is None else read_cluster(nodes)
         trace = None if load is None else read_trace(Path(load))
-        outlooks = [(doc, _look(doc, facts, counts, trace)) for doc in planned]
+        planned = [_look(doc, topologies, cluster, counts, trace) for doc in documents]
     except InvalidInput as error:
         return _refuse(str(error))
     if as_json:
-        typer.echo(json.dumps([_as_json(doc, found) for doc, found in outlooks], indent=2))
+        typer.echo(json.dumps([_as_json(one) for one in planned], indent=2))
     else:
         console = Console()
-        for doc, found in outlooks:
-            _print(console, doc, found)
+        for one in planned:
+            _print(console, one)
     if plot is not None:
-        shown = [found for _, looks in outlooks for found in looks if isinstance(found, Outlook)]
+        shown = [found for one in planned for found in one.looks if isinstance(found, Outlook)]
         if not shown:
             return _refuse("--plot: nothing that would be accepted")
         plot.write_text(picture(shown[0]), encoding="utf-8")
-    wished = all(_is_wished(found) for _, looks in outlooks for found in looks)
+    wished = all(_is_wished(found) for one in planned for found in one.looks)
     return 0 if wished else EXIT_NOT_AS_WISHED
 
 
 def _refuse(text: str) -> int:
     typer.echo(text, err=True)
     return EXIT_INVALID
-
-
-def _counts(ranks: str | None) -> tuple[int, ...] | None:
-    """`8` or `4..64`, which doubles. Raises InvalidInput."""
-    if ranks is None:
-        return None
-    match = _RANGE.fullmatch(ranks.strip())
-    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if not 1 <= first <= last <= 1024:
-        raise InvalidInput(f"--ranks must be a number or A..B within 1..1024, got {ranks!r}")
-    counts = [first]
-    while counts[-1] * 2 < last:
-        counts.append(counts[-1] * 2)
-    return (*counts, last) if last > counts[-1] else tuple(counts)
-
-
-def _facts(documents: Iterable[Document], nodes: str | None) -> Facts:
-    topologies = {
-        doc.name: tuple((level.name, level.node_label) for level in doc.spec.levels)
-        for doc in documents
-        if isinstance(doc.spec, ClusterTopologySpec)
-    }
-    return Facts(nodes=() if nodes is None else _nodes(Path(nodes)), topologies=topologies)
-
-
-def _nodes(file: Path) -> tuple[NodeFact, ...]:
-    """What `kubectl get nodes -o yaml` prints. Raises InvalidInput."""
-    try:
-        loaded = [part for part in yaml.safe_load_all(file.read_text(encoding="utf-8")) if part is not None]
-        objects = [node for part in loaded for node in (part["items"] if part["kind"] == "List" else [part])]
-        strangers = sorted({str(node["kind"]) for node in objects} - {"Node"})
-        found = tuple(node_fact(node) for node in objects if not strangers)
-    except OSError as error:
-        raise InvalidInput(f"--nodes: {file}: {error.strerror}") from error
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"--nodes: {file} is not what `kubectl get nodes -o yaml` prints: {error!r:.200}") from error
-    if strangers or not found:
-        raise InvalidInput(f"--nodes: {file} must hold nodes, got {', '.join(strangers) or 'none'}")
-    return found
 
 
 def read_trace(path: Path) -> Trace:
@@ -137,50 +97,47 @@ def _whole_lines(file: Path) -> Iterator[str]:
 
 
 def _look(
-    doc: Document, facts: Facts, counts: tuple[int, ...] | None, trace: Trace | None
-) -> tuple[Outlook | Refusal, ...]:
-    wish = Wish(
-        kind="MoEJob" if isinstance(doc.spec, MoEJobSpec) else "MoEService",
-        namespace=doc.namespace,
-        name=doc.name,
-        uid="00000000-0000-0000-0000-000000000000",
-        generation=1,
-        spec=doc.raw["spec"],
+    doc: Document,
+    topologies: Mapping[str, Levels],
+    cluster: Cluster | None,
+    counts: Sequence[int | None],
+    trace: Trace | None,
+) -> _Planned:
+    wish, checkpoint, size, no_size = wish_of_document(doc), read_model_of(doc), None, ""
+    try:
+        if isinstance(doc.spec, MoEJobSpec):
+            size = size_of_shape(doc.spec.model.shape)
+        elif checkpoint is not None and not checkpoint.fact.problem:
+            size = size_of_config(checkpoint.config)
+    except InvalidInput as error:
+        no_size = str(error)
+    facts = Facts(
+        nodes=() if cluster is None else cluster.nodes_for(wish),
+        topologies=topologies,
+        model=None if checkpoint is None else checkpoint.fact,
     )
-    model, size = _model(doc)
-    facts = replace(facts, model=model)
-    return tuple(look_ahead(wish, facts, num_ranks=count, trace=trace, size=size) for count in counts or (None,))
-
-
-def _model(doc: Document) -> tuple[ModelFact | None, ModelSize | None]:
-    if isinstance(doc.spec, MoEJobSpec):
-        return None, size_of_shape(doc.spec.model.shape)
-    assert isinstance(doc.spec, MoEServiceSpec)
-    folder = Path(doc.spec.model.path)
-    fact = read_model(folder)
-    if fact is None or fact.problem:
-        return fact, None
-    config = json.loads((folder / "config.json").read_text())
-    return fact, size_of_config(config.get("text_config", config))
+    looks = tuple(look_ahead(wish, facts, num_ranks=count, trace=trace, size=size) for count in counts)
+    return _Planned(doc, looks, no_size)
 
 
 def _is_wished(found: Outlook | Refusal) -> bool:
     return isinstance(found, Outlook) and not isinstance(found.placement, NoFit)
 
 
-def _print(console: Console, doc: Document, looks: Sequence[Outlook | Refusal]) -> None:
+def _print(console: Console, planned: _Planned) -> None:
+    doc, looks = planned.doc, planned.looks
     table = Table(title=f"{doc.kind}/{doc.name}", title_justify="left", show_lines=len(looks) > 1)
     table.add_column("")
     for found in looks:
         table.add_column("refused" if isinstance(found, Refusal) else f"{found.num_ranks} ranks")
-    rows = [_cells(found) for found in looks]
+    rows = [_cells(found, planned.no_size) for found in looks]
     names = list(dict.fromkeys(name for row in rows for name in row))
     for name in names:
         table.add_row(name, *(row.get(name, "") for row in rows))
     console.print(table)
 
 
-def _cells(found: Outlook | Refusal) -> dict[str, str]:
+def _cells(found: Outlook | Refusal, no_size: str) -> dict[str, str]:
     if isinstance(found, Refusal):
         return {"accepted": f"no, {found.reason}: {found.message}"}
     cells = {"accepted": found.note, "placement": _placement(found)}
@@ -196,6 +153,8 @@ def _cells(found: Outlook | Refusal) -> dict[str, str]:
     if found.traffic is not None:
         by_scope = ", ".join(f"{scope} {_bytes(count)}" for scope, count in found.bytes_by_scope.items())
         cells["bytes of a step"] = f"{_bytes(found.traffic.sent_bytes)} sent ({by_scope}); {_way(found.step)}"
+    if no_size:
+        cells["bytes and memory"] = f"not known: {no_size}"
     if found.planned is not None:
         cells["planned for this load"] = f"balancedness {found.planned_balance:.3f}; {found.planned.reason}"
     if found.crossings is not None:
@@ -232,8 +191,13 @@ def _bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def _as_json(doc: Document, looks: Sequence[Outlook | Refusal]) -> dict[str, Any]:
-    return {"kind": doc.kind, "name": doc.name, "plans": [_plan_as_json(found) for found in looks]}
+def _as_json(planned: _Planned) -> dict[str, Any]:
+    return {
+        "kind": planned.doc.kind,
+        "name": planned.doc.name,
+        "sizeUnknown": planned.no_size or None,
+        "plans": [_plan_as_json(found) for found in planned.looks],
+    }
 
 
 def _plan_as_json(found: Outlook | Refusal) -> dict[str, Any]:

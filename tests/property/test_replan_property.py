@@ -38,6 +38,11 @@ def prices(draw: st.DrawFn) -> Prices:
     )
 
 
+def slots_by_rank(fleet: Fleet) -> list[range]:
+    starts = [sum(fleet.slots_of_rank[:rank]) for rank in range(fleet.num_ranks)]
+    return [range(start, start + count) for start, count in zip(starts, fleet.slots_of_rank, strict=True)]
+
+
 @given(drifted(), prices())
 def test_every_expert_keeps_a_slot_and_no_rank_holds_two_copies(
     case: tuple[FloatArray, Fleet, Rows], price: Prices
@@ -46,7 +51,7 @@ def test_every_expert_keeps_a_slot_and_no_rank_holds_two_copies(
     planned = replan(load, fleet, current, prices=price)
     for row in planned.logical_of_slot:
         assert {e for e in row if e != EMPTY_SLOT} == set(range(load.shape[1]))
-        for slots in fleet.room_R:
+        for slots in slots_by_rank(fleet):
             held = [row[s] for s in slots if row[s] != EMPTY_SLOT]
             assert len(held) == len(set(held))
 
@@ -68,7 +73,7 @@ def test_what_stays_on_its_rank_stays_in_its_slot(case: tuple[FloatArray, Fleet,
     load, fleet, current = case
     planned = replan(load, fleet, current, prices=price)
     for before, after in zip(current, planned.logical_of_slot, strict=True):
-        for slots in fleet.room_R:
+        for slots in slots_by_rank(fleet):
             for slot in slots:
                 if before[slot] != EMPTY_SLOT and before[slot] in [after[s] for s in slots]:
                     assert after[slot] == before[slot]

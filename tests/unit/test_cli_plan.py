@@ -163,7 +163,7 @@ def test_the_picture_has_a_square_for_every_slot(tmp_path: Path) -> None:
         (("--ranks", "many"), "--ranks must be a number or A..B within 1..1024, got 'many'"),
         (("--ranks", "8..2"), "got '8..2'"),
         (("--nodes", "/nowhere"), "--nodes: /nowhere: No such file"),
-        (("--nodes", JOB), "must hold nodes, got MoEJob"),
+        (("--nodes", JOB), "must hold nodes and pods, got MoEJob"),
         (("--nodes", EXAMPLES.parent / "LICENSE"), "is not what `kubectl get nodes -o yaml` prints"),
         (("--load", JOB), "line 1: not JSON"),
     ],
@@ -178,6 +178,27 @@ def test_a_trace_of_another_model_is_refused(tmp_path: Path) -> None:
     code, text = run("-f", JOB, "--load", trace_file(tmp_path, num_layers=3))
     assert code == 2
     assert "the trace has 3 layers and experts up to 15, the model has 4 layers and experts 0..15" in text
+
+
+def test_a_config_of_which_the_size_cannot_be_told_costs_the_plan_its_bytes_only(tmp_path: Path) -> None:
+    config = {
+        **{"model_type": "qwen3_moe", "num_experts": 16, "num_hidden_layers": 4, "num_experts_per_tok": 2},
+        **{"hidden_size": 64, "moe_intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 256},
+        **{"num_key_value_heads": [2, 4, 2, 4], "torch_dtype": "float32"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    document = yaml.safe_load((EXAMPLES / "service-tiny.yaml").read_text())
+    document["spec"]["model"] = {"path": str(tmp_path)}
+    file = tmp_path / "service.yaml"
+    file.write_text(yaml.safe_dump(document))
+    code, text = run("-f", file)
+    assert code == 0
+    assert "not known: config must give num_key_value_heads" in " ".join(text.replace("│", " ").split())
+    (service,) = json.loads(run("-f", file, "--json")[1])
+    assert "num_key_value_heads" in service["sizeUnknown"]
+    assert service["plans"][0]["slotsOfRank"] == [6, 6, 6, 6]
+    assert service["plans"][0]["parameterBytesOfRank"] is None
 
 
 def test_files_without_a_job_or_a_service_are_refused() -> None:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
+import numpy as np
+
 from moe_core.contract.names import ROLE_COORDINATOR, ROLE_GATEWAY
 from moe_core.decide.crew import Seat
 from moe_core.facts import BindPod, DeletePod, Facts, NodeFact, PodFact
@@ -34,16 +36,22 @@ class Bound:
 
 
 @dataclass(frozen=True, slots=True)
-class _Board:
-    """What does not change while one cycle places."""
+class Ground:
+    """What does not change while one cycle places, and all that whoever asks beforehand has."""
 
     plan: Plan
-    gated: Mapping[int, PodFact]
-    ranks: Mapping[int, Seat]
-    helpers: Sequence[Seat]
     tree: Tree
     all_nodes: Tree
     """Without levels: a coordinator or gateway may go where no rank may."""
+    gated: Mapping[int, PodFact] = field(default_factory=dict)
+    ranks: Mapping[int, Seat] = field(default_factory=dict)
+    helpers: Sequence[Seat] = ()
+    taken: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Base units by node that are not to be had, beside what the nodes say: for whoever asks what would be if."""
+
+    @classmethod
+    def of(cls, plan: Plan, nodes: Sequence[NodeFact]) -> "Ground":
+        return cls(plan, tree_of(nodes, plan.pack), build_tree(nodes))
 
 
 def bind(plan: Plan, facts: Facts, *, ranks: Mapping[int, Seat], helpers: Sequence[Seat], formed: int) -> Bound:
@@ -52,31 +60,37 @@ def bind(plan: Plan, facts: Facts, *, ranks: Mapping[int, Seat], helpers: Sequen
     gated = {r: seat.live for r, seat in ranks.items() if r < plan.num_ranks and seat.live and seat.live.gated}
     if not gated:
         return bound
-    tree, all_nodes = tree_of(facts.nodes, plan.pack), build_tree(facts.nodes)
-    board = _Board(plan, gated, ranks, helpers, tree, all_nodes)
+    ground = replace(Ground.of(plan, facts.nodes), gated=gated, ranks=ranks, helpers=helpers)
     placed = {r: seat.live.node for r, seat in ranks.items() if seat.live and seat.is_placed and seat.live.node}
     ran = formed if placed else 0
     lost = [r for r in sorted(gated) if r < ran]
     joiners = range(ran, plan.num_ranks)
     waiting = [r for r in joiners if r in gated]
     if lost:
-        _bind_group(bound, board, lost, placed, spares=(0,), one_by_one=True)
+        _bind_group(bound, ground, lost, placed, spares=(0,), one_by_one=True)
     if waiting and all(r in gated or r in placed for r in joiners):
         is_half_started = not ran and bool(placed)
         spares = (plan.spares_per_domain, 0) if is_half_started else (plan.spares_per_domain,)
-        _bind_group(bound, board, waiting, placed, spares=spares, one_by_one=False)
+        _bind_group(bound, ground, waiting, placed, spares=spares, one_by_one=False)
     return bound
 
 
-def place_new(plan: Plan, nodes: Sequence[NodeFact]) -> Fit | NoFit:
-    """All ranks of a gang of which nothing stands, as `bind` would place them: for whoever asks beforehand."""
-    board = _Board(plan, {}, {}, (), tree_of(nodes, plan.pack), build_tree(nodes))
-    return _find(board, range(plan.num_ranks), {}, spares=(plan.spares_per_domain,), explain=True)
+def place_new(ground: Ground, *, explain: bool = True) -> Fit | NoFit:
+    """All ranks of a gang of which nothing stands, as `bind` would place them."""
+    plan = ground.plan
+    return _find(ground, range(plan.num_ranks), {}, spares=(plan.spares_per_domain,), explain=explain)
+
+
+def place_lost(ground: Ground, lost: Sequence[int], kept: Mapping[int, str]) -> Fit | NoFit:
+    """Ranks that are lost at once, as `bind` would replace them beside those that are kept."""
+    if not kept:
+        return place_new(ground, explain=False)
+    return _find(ground, lost, kept, spares=(0,), explain=False)
 
 
 def _bind_group(
     bound: Bound,
-    board: _Board,
+    ground: Ground,
     group: Sequence[int],
     placed: dict[int, str],
     *,
@@ -84,22 +98,22 @@ def _bind_group(
     one_by_one: bool,
 ) -> None:
     is_first_try = one_by_one and len(group) > 1
-    found = _find(board, group, placed, spares=spares, explain=bound.no_fit is None and not is_first_try)
+    found = _find(ground, group, placed, spares=spares, explain=bound.no_fit is None and not is_first_try)
     if isinstance(found, NoFit) and is_first_try:
         for rank in group:
-            _bind_group(bound, board, [rank], placed, spares=spares, one_by_one=False)
+            _bind_group(bound, ground, [rank], placed, spares=spares, one_by_one=False)
         return
     if isinstance(found, NoFit):
         bound.no_fit = bound.no_fit or found
         return
     for rank, node in sorted(found.node_of_rank.items()):
         placed[rank] = node
-        pod = board.gated[rank]
+        pod = ground.gated[rank]
         bound.actions.append(BindPod(name=pod.name, uid=pod.uid, node=node))
 
 
 def _find(
-    board: _Board, group: Sequence[int], placed: Mapping[int, str], *, spares: Sequence[int], explain: bool
+    ground: Ground, group: Sequence[int], placed: Mapping[int, str], *, spares: Sequence[int], explain: bool
 ) -> Fit | NoFit:
     """Beside pods that are still Terminating; if that is too tight, in their place: the scheduler waits for them.
 
@@ -108,11 +122,11 @@ def _find(
     Only one NoFit is told per cycle, so only that one is explained: it takes forty fits where a fit takes one.
     """
     first: NoFit | None = None
-    plan = board.plan
+    plan = ground.plan
     for left, count_leaving in product(spares, (True, False)):
-        own = _own_use(board, placed, count_leaving=count_leaving)
+        own = _own_use(ground, placed, count_leaving=count_leaving)
         found = fit(
-            board.tree,
+            ground.tree,
             group,
             needs=plan.needs,
             pack=plan.pack,
@@ -123,7 +137,7 @@ def _find(
             explain=explain and first is None,
         )
         if isinstance(found, Fit):
-            found = _with_helpers(board, found, own)
+            found = _with_helpers(ground, found, own)
         if isinstance(found, Fit):
             return found
         first = first or found
@@ -131,22 +145,21 @@ def _find(
     return first
 
 
-def _with_helpers(board: _Board, found: Fit, own: Use) -> Fit | NoFit:
+def _with_helpers(ground: Ground, found: Fit, own: Use) -> Fit | NoFit:
     """The fit, unless it would take the last room for a coordinator or gateway that has no node yet."""
-    wanted = 1 + board.plan.num_gateways
-    homeless = wanted - sum(1 for seat in board.helpers if seat.live is not None and seat.live.node is not None)
+    wanted = 1 + ground.plan.num_gateways
+    homeless = wanted - sum(1 for seat in ground.helpers if seat.live is not None and seat.live.node is not None)
     if homeless <= 0:
         return found
     for node in found.node_of_rank.values():
-        _add(own, node, board.plan.needs.request)
-    needs = replace(board.plan.needs, request=request_of(HELPER_REQUEST, {}))
-    room = int(rooms(board.all_nodes, needs, own=own, most=homeless).ranks.sum())
+        add_use(own, node, ground.plan.needs.request)
+    room = len(helper_places(ground, own, homeless))
     if room >= homeless:
         return found
     asks = ", ".join(f"{resource} {quantity}" for resource, quantity in sorted(HELPER_REQUEST.items()))
     return NoFit(
         wanted=len(found.node_of_rank),
-        level=board.plan.pack.required,
+        level=ground.plan.pack.required,
         best=len(found.node_of_rank),
         best_domain="",
         excluded={},
@@ -154,23 +167,31 @@ def _with_helpers(board: _Board, found: Fit, own: Use) -> Fit | NoFit:
     )
 
 
-def _own_use(board: _Board, placed: Mapping[int, str], *, count_leaving: bool) -> Use:
-    use: Use = {}
+def helper_places(ground: Ground, own: Use, most: int) -> list[str]:
+    """The first nodes, at most so many, that have room for a pod of coordinator or gateway; one several times over."""
+    needs = replace(ground.plan.needs, request=request_of(HELPER_REQUEST, {}))
+    room = rooms(ground.all_nodes, needs, own=own, most=most).ranks
+    first = np.repeat(np.arange(len(room)), room)[:most]
+    return [ground.all_nodes.nodes[index].name for index in first.tolist()]
+
+
+def _own_use(ground: Ground, placed: Mapping[int, str], *, count_leaving: bool) -> Use:
+    use: Use = {node: dict(by_resource) for node, by_resource in ground.taken.items()}
     for _, node in sorted(placed.items()):
-        _add(use, node, board.plan.needs.request)
+        add_use(use, node, ground.plan.needs.request)
     if count_leaving:
-        for _, seat in sorted(board.ranks.items()):
+        for _, seat in sorted(ground.ranks.items()):
             for pod in seat.leaving:
                 if pod.phase not in ("Failed", "Succeeded") and not pod.gated:
-                    _add(use, pod.node, board.plan.needs.request)
-    for seat in board.helpers:
+                    add_use(use, pod.node, ground.plan.needs.request)
+    for seat in ground.helpers:
         assert seat.role in (ROLE_COORDINATOR, ROLE_GATEWAY), seat.role
         if seat.live is not None:
-            _add(use, seat.live.node, request_of(HELPER_REQUEST, {}))
+            add_use(use, seat.live.node, request_of(HELPER_REQUEST, {}))
     return use
 
 
-def _add(use: Use, node: str | None, request: Mapping[str, int]) -> None:
+def add_use(use: Use, node: str | None, request: Mapping[str, int]) -> None:
     if node is None:
         return
     on_node = use.setdefault(node, {})

@@ -1,6 +1,5 @@
 """The ranks a plan is made for: how many slots each owns, how fast it is, and what it would die together with."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -91,9 +90,3 @@ class Fleet:
     @cached_property
     def domains_with_slots(self) -> int:
         return len(np.unique(self.domain_R[self.slots_R > 0]))
-
-    @cached_property
-    def room_R(self) -> Sequence[range]:
-        """Global slot ids by rank."""
-        ends = np.cumsum(self.slots_R)
-        return [range(int(end - count), int(end)) for end, count in zip(ends, self.slots_R, strict=True)]

@@ -13,7 +13,7 @@ import numpy as np
 from moe_core.contract.dispatch import SMALL_STEP_TOKENS
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.decide.accept import Accepted, Refusal, accept
-from moe_core.decide.place import place_new
+from moe_core.decide.place import Ground, place_new
 from moe_core.experts.affinity import pack_together
 from moe_core.experts.bounds import bound_of_slots
 from moe_core.experts.checks import FloatArray
@@ -106,16 +106,13 @@ def look_ahead(
 
     Raises InvalidInput for a trace of another model.
     """
-    if num_ranks is not None:
-        parallelism = {**dict(wish.spec.get("parallelism") or {}), "expert": num_ranks}
-        wish = replace(wish, spec={**wish.spec, "parallelism": parallelism})
-    accepted = accept(wish, facts)
+    accepted = accept(resized(wish, num_ranks), facts)
     if isinstance(accepted, Refusal):
         return accepted
     plan = accepted.plan
     expert_map = plan.expert_map(plan.num_ranks)
     copies = copies_of_logical(expert_map)
-    placement = place_new(plan, facts.nodes) if facts.nodes else None
+    placement = place_new(Ground.of(plan, facts.nodes)) if facts.nodes else None
     load_LE = np.ones((plan.num_layers, plan.num_experts)) if trace is None else _load_of(trace, expert_map)
     nodes = _nodes_of(placement, plan.num_ranks)
     step = _step(accepted)
@@ -143,6 +140,14 @@ def look_ahead(
         planned_balance=_balance_of(planned, load_LE, plan.num_ranks),
         crossings=None if trace is None or nodes is None else _crossings(expert_map, trace, load_LE, nodes),
     )
+
+
+def resized(wish: Wish, num_ranks: int | None) -> Wish:
+    """The same wish with another number of ranks; None leaves it its own."""
+    if num_ranks is None:
+        return wish
+    parallelism = {**dict(wish.spec.get("parallelism") or {}), "expert": num_ranks}
+    return replace(wish, spec={**wish.spec, "parallelism": parallelism})
 
 
 def _nodes_of(placement: Fit | NoFit | None, num_ranks: int) -> tuple[str, ...] | None:

@@ -64,8 +64,8 @@ def size_of_config(config: Mapping[str, Any]) -> ModelSize:
             hidden=hidden,
             layers=_number(config, "num_hidden_layers"),
             heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
+            kv_heads=_number(config, "num_key_value_heads", default=heads),
+            head_dim=_number(config, "head_dim", default=hidden // heads),
             vocab=_number(config, "vocab_size"),
             experts=_number(config, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
         ),
@@ -79,7 +79,10 @@ def _dense_numbers(
     return 2 * vocab * hidden + layers * (attention + hidden * experts + 2 * hidden) + hidden
 
 
-def _number(config: Mapping[str, Any], *names: str) -> int:
+def _number(config: Mapping[str, Any], *names: str, default: int = 0) -> int:
+    """The first that is given; `default` if none is."""
+    if default and all(config.get(name) is None for name in names):
+        return default
     for name in names:
         value = config.get(name)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:

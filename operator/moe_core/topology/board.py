@@ -31,6 +31,20 @@ class Board:
             return None
         return self.tree.span(depth, int(np.argmax(self.kept_in[depth])))
 
+    def set_aside(self, depth: int, span: Span) -> dict[str, int]:
+        """Places in the domains of `depth` in `span` that are free and still of no use, by cause: too few on a node,
+        too few for a subgroup, or for spares."""
+        low, high = span
+        shape, found = self.shape, {}
+        if self.unit > 1:
+            found[f"fewer than {self.unit} free on a node"] = int((self.free - self.room)[low:high].clip(0).sum())
+        first, after = self.tree.domains_in(depth, span)
+        whole = shape.group_size > 1
+        cause = "for spares" if shape.spares else "too few for a subgroup"
+        cause = "for spares and too few for a subgroup" if shape.spares and whole else cause
+        found[cause] = int(self.room[low:high].sum() - self.caps[depth][first:after].sum())
+        return {cause: count for cause, count in found.items() if count > 0}
+
     def after(self, taken: IntArray) -> "Board":
         return board_of(self.tree, self.shape, free=self.free - taken, kept=self.kept + taken)
 

@@ -12,7 +12,6 @@ import numpy as np
 
 from moe_core.outcome import NoFit, Relaxation
 from moe_core.topology.attempt import Ask, Stuck
-from moe_core.topology.board import Board
 from moe_core.topology.least import fewest_nodes, fewest_places, fits
 from moe_core.topology.room import CORDONED, IN_USE, NOT_READY, Rooms
 from moe_core.topology.shape import Pack, Subgroups
@@ -23,7 +22,7 @@ FEW = 4
 
 
 def no_fit(ask: Ask, stuck: Stuck, rooms: Rooms, *, pack: Pack, subgroups: Subgroups | None, explain: bool) -> NoFit:
-    excluded = rooms.excluded(stuck.span) | _set_aside(stuck.board, stuck)
+    excluded = rooms.excluded(stuck.span) | stuck.board.set_aside(stuck.depth, stuck.span)
     for _, label in ask.tree.unlabelled:
         told = f"nodes without label {label}"
         excluded[told] = excluded.get(told, 0) + 1
@@ -123,20 +122,6 @@ def _some_nodes(ask: Ask, stuck: Stuck, rooms: Rooms, cause: str) -> Iterator[Re
     yield Relaxation(
         cause, len(names), f"uncordon {which}" if cause == CORDONED else f"bring back {which}, {cause} now"
     )
-
-
-def _set_aside(board: Board, stuck: Stuck) -> dict[str, int]:
-    """Places that are free and still of no use: too few on a node, for a subgroup, or beside the spares."""
-    low, high = stuck.span
-    shape, found = board.shape, {}
-    if board.unit > 1:
-        found[f"fewer than {board.unit} free on a node"] = int((board.free - board.room)[low:high].clip(0).sum())
-    first, after = board.tree.domains_in(stuck.depth, stuck.span)
-    whole = shape.group_size > 1
-    cause = "for spares" if shape.spares else "too few for a subgroup"
-    cause = "for spares and too few for a subgroup" if shape.spares and whole else cause
-    found[cause] = int(board.room[low:high].sum() - board.caps[stuck.depth][first:after].sum())
-    return {cause: count for cause, count in found.items() if count > 0}
 
 
 def _domain_name(ask: Ask, stuck: Stuck, best: int) -> str:

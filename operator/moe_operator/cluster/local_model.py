@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +14,47 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 EXPERT_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """`config` is the text model's part of config.json; empty where the fact has a problem."""
+
+    fact: ModelFact
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
 def read_model(folder: Path) -> ModelFact | None:
     """The checkpoint's shape, None when there is no checkpoint (yet); `problem` says why it cannot be served."""
+    found = read_checkpoint(folder)
+    return None if found is None else found.fact
+
+
+def read_checkpoint(folder: Path) -> Checkpoint | None:
+    """The same with the config that it was read from."""
     file = folder / "config.json"
     if not has_checkpoint(folder):
         pickled = sorted(path.name for kind in PICKLED for path in folder.glob(kind))
         told = f"{folder}: weights are read from safetensors only, and there is {', '.join(pickled[:3])}"
-        return ModelFact(0, 0, "", problem=told) if pickled and file.is_file() else None
+        return Checkpoint(ModelFact(0, 0, "", problem=told)) if pickled and file.is_file() else None
     try:
         config = json.loads(file.read_text())
     except (ValueError, OSError) as error:
-        return ModelFact(0, 0, "", problem=f"{file}: {error}")
+        return Checkpoint(ModelFact(0, 0, "", problem=f"{file}: {error}"))
     if not isinstance(config, dict):
-        return ModelFact(0, 0, "", problem=f"{file} holds no JSON object")
+        return Checkpoint(ModelFact(0, 0, "", problem=f"{file} holds no JSON object"))
     family = str(config.get("model_type", ""))
+    text_config = config.get("text_config", config)
     try:
-        shape = _shape(config.get("text_config", config), family)
+        shape = _shape(text_config, family)
     except (TypeError, ValueError, AttributeError) as error:
-        return ModelFact(0, 0, family, problem=f"{file}: model type {family or 'unknown'}: {error}")
+        return Checkpoint(ModelFact(0, 0, family, problem=f"{file}: model type {family or 'unknown'}: {error}"))
     refused = why_refused(family)
     if refused is None and config.get("quantization_config"):
         refused = (
             f"model family {family} is not supported: the checkpoint is quantised; convert it to bfloat16 or float32"
         )
-    return ModelFact(0, 0, family, problem=f"{file}: {refused}") if refused is not None else shape
+    if refused is not None:
+        return Checkpoint(ModelFact(0, 0, family, problem=f"{file}: {refused}"))
+    return Checkpoint(shape, text_config)
 
 
 def _shape(config: Mapping[str, Any], family: str) -> ModelFact:
