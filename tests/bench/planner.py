@@ -3,7 +3,8 @@
     PYTHONPATH=tests:operator python tests/bench/planner.py --eplb /path/to/EPLB/eplb.py
 
 Loads as in the field's comparisons: 58 layers of 256 experts, 524,288 routed picks a layer, drawn with numpy's
-default_rng(0), popularity Zipf or lognormal and permuted in each layer. Copies share their expert's load evenly.
+default_rng(0), popularity Zipf or lognormal and permuted in each layer. Copies share their expert's load
+evenly but where a plan from the map there is (resample, drift) splits it; its budget row may move 5 % of the slots.
 balance is mean over max of the ranks' load, meant over layers; bound is the best that any packing of the plan's own
 copies could have; cross is the part of the picks that leave their node, of four nodes. Without --eplb the peer is
 moerator's `deepseek` policy, which is exact on EPLB's published example.
@@ -30,7 +31,7 @@ from moe_core.experts.counts import count_copies
 from moe_core.experts.eplb import rebalance_experts
 from moe_core.experts.fleet import Fleet
 from moe_core.experts.pack import pack, pack_anew
-from moe_core.experts.replan import Prices, replan
+from moe_core.experts.replan import Prices, Rows, replan
 from moe_core.experts.shelf import Shelf, rows_of
 from moe_core.experts.traffic import StepShape, picks_between
 
@@ -200,6 +201,7 @@ def drifted(num_ranks: int, windows: int, peer: Peer, num_layers: int = 4) -> di
     chances = popularity("zipf 1.0", rng, num_layers)
     load = draw(chances, rng)
     rows, fresh = ours(load, fleet).rows(), ours(load, fleet).logical_LRS
+    shares: Rows = ()
     of_peer = slots_on_ranks(peer(load, 1, 1, num_ranks).tolist(), fleet, num_experts=EXPERTS)
     balances: dict[str, list[float]] = {"replan": [], "fresh": [], "peer": []}
     moves = dict.fromkeys(balances, 0)
@@ -209,8 +211,8 @@ def drifted(num_ranks: int, windows: int, peer: Peer, num_layers: int = 4) -> di
             turned = rng.choice(EXPERTS, max(2, EXPERTS // 100), replace=False)
             row[turned] = row[np.roll(turned, 1)]
         load = draw(chances, rng)
-        plan = replan(load, fleet, rows, prices=prices)
-        rows = plan.logical_of_slot
+        plan = replan(load, fleet, rows, prices=prices, current_shares=shares)
+        rows, shares = plan.logical_of_slot, plan.share_of_slot
         anew = ours(load, fleet).logical_LRS
         peer_anew = slots_on_ranks(peer(load, 1, 1, num_ranks).tolist(), fleet, num_experts=EXPERTS)
         moves["replan"] += plan.moves

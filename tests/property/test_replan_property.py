@@ -84,7 +84,7 @@ def test_a_plan_stays_where_it_has_come_to(case: tuple[FloatArray, Fleet, Rows])
     load, fleet, current = case
     dear = Prices(bytes_per_expert=1000, horizon=1e6)
     first = replan(load, fleet, current, prices=dear)
-    again = replan(load, fleet, first.logical_of_slot, prices=dear)
+    again = replan(load, fleet, first.logical_of_slot, prices=dear, current_shares=first.share_of_slot)
     assert again.gain_s >= again.cost_s
     assert sum(again.worst_after) <= sum(first.worst_after) + 1e-9
 

@@ -1,33 +1,54 @@
-"""The next assignment: stay, improve what is there, or start anew, whichever wins most by the clock.
+"""The next assignment: stay, split anew, improve what is there, or start anew, whichever wins most by the clock.
 
 Everything is weighed in seconds over the horizon, the time for which the load that was measured is believed to last:
 
-    step_s    a step is as slow as its slowest rank: per layer the largest load of a rank x seconds_per_pick
+    step_s    a step is as slow as its slowest rank: per layer the largest load of a rank x seconds_per_pick,
+              and where links have a cost, what a rank spends on them: picks x bytes x seconds per byte / ranks
     moved_s   bytes that go to other ranks / bytes_per_s
 
-A plan is taken per layer, and only as far as it pays: of all layouts on the way from the current one (improve.py) and
-the best from scratch (pack.py), brought near to the current one, the one with the largest gain less cost. Where the
-moves of all layers exceed the budget, the price of a move is raised until they do not. The result says both numbers
-and, where it stays, why.
+Per layer there are these choices, and the one with the largest gain less cost is taken, the earliest of equals:
+
+    stay      as it is
+    split     the same slots, other shares of the copies (split.py): nothing moves
+    improve   a few slots at a time, split after each step (improve.py): about one layout for each slot that moves
+    anew      the best from scratch (pack.py), and with a trace the one that keeps together what is chosen together
+              (affinity.py), both brought near to the current one (align.py) and split
+
+Where the moves of all layers exceed the budget, the price of a move is raised until they do not. The result says both
+numbers and, where it stays, why.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from moe_core.experts.affinity import pack_together
 from moe_core.experts.align import align, arrivals, copies_in, keep_places, slots_on_ranks
 from moe_core.experts.checks import FloatArray, IntArray
+from moe_core.experts.counts import count_copies
+from moe_core.experts.crossing import between_domains, leaving, picks_across
 from moe_core.experts.fleet import Fleet
 from moe_core.experts.improve import improve
-from moe_core.experts.pack import pack_anew
+from moe_core.experts.pack import pack
 from moe_core.experts.shelf import Shelf, rows_of
+from moe_core.experts.split import (
+    best_shares,
+    even_shares,
+    load_of_ranks,
+    parts_on_ranks,
+    rows_of_parts,
+    shares_of,
+    whole_parts,
+)
 from moe_core.outcome import InvalidInput
 
 Rows = tuple[tuple[int, ...], ...]
-"""logical_of_slot of an ExpertMap: [L][slots]."""
-_STEPS = 48
-"""Improving steps per layer before starting anew is the better way."""
+"""logical_of_slot or share_of_slot of an ExpertMap: [L][slots]."""
+_STEPS = 24
+"""Improving steps per layer: four layers of five are level after twelve."""
+WORTH_CHANGING = 1e-3
+"""What a layer must win to be changed, as a part of its step: less is within what the next window differs by anyway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +57,7 @@ class Prices:
 
     seconds_per_pick: time of one token at one expert on a rank of speed 1; horizon: how many windows like the measured
     one are expected; bytes_per_s: what one rank can receive while it works; most_moves: budget over all layers, None
-    for no bound.
+    for no bound; bytes_per_pick: what a pick that is answered elsewhere sends, there and back.
     """
 
     seconds_per_pick: float = 1e-6
@@ -44,29 +65,36 @@ class Prices:
     bytes_per_s: float = 1e9
     horizon: float = 10.0
     most_moves: int | None = None
+    bytes_per_pick: int = 1
 
     def __post_init__(self) -> None:
         for name in ("seconds_per_pick", "bytes_per_s", "horizon"):
             value = getattr(self, name)
             if not (np.isfinite(value) and value > 0):
                 raise InvalidInput(f"{name} must be positive and finite, got {value}")
-        if self.bytes_per_expert < 0:
-            raise InvalidInput(f"bytes_per_expert must not be negative, got {self.bytes_per_expert}")
+        for name in ("bytes_per_expert", "bytes_per_pick"):
+            if getattr(self, name) < 0:
+                raise InvalidInput(f"{name} must not be negative, got {getattr(self, name)}")
         if self.most_moves is not None and self.most_moves < 0:
             raise InvalidInput(f"most_moves must not be negative, got {self.most_moves}")
 
 
 @dataclass(frozen=True, slots=True)
 class Replan:
-    """logical_of_slot [L][slots], as in an ExpertMap; worst_before and worst_after [L] are loads of the heaviest rank.
+    """logical_of_slot and share_of_slot [L][slots], as in an ExpertMap: no shares where all copies share evenly.
 
-    moves counts experts that a rank has to be sent; gain_s is over the horizon, cost_s once.
+    worst_before and worst_after [L] are loads of the heaviest rank over its speed; crossed_before and crossed_after the
+    bytes of one window like the measured one that leave their failure domain. moves counts experts that a rank has to
+    be sent; gain_s is over the horizon, cost_s once.
     """
 
     logical_of_slot: Rows
+    share_of_slot: Rows
     moves: int
     worst_before: tuple[float, ...]
     worst_after: tuple[float, ...]
+    crossed_before: float
+    crossed_after: float
     gain_s: float
     cost_s: float
     reason: str
@@ -80,95 +108,193 @@ class Replan:
 
 
 @dataclass(frozen=True, slots=True)
-class _Choices:
-    """Per layer the layouts to choose among; K of them, the first is to stay."""
+class _Task:
+    """What is asked; `start` is where the slots are now, links_GG seconds per byte between domains."""
 
-    layouts: Sequence[IntArray]
+    load_LE: FloatArray
+    fleet: Fleet
+    start_LRS: IntArray
+    prices: Prices
+    least_copies: int
+    links_GG: FloatArray | None
+    together_LEE: FloatArray | None
+    from_LEG: FloatArray | None
+
+    @property
+    def num_experts(self) -> int:
+        return int(self.load_LE.shape[1])
+
+    @property
+    def move_s(self) -> float:
+        return self.prices.bytes_per_expert / self.prices.bytes_per_s
+
+    def across(self, logical_LRS: IntArray, share_LRS: FloatArray) -> FloatArray:
+        return picks_across(self.load_LE, logical_LRS, share_LRS, self.fleet, self.from_LEG)
+
+
+@dataclass(frozen=True, slots=True)
+class _Choices:
+    """Per layer the layouts to choose among, K of them; the first is to stay. seconds_KL is over the horizon."""
+
+    logical_KLRS: IntArray
+    part_KLRS: IntArray
     worst_KL: FloatArray
+    seconds_KL: FloatArray
     moves_KL: IntArray
 
-    def best(self, price_s: float, second_per_load: float) -> IntArray:
+    def best(self, move_s: float) -> IntArray:
         """[L] the choice with the largest gain less cost; of equals the earliest, which moves least."""
-        value_KL = (self.worst_KL[0] - self.worst_KL) * second_per_load - self.moves_KL * price_s
+        value_KL = self.seconds_KL[0] * (1 - WORTH_CHANGING) - self.seconds_KL - self.moves_KL * move_s
+        value_KL[0] = 0.0
         return np.asarray(value_KL.argmax(0))
 
 
 def replan(
-    load_LE: FloatArray, fleet: Fleet, current: Sequence[Sequence[int]], *, prices: Prices, least_copies: int = 1
+    load_LE: FloatArray,
+    fleet: Fleet,
+    current: Sequence[Sequence[int]],
+    *,
+    prices: Prices,
+    current_shares: Sequence[Sequence[int]] = (),
+    least_copies: int = 1,
+    links_RR: FloatArray | None = None,
+    together_LEE: FloatArray | None = None,
+    from_LEG: FloatArray | None = None,
 ) -> Replan:
-    """The assignment to go on with. `current` [L][slots] must hold every expert; slots of ranks that are gone (none in
-    `fleet`) are not in it. Raises InvalidInput.
+    """The assignment to go on with. `current` [L][slots] must hold every expert, `current_shares` is its share_of_slot;
+    slots of ranks that are gone (none in `fleet`) are in neither. Raises InvalidInput.
+
+    links_RR: seconds per byte between ranks, [source, target]; together_LEE: tokens that chose both; from_LEG: picks by
+    the source's failure domain, see trace.py.
     """
     start_LRS = slots_on_ranks(current, fleet, num_experts=load_LE.shape[1])
     copies_LE = copies_in(start_LRS, load_LE.shape[1])
     if not copies_LE.all():
         layer, expert = (int(i) for i in np.argwhere(copies_LE == 0)[0])
         raise InvalidInput(f"current[{layer}] must hold every expert, expert {expert} is in no slot")
-    shelf = Shelf.of(load_LE, copies_LE, fleet, start_LRS.copy())
-    path = improve(load_LE, shelf, most_steps=_STEPS)
-    anew = _anew(load_LE, fleet, start_LRS, least_copies)
-    layouts = [*path.layouts, anew.logical_LRS]
-    choices = _Choices(
-        layouts=layouts,
-        worst_KL=np.concatenate([path.worst_KL, anew.load_LR.max(1)[None]]),
-        moves_KL=np.stack([arrivals(start_LRS, layout, load_LE.shape[1]).sum((1, 2)) for layout in layouts]),
+    links_GG = None if links_RR is None else between_domains(links_RR, fleet)
+    task = _Task(load_LE, fleet, start_LRS, prices, least_copies, links_GG, together_LEE, from_LEG)
+    choices = _choices(task, parts_on_ranks(current_shares, start_LRS, fleet))
+    return _replan(task, choices, _within(choices, task.move_s, prices.most_moves))
+
+
+def _choices(task: _Task, start_part_LRS: IntArray) -> _Choices:
+    """All choices; a layout from scratch that has copies less far apart than they are is none."""
+    shelves = list(_from_scratch(task))
+    path = improve(task.load_LE, task.start_LRS, task.fleet, most_steps=_STEPS, least_copies=task.least_copies)
+    aligned = [align(shelf.logical_LRS, task.start_LRS, task.fleet, task.num_experts) for shelf in shelves]
+    layouts = [task.start_LRS, *path.layouts, *aligned]
+    shares = [*path.shares, *(best_shares(task.load_LE, slots, task.fleet) for slots in aligned)]
+    parts = [
+        start_part_LRS,
+        *(whole_parts(share, slots, task.num_experts) for share, slots in zip(shares, layouts[1:], strict=True)),
+    ]
+    measured = [_measured(task, slots, part) for slots, part in zip(layouts, parts, strict=True)]
+    seconds_KL = np.stack([seconds for _, seconds in measured])
+    near_L = _too_near(task.load_LE, task.start_LRS, task.fleet)
+    for place, slots in enumerate(aligned, start=len(layouts) - len(aligned)):
+        seconds_KL[place, _too_near(task.load_LE, slots, task.fleet) > near_L] = np.inf
+    return _Choices(
+        np.stack(layouts),
+        np.stack(parts),
+        np.stack([worst for worst, _ in measured]),
+        seconds_KL,
+        np.stack([arrivals(task.start_LRS, slots, task.num_experts).sum((1, 2)) for slots in layouts]),
     )
-    second_per_load = prices.seconds_per_pick * prices.horizon
-    price_s = prices.bytes_per_expert / prices.bytes_per_s
-    chosen_L = _within(choices, price_s, second_per_load, prices.most_moves)
-    return _replan(choices, chosen_L, fleet, load_LE.shape[1], price_s=price_s, second_per_load=second_per_load)
 
 
-def _within(choices: _Choices, price_s: float, second_per_load: float, most: int | None) -> IntArray:
+def _from_scratch(task: _Task) -> Iterator[Shelf]:
+    fleet = task.fleet
+    room = fleet.room_for(task.num_experts)
+    copies_LE = count_copies(task.load_LE, room, most=fleet.ranks_with_slots, least=task.least_copies)
+    yield pack(task.load_LE, copies_LE.copy(), fleet)
+    if task.together_LEE is not None:
+        yield pack_together(task.load_LE, copies_LE.copy(), fleet, task.together_LEE)
+
+
+def _measured(task: _Task, logical_LRS: IntArray, part_LRS: IntArray) -> tuple[FloatArray, FloatArray]:
+    """([L] load of the heaviest rank, [L] seconds over the horizon)"""
+    share_LRS = shares_of(part_LRS, logical_LRS, task.num_experts)
+    worst_L = load_of_ranks(task.load_LE, logical_LRS, share_LRS, task.fleet).max(1)
+    seconds_L = worst_L * task.prices.seconds_per_pick
+    if task.links_GG is not None:
+        on_links_L = (task.across(logical_LRS, share_LRS) * task.links_GG).sum((1, 2))
+        seconds_L = seconds_L + on_links_L * task.prices.bytes_per_pick / task.fleet.ranks_with_slots
+    return worst_L, seconds_L * task.prices.horizon
+
+
+def _too_near(load_LE: FloatArray, logical_LRS: IntArray, fleet: Fleet) -> IntArray:
+    """[L] copies that share a rank, or a domain without need, with another of their expert."""
+    shelf = Shelf.of(load_LE, copies_in(logical_LRS, load_LE.shape[1]), fleet, logical_LRS)
+    return np.asarray((shelf.repeats_LRS() | shelf.crowded_LRS()).sum((1, 2)))
+
+
+def _within(choices: _Choices, move_s: float, most: int | None) -> IntArray:
     """The best choices whose moves fit the budget: a dearer move makes every layer choose fewer of them."""
-    layers = np.arange(choices.worst_KL.shape[1])
+    layers = np.arange(choices.moves_KL.shape[1])
 
     def moves(chosen_L: IntArray) -> int:
         return int(choices.moves_KL[chosen_L, layers].sum())
 
-    best_L = choices.best(price_s, second_per_load)
+    best_L = choices.best(move_s)
     if most is None or moves(best_L) <= most:
         return best_L
-    low, high = price_s, max(float(choices.worst_KL[0].max()) * second_per_load, price_s) * 2 + 1e-12
+    low, high = move_s, max(float(choices.seconds_KL[0].max()), move_s) * 2 + 1e-12
     for _ in range(50):
         middle = (low + high) / 2
-        if moves(choices.best(middle, second_per_load)) <= most:
+        if moves(choices.best(middle)) <= most:
             high = middle
         else:
             low = middle
-    return choices.best(high, second_per_load)
+    return choices.best(high)
 
 
-def _anew(load_LE: FloatArray, fleet: Fleet, start_LRS: IntArray, least_copies: int) -> Shelf:
-    shelf = pack_anew(load_LE, fleet, least_copies=least_copies)
-    aligned = align(shelf.logical_LRS, start_LRS, fleet, load_LE.shape[1])
-    return Shelf.of(load_LE, shelf.copies_LE, fleet, aligned)
-
-
-def _replan(
-    choices: _Choices, chosen_L: IntArray, fleet: Fleet, num_experts: int, *, price_s: float, second_per_load: float
-) -> Replan:
+def _replan(task: _Task, choices: _Choices, chosen_L: IntArray) -> Replan:
     layers = np.arange(len(chosen_L))
-    slots = np.stack([choices.layouts[k][layer] for layer, k in enumerate(chosen_L)])
+    slots, parts = choices.logical_KLRS[chosen_L, layers], choices.part_KLRS[chosen_L, layers]
     moves = int(choices.moves_KL[chosen_L, layers].sum())
-    before, after = choices.worst_KL[0], choices.worst_KL[chosen_L, layers]
-    best_s = float((before - choices.worst_KL.min(0)).sum()) * second_per_load
-    gain_s, cost_s = float((before - after).sum()) * second_per_load, moves * price_s
-    kept = keep_places(slots, choices.layouts[0], num_experts)
+    seconds_L = choices.seconds_KL[chosen_L, layers]
+    best_s = float((choices.seconds_KL[0] - choices.seconds_KL.min(0)).sum())
+    gain_s, cost_s = float((choices.seconds_KL[0] - seconds_L).sum()), moves * task.move_s
+    kept = keep_places(slots, task.start_LRS, task.num_experts)
+    kept_parts = np.where((chosen_L == 0)[:, None, None], parts, _follow(parts, slots, kept, task.num_experts))
+    crossed_before, crossed_after = (
+        leaving(task.across(logical, shares_of(part, logical, task.num_experts))) * task.prices.bytes_per_pick
+        for logical, part in ((task.start_LRS, choices.part_KLRS[0]), (kept, kept_parts))
+    )
     return Replan(
-        logical_of_slot=rows_of(kept, fleet, num_experts),
+        logical_of_slot=rows_of(kept, task.fleet, task.num_experts),
+        share_of_slot=_said(kept_parts, kept, task),
         moves=moves,
-        worst_before=tuple(before.tolist()),
-        worst_after=tuple(after.tolist()),
+        worst_before=tuple(choices.worst_KL[0].tolist()),
+        worst_after=tuple(choices.worst_KL[chosen_L, layers].tolist()),
+        crossed_before=crossed_before,
+        crossed_after=crossed_after,
         gain_s=gain_s,
         cost_s=cost_s,
-        reason=_reason(moves, gain_s, cost_s, best_s),
+        reason=_reason(moves, gain_s, cost_s, best_s, changes=bool(chosen_L.any())),
     )
 
 
-def _reason(moves: int, gain_s: float, cost_s: float, best_s: float) -> str:
+def _follow(part_LRS: IntArray, logical_LRS: IntArray, kept_LRS: IntArray, num_experts: int) -> IntArray:
+    """The parts where their experts have gone within each rank."""
+    of_expert_LRX = np.zeros((*part_LRS.shape[:2], num_experts + 2), dtype=np.int64)
+    np.put_along_axis(of_expert_LRX, logical_LRS, part_LRS, axis=2)
+    return np.where(kept_LRS < num_experts, np.take_along_axis(of_expert_LRX, kept_LRS, axis=2), 0)
+
+
+def _said(part_LRS: IntArray, logical_LRS: IntArray, task: _Task) -> Rows:
+    """Even shares go unsaid: () for a map all of whose copies share evenly."""
+    shares = shares_of(part_LRS, logical_LRS, task.num_experts)
+    is_even = (shares == even_shares(logical_LRS, task.num_experts)).all()
+    return () if is_even else rows_of_parts(part_LRS, task.fleet)
+
+
+def _reason(moves: int, gain_s: float, cost_s: float, best_s: float, *, changes: bool) -> str:
     if moves:
         return f"{moves} moves cost {cost_s:.3g} s and save {gain_s:.3g} s over the horizon"
+    if changes:
+        return f"no moves: other shares of the copies save {gain_s:.3g} s over the horizon"
     if best_s <= 0:
         return "stays: no other assignment is more even"
     return f"stays: the most even assignment saves {best_s:.3g} s over the horizon, less than its moves cost"

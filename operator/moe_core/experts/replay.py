@@ -23,8 +23,10 @@ from moe_core.experts.pack import pack_anew
 from moe_core.experts.replan import Prices, Rows, replan
 from moe_core.outcome import InvalidInput
 
-Way = Callable[[FloatArray, Rows], Rows]
-"""(load of the last window, map there is) -> map for the next one."""
+Held = tuple[Rows, Rows]
+"""logical_of_slot and share_of_slot."""
+Way = Callable[[FloatArray, Held], Held]
+"""(load of the last window, what there is) -> what the next one is to meet."""
 WAYS = ("linear", "deepseek", "fresh", "replan")
 
 
@@ -56,14 +58,20 @@ def replay(load_WLE: FloatArray, slots_of_rank: Sequence[int], way: str, *, pric
     _, num_layers, num_experts = load_WLE.shape
     fleet = Fleet(tuple(slots_of_rank))
     plain = assign("linear", num_layers=num_layers, num_logical_experts=num_experts, slots_of_rank=slots_of_rank)
-    next_rows = _way(way, fleet, prices or Prices())
-    rows, balances, moves = plain.logical_of_slot, [], []
+    next_held = _way(way, fleet, prices or Prices())
+    held: Held = (plain.logical_of_slot, ())
+    balances, moves = [], []
     for last, coming in pairwise(load_WLE):
-        before = slots_on_ranks(rows, fleet, num_experts=num_experts)
-        rows = next_rows(last, rows)
-        moves.append(int(arrivals(before, slots_on_ranks(rows, fleet, num_experts=num_experts), num_experts).sum()))
+        before = slots_on_ranks(held[0], fleet, num_experts=num_experts)
+        held = next_held(last, held)
+        after = slots_on_ranks(held[0], fleet, num_experts=num_experts)
+        moves.append(int(arrivals(before, after, num_experts).sum()))
         expert_map = ExpertMap(
-            generation=0, num_logical_experts=num_experts, slots_of_rank=fleet.slots_of_rank, logical_of_slot=rows
+            generation=0,
+            num_logical_experts=num_experts,
+            slots_of_rank=fleet.slots_of_rank,
+            logical_of_slot=held[0],
+            share_of_slot=held[1],
         )
         balances.append(balance(expert_map, coming).balancedness)
     return Replayed(way, tuple(balances), tuple(moves), fleet.num_slots * num_layers)
@@ -72,15 +80,15 @@ def replay(load_WLE: FloatArray, slots_of_rank: Sequence[int], way: str, *, pric
 def _way(name: str, fleet: Fleet, prices: Prices) -> Way:
     match name:
         case "linear":
-            return lambda _, rows: rows
+            return lambda _, held: held
         case "deepseek":
             return partial(_deepseek, fleet)
         case "fresh":
             return partial(_fresh, fleet)
-    return lambda load, rows: replan(load, fleet, rows, prices=prices).logical_of_slot
+    return partial(_replan, fleet, prices)
 
 
-def _deepseek(fleet: Fleet, load_LE: FloatArray, _rows: Rows) -> Rows:
+def _deepseek(fleet: Fleet, load_LE: FloatArray, _held: Held) -> Held:
     num_layers, num_experts = load_LE.shape
     planned = assign(
         "deepseek",
@@ -89,8 +97,13 @@ def _deepseek(fleet: Fleet, load_LE: FloatArray, _rows: Rows) -> Rows:
         slots_of_rank=fleet.slots_of_rank,
         load=load_LE,
     )
-    return planned.logical_of_slot
+    return planned.logical_of_slot, ()
 
 
-def _fresh(fleet: Fleet, load_LE: FloatArray, _rows: Rows) -> Rows:
-    return pack_anew(load_LE, fleet).rows()
+def _fresh(fleet: Fleet, load_LE: FloatArray, _held: Held) -> Held:
+    return pack_anew(load_LE, fleet).rows(), ()
+
+
+def _replan(fleet: Fleet, prices: Prices, load_LE: FloatArray, held: Held) -> Held:
+    found = replan(load_LE, fleet, held[0], prices=prices, current_shares=held[1])
+    return found.logical_of_slot, found.share_of_slot

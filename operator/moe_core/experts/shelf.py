@@ -102,14 +102,6 @@ class Shelf:
                 np.add.at(self.in_domain_LXG, (layer, logical, target), 1)
             self.in_domain_LXG[:, -2:] = 0
 
-    def recopy(self, load_LE: FloatArray, layer: IntArray, slot: tuple[IntArray, IntArray], logical: IntArray) -> None:
-        """Put one more copy of `logical` in place of what is in `slot`, one slot for each layer, each layer once."""
-        given = self.logical_LRS[layer, *slot]
-        self.logical_LRS[layer, *slot] = logical
-        self.copies_LE[layer, logical] += 1
-        np.add.at(self.copies_LE, (layer[given < self.num_experts], given[given < self.num_experts]), -1)
-        self.take(layer, Shelf.of(load_LE[layer], self.copies_LE[layer], self.fleet, self.logical_LRS[layer]))
-
     def take(self, layer: IntArray, anew: "Shelf") -> None:
         """What follows from the slots of these layers, from a shelf that was made anew for them."""
         self.per_copy_LX[layer], self.load_LR[layer], self.cap_LE[layer] = anew.per_copy_LX, anew.load_LR, anew.cap_LE
