@@ -18,6 +18,8 @@ EVENTS = (
     "vanish",
     "node-gone",
     "node-back",
+    "relabel",
+    "spares",
     "coordinator",
     "resize",
     "tick",
@@ -29,7 +31,7 @@ EVENTS = (
     "impossible",
 )
 TOPOLOGY = {"net": (("host", "kubernetes.io/hostname"),)}
-CONSTRAINT = {"topologyName": "net", "pack": {"preferred": "host"}}
+CONSTRAINT = {"topologyName": "net", "pack": {"preferred": "host", "ranksPerNode": 1}}
 
 
 def start(kind: str, ranks: int, nodes: int) -> Sim:
@@ -76,6 +78,11 @@ def happen(sim: Sim, event: str, chance: random.Random) -> None:  # noqa: PLR091
             sim.nodes = tuple(n for n in sim.nodes if n.name != gone.name)
         case "node-back":
             sim.nodes = gpu_nodes(9)
+        case "relabel":  # its ranks stay, and nobody knows any more where that is
+            lost = chance.choice(sim.nodes)
+            sim.nodes = tuple(replace(n, labels={}) if n.name == lost.name else n for n in sim.nodes)
+        case "spares" if sim.wish.kind == "MoEService":  # a host has one place: nobody can join then
+            edit(sim, spares={"perDomain": chance.randint(0, 1)})
         case "coordinator" | "gateway":
             ended = [replace(p, phase="Failed") for p in sim.pods if p.role == event]
             sim.pods = [p for p in sim.pods if p.role != event] + (ended if chance.random() < 0.5 else [])
@@ -111,6 +118,7 @@ def test_whatever_happens_and_wherever_the_operator_dies_the_group_comes_back_wh
         happen(sim, event, chance)
     sim.nodes = gpu_nodes(9)
     sim.refuses = lambda action: False
+    edit(sim, **({} if kind == "MoEJob" else {"spares": {"perDomain": 0}}))
     if not sim.wish.status.get("epoch"):  # nothing has run that could be kept
         sim.topologies, sim.foreign = TOPOLOGY, ()
         edit(sim, **({} if kind == "MoEJob" else {"experts": {"redundantPerRank": 2}}))
