@@ -47,7 +47,7 @@ def test_a_new_process_goes_on_where_the_snapshot_was(begin: Callable[..., Train
 class OtherRank:
     """A group of two of which only this rank runs: the other one answers what a test says, or as this one."""
 
-    size, position, ranks = 2, 0, (0, 1)
+    size, position, ranks, domains = 2, 0, (0, 1), None
 
     def __init__(self, *answers: list[int]) -> None:
         self.answers = list(answers)

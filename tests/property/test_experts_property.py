@@ -1,12 +1,10 @@
 """What holds for every assignment."""
 
-import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_core.contract.expert_map import EMPTY_SLOT, ExpertMap
 from moe_core.experts.assign import assign
-from moe_core.experts.choice import NO_SLOT, choose_slots, choose_slots_of_all
 from moe_core.experts.measure import copies_of_logical
 
 
@@ -76,41 +74,3 @@ def test_deepseek_separates_copies_whenever_a_swap_can(data: st.DataObject) -> N
     copies = copies_of_logical(expert_map)
     assert (copies >= 1).all()
     assert copies.sum() == 2 * num_ranks * per_rank
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_every_source_reaches_every_expert_that_lives(data: st.DataObject) -> None:
-    num_logical, slots = data.draw(shapes())
-    expert_map = assign("linear", num_layers=1, num_logical_experts=num_logical, slots_of_rank=slots)
-    live = data.draw(st.sets(st.integers(0, len(slots) - 1), min_size=1))
-    copies = copies_of_logical(expert_map, live)[0]
-    for source in sorted(live):
-        chosen = choose_slots(expert_map, live, source_rank=source)[0]
-        assert np.array_equal(chosen != NO_SLOT, copies > 0)
-        for logical, slot in enumerate(chosen.tolist()):
-            if slot != NO_SLOT:
-                assert expert_map.logical_of_slot[0][slot] == logical
-                assert expert_map.rank_of_slot[slot] in live
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.data())
-def test_sources_share_the_copies_evenly_and_take_their_own_or_a_near_one_first(data: st.DataObject) -> None:
-    num_logical, slots = data.draw(shapes())
-    expert_map = assign("linear", num_layers=1, num_logical_experts=num_logical, slots_of_rank=slots)
-    num_ranks = len(slots)
-    domains = data.draw(st.lists(st.sampled_from("ab"), min_size=num_ranks, max_size=num_ranks))
-    chosen_RE = choose_slots_of_all(expert_map, range(num_ranks), domain_of_rank=domains)[:, 0]
-    for logical, copies in enumerate(expert_map.slots_of_logical(0)):
-        holder_of = {slot: expert_map.rank_of_slot[slot] for slot in copies}
-        sources_of = {slot: np.flatnonzero(chosen_RE[:, logical] == slot).tolist() for slot in copies}
-        even = -(-num_ranks // len(copies))
-        assert all(len(sources) <= even for sources in sources_of.values())
-        for source in range(num_ranks):
-            holder = holder_of[int(chosen_RE[source, logical])]
-            if source in holder_of.values():
-                assert holder == source
-            elif domains[holder] != domains[source]:  # every near copy has its part already
-                near = [slot for slot in copies if domains[holder_of[slot]] == domains[source]]
-                assert all(len(sources_of[slot]) >= num_ranks // len(copies) for slot in near)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moe_core.contract.expert_map import ExpertMap
+from moe_core.experts.choice import WAYS
 from moe_runtime.dispatch.all_to_all import run_by_pick, run_by_token
 from moe_runtime.dispatch.plan import LOST, DispatchPlan, make_plan
 from moe_runtime.dispatch.reference import run_local
@@ -26,6 +27,7 @@ class Board:
 class ThreadGroup:
     def __init__(self, board: Board, ranks: Sequence[int], position: int) -> None:
         self._board, self.ranks, self.position, self.size = board, tuple(ranks), position, len(ranks)
+        self.domains = None
         self.exchanges = 0
 
     def all_to_all(self, rows: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> torch.Tensor:
@@ -49,6 +51,7 @@ MATRIX_EDD = torch.randn(NUM_EXPERTS, DIM, DIM, generator=torch.Generator().manu
 LAYOUTS = {
     "even": ((3, 2), (0, 1, 2, 3, 4)),
     "copies_and_an_empty_slot": ((3, 4, 2), (0, 1, 2, 3, 4, -1, 0, 2, 0)),
+    "copies_of_most": ((4, 4, 4), (0, 1, 2, 3, 0, 1, 2, 4, 3, 4, 0, 1)),
     "a_rank_without_slots": ((0, 5), (4, 3, 2, 1, 0)),
     "a_lost_expert": ((2, 1, 1), (0, 1, 2, 3)),
     "everything_lost_but_one": ((0, 1), (2,)),
@@ -71,7 +74,7 @@ def one_rank(
     expert_TK = torch.stack([torch.randperm(NUM_EXPERTS, generator=generator)[:TOP_K] for _ in range(num_tokens + 1)])[
         1:
     ]
-    address_TK = plan.layers[0].address_E[expert_TK]
+    address_TK = plan.layers[0].addresses(expert_TK)
 
     def run_slots(rows_RD: torch.Tensor, slot_R: torch.Tensor) -> torch.Tensor:
         expert_R = torch.tensor(logical_of_slot)[slot_R]
@@ -127,3 +130,48 @@ def test_both_ways_equal_the_reference_and_its_gradients(layout: str, way: str, 
             assert torch.allclose(mine, torch.zeros_like(mine) if theirs is None else theirs, atol=1e-4)
     # forward: counts, rows, results; backward: results, rows. By token: there and back.
     assert {group.exchanges for group in groups} == {5 if way == "by_pick" else 2}
+
+
+@pytest.mark.parametrize("way", ["by_pick", "by_token"])
+def test_rows_that_arrive_at_the_copies_are_as_many_as_their_shares_say(way: str) -> None:
+    """Expert 0 has copies with the shares 5, 2 and 1, expert 1 an even pair; every token picks both."""
+    emap = ExpertMap(
+        generation=0,
+        num_logical_experts=2,
+        slots_of_rank=(1, 2, 2),
+        logical_of_slot=((0, 0, 1, 0, 1),),
+        share_of_slot=((5, 2, 0, 1, 0),),
+    )
+    ranks = range(emap.num_ranks)
+    board = Board(emap.num_ranks)
+    tokens = [2 * WAYS] * emap.num_ranks
+    rows_of_slot = torch.zeros(5, dtype=torch.long)
+
+    def run(rank: int) -> None:
+        group, plan = ThreadGroup(board, ranks, rank), make_plan(emap, ranks, rank=rank)
+        address_TK = plan.layers[0].addresses(torch.tensor([[0, 1]] * tokens[rank]))
+        x_TD, weight_TK = torch.ones(tokens[rank], DIM), torch.ones(tokens[rank], 2)
+
+        def run_slots(rows_RD: torch.Tensor, slot_R: torch.Tensor) -> torch.Tensor:
+            own = emap.slot_range(rank)
+            rows_of_slot[own.start : own.stop] += torch.bincount(slot_R, minlength=len(own))
+            return rows_RD
+
+        with torch.no_grad():
+            if way == "by_pick":
+                run_by_pick(x_TD, address_TK, weight_TK, plan=plan, group=group, run_slots=run_slots)
+            else:
+                run_by_token(
+                    x_TD,
+                    address_TK,
+                    weight_TK,
+                    plan=plan,
+                    group=group,
+                    run_slots=run_slots,
+                    tokens_of_position=tokens,
+                )
+
+    with ThreadPoolExecutor(emap.num_ranks) as pool:
+        for job in [pool.submit(run, rank) for rank in ranks]:
+            job.result(timeout=10)
+    assert rows_of_slot.tolist() == [30, 12, 24, 6, 24]

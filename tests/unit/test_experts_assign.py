@@ -7,7 +7,6 @@ import pytest
 
 from moe_core.contract.expert_map import EMPTY_SLOT, ExpertMap
 from moe_core.experts.assign import assign, even_slots
-from moe_core.experts.choice import NO_SLOT, choose_slots
 from moe_core.experts.degrade import Answer, degrade
 from moe_core.experts.measure import balance, copies_of_logical, coverage
 from moe_core.outcome import InvalidInput
@@ -125,33 +124,6 @@ def test_without_a_calibrated_generalist_the_expert_is_dropped() -> None:
 def test_refuse_says_so_for_every_lost_expert() -> None:
     answers = degrade(demo_map(), [0], fallback="Refuse")
     assert set(answers.answer_LE[answers.copies_LE == 0].tolist()) == {int(Answer.REFUSE)}
-
-
-def test_a_source_uses_its_own_copy_first() -> None:
-    expert_map = demo_map()
-    for rank in range(4):
-        slots = choose_slots(expert_map, range(4), source_rank=rank)
-        for logical in held_by(expert_map, rank):
-            assert slots[0, logical] in expert_map.slot_range(rank)
-
-
-def test_sources_without_a_copy_are_dealt_over_the_copies() -> None:
-    expert_map = assign("linear", num_layers=1, num_logical_experts=4, slots_of_rank=(2, 2, 2, 2))
-    used: dict[int, list[int]] = {e: [] for e in range(4)}
-    for rank in range(4):
-        for logical, slot in enumerate(choose_slots(expert_map, range(4), source_rank=rank)[0].tolist()):
-            used[logical].append(slot)
-    assert all(sorted(slots.count(s) for s in set(slots)) == [2, 2] for slots in used.values())
-
-
-def test_an_expert_without_a_live_copy_has_no_slot() -> None:
-    expert_map = assign("linear", num_layers=1, num_logical_experts=4, slots_of_rank=(2, 2))
-    assert choose_slots(expert_map, [0], source_rank=0).tolist() == [[0, 1, NO_SLOT, NO_SLOT]]
-
-
-def test_an_unknown_source_is_refused() -> None:
-    with pytest.raises(InvalidInput, match="source_rank must be one of live_ranks"):
-        choose_slots(demo_map(), [0, 1], source_rank=2)
 
 
 def test_uneven_shares_go_to_the_first_ranks() -> None:

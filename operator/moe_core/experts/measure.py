@@ -4,7 +4,7 @@ balancedness         mean over max of the ranks' load in one layer, meant over t
 balancedness_min     the same of the worst layer
 balancedness_tokens  sum of the layers' means over the sum of their maxima: layers with many tokens weigh more
 
-A layer without load counts as even (1.0). An expert's load is split evenly over its live copies.
+A layer without load counts as even (1.0). An expert's live copies divide its load as the map's shares say.
 """
 
 from collections.abc import Collection
@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from moe_core.contract.exchange import Coverage
 from moe_core.contract.expert_map import EMPTY_SLOT, ExpertMap
 from moe_core.experts.checks import FloatArray, IntArray, as_load_LE
-from moe_core.outcome import InvalidInput
+from moe_core.experts.parts import live_slots, parts_of_slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,18 +24,6 @@ class Balance:
     balancedness: float
     balancedness_min: float
     balancedness_tokens: float
-
-
-def live_slots(expert_map: ExpertMap, live_ranks: Collection[int] | None) -> IntArray:
-    """Global slot ids of the live ranks, ascending. Raises InvalidInput for a rank that the map does not know."""
-    if live_ranks is None:
-        return np.arange(sum(expert_map.slots_of_rank), dtype=np.int64)
-    for rank in sorted(live_ranks):
-        if not 0 <= rank < expert_map.num_ranks:
-            raise InvalidInput(f"live_ranks names rank {rank}, the map has ranks 0..{expert_map.num_ranks - 1}")
-    return np.asarray(
-        [slot for rank in sorted(set(live_ranks)) for slot in expert_map.slot_range(rank)], dtype=np.int64
-    )
 
 
 def copies_of_logical(expert_map: ExpertMap, live_ranks: Collection[int] | None = None) -> IntArray:
@@ -55,11 +43,10 @@ def coverage(expert_map: ExpertMap, live_ranks: Collection[int] | None = None) -
 
 
 def load_of_slots(expert_map: ExpertMap, load: ArrayLike, live_ranks: Collection[int] | None = None) -> FloatArray:
-    """[L, S] load of each slot, an expert's split evenly over its live copies; slots of lost ranks are counted too."""
+    """[L, S] load of each slot; 0 in slots that are empty or of lost ranks."""
     load_LE = as_load_LE(load, num_layers=expert_map.num_layers, num_logical_experts=expert_map.num_logical_experts)
-    copies = copies_of_logical(expert_map, live_ranks)
-    per_copy_LX = np.concatenate([load_LE / np.maximum(copies, 1), np.zeros((len(load_LE), 1))], axis=1)
-    return np.take_along_axis(per_copy_LX, expert_map.table_LS, axis=1)  # an empty slot, -1, takes the last column
+    load_LS = np.take_along_axis(load_LE, np.maximum(expert_map.table_LS, 0), axis=1)
+    return load_LS * parts_of_slots(expert_map, live_ranks)
 
 
 def load_of_ranks(expert_map: ExpertMap, load: ArrayLike, live_ranks: Collection[int] | None = None) -> FloatArray:

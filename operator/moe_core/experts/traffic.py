@@ -9,7 +9,7 @@ Two ways to exchange, as the data plane has them (moe_runtime.dispatch.all_to_al
 A step that trains goes by pick, and its gradients once more the same ways back. A rank that is alone exchanges nothing.
 
 Expected, not sampled: a pick goes to expert e with the share of the load that e has in its layer, and from each source
-rank to the copy that choice.py names.
+rank to the copies that choice.py names, as many of its tokens as go that way.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.experts.checks import FloatArray, IntArray, as_load_LE
-from moe_core.experts.choice import NO_SLOT, choose_slots_of_all
+from moe_core.experts.choice import NO_SLOT, deal_lanes
 from moe_core.outcome import InvalidInput
 
 COUNT_BYTES = 8
@@ -97,12 +97,16 @@ def picks_between(
     picks_LE = share_LE * shape.tokens_per_rank * shape.top_k
     ranks = [rank for rank, count in enumerate(expert_map.slots_of_rank) if count]
     rank_of_slot = np.asarray(expert_map.rank_of_slot, dtype=np.int64)
-    found = np.zeros((expert_map.num_layers, expert_map.num_ranks, expert_map.num_ranks))
-    layer_idx = np.arange(expert_map.num_layers)[:, None]
-    chosen_RLE = choose_slots_of_all(expert_map, ranks, domain_of_rank=domain_of_rank)
-    for source, chosen_LE in zip(ranks, chosen_RLE, strict=True):
-        is_live = chosen_LE != NO_SLOT
-        np.add.at(found[:, source], (layer_idx, rank_of_slot[chosen_LE]), np.where(is_live, picks_LE, 0.0))
+    num_layers, num_ranks = expert_map.num_layers, expert_map.num_ranks
+    first_L1 = np.arange(num_layers)[:, None] * num_ranks
+    found = np.zeros((num_layers, num_ranks, num_ranks))
+    lanes = deal_lanes(expert_map, ranks, domain_of_rank=domain_of_rank)
+    for source in ranks:
+        chosen_WLE = lanes.of_source(source)
+        picks_WLE = np.where(chosen_WLE != NO_SLOT, picks_LE / len(chosen_WLE), 0.0)
+        cell_WLE = rank_of_slot[chosen_WLE] + first_L1
+        counts = np.bincount(cell_WLE.ravel(), picks_WLE.ravel(), minlength=num_layers * num_ranks)
+        found[:, source] = counts.reshape(num_layers, num_ranks)
     return found
 
 
@@ -144,18 +148,20 @@ def domains_per_token(
     """How many failure domains other than its own a token of a trace has to be sent to, on average over the layers.
 
     picks_of_layer: [T, K] for each layer of the map, its tokens dealt over the ranks in turn. A pick goes to the copy
-    that its source chooses; lost experts count nowhere.
+    that its source chooses for it; lost experts count nowhere.
     """
     ranks = np.flatnonzero(expert_map.slots_of_rank)
     ids = {name: index for index, name in enumerate(dict.fromkeys(domain_of_rank))}
     domain_R = np.asarray([ids[name] for name in domain_of_rank])
     domain_of_slot = domain_R[np.asarray(expert_map.rank_of_slot)]
-    chosen_RLE = choose_slots_of_all(expert_map, ranks.tolist(), domain_of_rank=domain_of_rank)
+    lanes = deal_lanes(expert_map, ranks.tolist(), domain_of_rank=domain_of_rank)
+    chosen_RWLE = np.stack([lanes.of_source(rank) for rank in ranks.tolist()])
     means = []
     for layer_idx, picks_TK in enumerate(picks_of_layer):
-        row_T = np.arange(len(picks_TK)) % len(ranks)
+        token_of_rank_T, row_T = np.divmod(np.arange(len(picks_TK)), len(ranks))
+        way_T = token_of_rank_T % chosen_RWLE.shape[1]
         home_T = domain_R[ranks[row_T]]
-        slot_TK = chosen_RLE[row_T[:, None], layer_idx, picks_TK]
+        slot_TK = chosen_RWLE[row_T[:, None], way_T[:, None], layer_idx, picks_TK]
         meets_TG = np.zeros((len(picks_TK), len(ids)), dtype=bool)
         np.put_along_axis(
             meets_TG, np.where(slot_TK == NO_SLOT, home_T[:, None], domain_of_slot[slot_TK]), True, axis=1

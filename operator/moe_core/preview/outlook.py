@@ -116,7 +116,7 @@ def look_ahead(
     load_LE = np.ones((plan.num_layers, plan.num_experts)) if trace is None else _load_of(trace, expert_map)
     nodes = _nodes_of(placement, plan.num_ranks)
     step = _step(accepted)
-    traffic = None if size is None else _traffic(step, expert_map, load_LE, size)
+    traffic = None if size is None else _traffic(step, expert_map, load_LE, size, nodes)
     planned = None if trace is None else _planned(expert_map, load_LE, nodes, size, prices or Prices())
     fleet = Fleet(expert_map.slots_of_rank)
     return Outlook(
@@ -164,7 +164,9 @@ def _survivals(expert_map: ExpertMap, unit_of_rank: Sequence[str] | None) -> tup
     return tuple(survival(expert_map, failures=count, unit_of_rank=units) for count in failures)
 
 
-def _traffic(step: Step, expert_map: ExpertMap, load_LE: FloatArray, size: ModelSize) -> Traffic:
+def _traffic(
+    step: Step, expert_map: ExpertMap, load_LE: FloatArray, size: ModelSize, nodes: Sequence[str] | None
+) -> Traffic:
     shape = StepShape(
         tokens_per_rank=step.tokens_per_rank,
         hidden_size=size.hidden_size,
@@ -173,7 +175,7 @@ def _traffic(step: Step, expert_map: ExpertMap, load_LE: FloatArray, size: Model
     )
     if step.by_token:
         return traffic_by_token(expert_map, shape)
-    return traffic_by_pick(expert_map, load_LE, shape, trains=step.trains)
+    return traffic_by_pick(expert_map, load_LE, shape, trains=step.trains, domain_of_rank=nodes)
 
 
 def _by_scope(traffic: Traffic, plan: Plan, facts: Facts, nodes: Sequence[str] | None) -> Mapping[str, float]:

@@ -26,6 +26,10 @@ class Group(Protocol):
     def ranks(self) -> tuple[int, ...]:
         """Rank ids by position."""
 
+    @property
+    def domains(self) -> tuple[str, ...] | None:
+        """By position, where each rank runs: equal names are near each other. None: nothing is known of that."""
+
     def all_to_all(self, rows: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> torch.Tensor:
         """Send `send_counts[p]` rows of `rows` (along dim 0, in order of positions) to each position p.
 

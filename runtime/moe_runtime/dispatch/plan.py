@@ -3,6 +3,8 @@ them.
 
 An address names one slot of one living rank: `position * slots_stride + local slot`. It is what travels with a token,
 and what sorts picks by destination. -1 says that no copy lives; `experts.ladder` answers then.
+
+W ways: tokens take turns among them, and so an expert's copies share its tokens (moe_core.experts.choice).
 """
 
 from collections.abc import Sequence
@@ -22,12 +24,19 @@ LOST = -1
 class LayerPlan:
     """One MoE layer as one source rank sees it.
 
-    address_E [E] int64; lost: logical ids without a live copy, ascending (known on the host, so that a layer without
-    lost experts pays nothing).
+    address_WE [W, E] int64; lost: logical ids without a live copy, ascending (known on the host, so that a layer
+    without lost experts pays nothing).
     """
 
-    address_E: torch.Tensor
+    address_WE: torch.Tensor
     lost: tuple[int, ...]
+
+    def addresses(self, expert_TK: torch.Tensor, *, first_way: int = 0) -> torch.Tensor:
+        """[T, K] where each pick goes; token t takes the way (first_way + t) mod W."""
+        if len(self.address_WE) == 1:
+            return self.address_WE[0][expert_TK]
+        way_T = torch.arange(first_way, first_way + len(expert_TK), device=expert_TK.device) % len(self.address_WE)
+        return self.address_WE[way_T.unsqueeze(-1), expert_TK]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +53,18 @@ class DispatchPlan:
         return len(self.ranks)
 
 
-def make_plan(expert_map: ExpertMap, ranks: Sequence[int], *, rank: int, device: str = "cpu") -> DispatchPlan:
-    """The plan of `rank` while exactly `ranks` (ascending) live. Raises InvalidInput for ranks the map does not
-    know.
+def make_plan(
+    expert_map: ExpertMap,
+    ranks: Sequence[int],
+    *,
+    rank: int,
+    domains: Sequence[str] | None = None,
+    device: str = "cpu",
+) -> DispatchPlan:
+    """The plan of `rank` while exactly `ranks` (ascending) live.
+
+    domains: of each of `ranks`; equal names are near each other, None says that none are. All ranks must be given the
+    same, or copies get more than their part. Raises InvalidInput for ranks the map does not know.
     """
     living = tuple(ranks)
     if list(living) != sorted(set(living)) or rank not in living:
@@ -58,11 +76,15 @@ def make_plan(expert_map: ExpertMap, ranks: Sequence[int], *, rank: int, device:
     for position, living_rank in enumerate(living):
         slots = expert_map.slot_range(living_rank)
         address_of_slot[slots.start : slots.stop] = position * stride + np.arange(len(slots))
-    chosen_LE = choose_slots(expert_map, living, source_rank=rank)
-    address_LE = address_of_slot[chosen_LE]
+    domain_of_rank = None
+    if domains is not None:
+        domain_of = dict(zip(living, domains, strict=True))
+        domain_of_rank = [domain_of.get(r, "") for r in range(expert_map.num_ranks)]
+    chosen_WLE = choose_slots(expert_map, living, source_rank=rank, domain_of_rank=domain_of_rank)
+    address_LWE = address_of_slot[chosen_WLE].transpose(1, 0, 2)
     layers = tuple(
-        LayerPlan(torch.from_numpy(row.copy()).to(device), tuple(np.flatnonzero(row == LOST).tolist()))
-        for row in address_LE
+        LayerPlan(torch.from_numpy(table.copy()).to(device), tuple(np.flatnonzero(table[0] == LOST).tolist()))
+        for table in address_LWE
     )
     return DispatchPlan(living, living.index(rank), stride, layers)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from moe_core.experts.choice import WAYS
 from moe_runtime.dispatch.group_face import Group
 from moe_runtime.dispatch.plan import DispatchPlan
 from moe_runtime.dispatch.stopwatch import Stopwatch
@@ -21,6 +22,7 @@ class StepContext:
     pending_LE           picks counted since the last commit or rollback, [L, E] int64
     routed               (layer, expert_TK) since the last commit or rollback, where somebody records it, else None
     degraded_T           which of the step's flat tokens met a lost expert (None: none did)
+    first_way            of the next forward's first token: steps of few tokens go on where the last one ended
     experts_off          the routed experts give zeros and exchange nothing
     stopwatch            time that this rank's experts take, over all steps
     """
@@ -34,6 +36,7 @@ class StepContext:
     pending_LE: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     routed: list[tuple[int, torch.Tensor]] | None = None
     degraded_T: torch.Tensor | None = None
+    first_way: int = 0
     experts_off: bool = False
     stopwatch: Stopwatch = field(default_factory=lambda: Stopwatch("cpu"))
 
@@ -63,6 +66,7 @@ class StepContext:
         try:
             yield
         finally:
+            self.first_way = (self.first_way + (num_tokens if valid_V is None else len(valid_V))) % WAYS
             self.valid_V, self.tokens_of_position = None, None
 
     @contextmanager

@@ -142,7 +142,8 @@ class ExpertParallelModel:
                 )
         self.expert_map = new_map
         ranks = group.ranks if group is not None else (self.rank,)
-        plan = make_plan(new_map, ranks, rank=self.rank, device=self._device)
+        domains = group.domains if group is not None else None
+        plan = make_plan(new_map, ranks, rank=self.rank, domains=domains, device=self._device)
         self._context.plan = self._set_answers(plan)
         self._context.group = group if group is not None and group.size > 1 else None
         self.rollback()
@@ -164,13 +165,14 @@ class ExpertParallelModel:
             layer.ladder.set_lost(lost, generalists, num_experts=self.num_experts, device=self._device)
             if generalists is None or not lost:
                 continue
-            address_E = plan.layers[i].address_E.clone()
+            address_WE = plan.layers[i].address_WE.clone()
             for logical_id in lost:
                 stand_in = generalists.stand_in[logical_id]
                 if stand_in >= 0:
-                    address_E[logical_id] = plan.layers[i].address_E[stand_in]
-                has_generalist_LE[i, logical_id] = generalists.has_map[logical_id] or int(address_E[logical_id]) != LOST
-            planned[i] = replace(plan.layers[i], address_E=address_E)
+                    address_WE[:, logical_id] = plan.layers[i].address_WE[:, stand_in]
+                answers = int(address_WE[0, logical_id]) != LOST
+                has_generalist_LE[i, logical_id] = generalists.has_map[logical_id] or answers
+            planned[i] = replace(plan.layers[i], address_WE=address_WE)
         self._answers = degrade(
             self.expert_map, plan.ranks, fallback=self._fallback, has_generalist_LE=has_generalist_LE
         )

@@ -79,7 +79,7 @@ class SlottedExperts:
         context.count(self.layer_idx, expert_TK)
         plan, group = context.plan, context.group
         layer = plan.layers[self.layer_idx]
-        address_TK = layer.address_E[expert_TK]
+        address_TK = layer.addresses(expert_TK, first_way=context.first_way)
         local_TD: torch.Tensor | None = None
         if layer.lost:
             context.mark_degraded(self.layer_idx, expert_TK)

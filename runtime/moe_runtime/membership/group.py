@@ -36,15 +36,25 @@ class EpochGroup:
     """
 
     def __init__(
-        self, store: c10d.Store, ranks: Sequence[int], rank: int, *, address: str, device: str, timeout_ms: int
+        self,
+        store: c10d.Store,
+        ranks: Sequence[int],
+        rank: int,
+        *,
+        address: str,
+        device: str,
+        timeout_ms: int,
+        domains: Sequence[str] | None = None,
     ):
         """Connects to all members; raises GroupFault when that fails or takes longer than `timeout_ms`.
 
         `timeout_ms` also bounds every operation that is not given its own. `address` is what this rank binds to.
+        domains: where each of `ranks` runs, if that is known.
         """
         if rank not in ranks:
             raise ValueError(f"rank {rank} is not one of {list(ranks)}")
         self.ranks = tuple(ranks)
+        self.domains = None if domains is None else tuple(domains)
         self.position = self.ranks.index(rank)
         self.device = torch.device(device)
         self._timeout_ms = timeout_ms
@@ -70,7 +80,15 @@ class EpochGroup:
         host, _ = split_address(member.address)
         prefix = f"{membership.epoch}-{'.'.join(m.pod_uid for m in membership.members)}"
         store = RendezvousStore(membership.members[0].address, prefix=prefix, token=token, timeout_ms=timeout_ms)
-        return cls(store, membership.ranks, rank, address=host, device=device, timeout_ms=timeout_ms)
+        return cls(
+            store,
+            membership.ranks,
+            rank,
+            address=host,
+            device=device,
+            timeout_ms=timeout_ms,
+            domains=[split_address(m.address)[0] for m in membership.members],
+        )
 
     @property
     def size(self) -> int:
