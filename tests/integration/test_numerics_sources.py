@@ -113,6 +113,18 @@ def test_a_map_for_another_model_is_refused_with_both_sizes() -> None:
         from_shape(emap((4,), (0, 1, 2, 3), num_layers=3), 0)
 
 
+def test_layers_whose_slots_stay_are_staged_without_a_copy() -> None:
+    epm = from_shape(emap((2, 2), (0, 1, 2, 3)), 0)
+    swapped = ExpertMap(
+        generation=1, num_logical_experts=4, slots_of_rank=(2, 2), logical_of_slot=((0, 1, 2, 3), (1, 0, 2, 3))
+    )
+    before = [parameter.parameter.data_ptr() for parameter in epm.expert_parameters()]
+    epm.commit_map(epm.stage(swapped))
+    after = [parameter.parameter.data_ptr() for parameter in epm.expert_parameters()]
+    half = len(before) // 2
+    assert after[:half] == before[:half] and not set(after[half:]) & set(before[half:])
+
+
 def test_binding_a_map_whose_slots_are_not_loaded_is_refused() -> None:
     epm = from_shape(emap((4,), (0, 1, 2, 3)), 0)
     with pytest.raises(InvalidInput, match="stage and commit the map first"):

@@ -38,7 +38,12 @@ class SlottedExperts:
         self.logical_of_slot = tuple(logical_of_slot)
 
     def read(self, weights: WeightSource, logical_of_slot: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Tensors for these slots: experts that are resident are copied, the others read. Empty slots are zero."""
+        """Tensors for these slots: experts that are resident are copied, the others read. Empty slots are zero.
+
+        A layer whose slots stay as they are gives the tensors that lie in them: most layers of a new map are such.
+        """
+        if tuple(logical_of_slot) == self.logical_of_slot:
+            return {name: self.entry.module.get_parameter(name).detach() for name in self.entry.parameter_names}
         wanted = [e for e in dict.fromkeys(logical_of_slot) if e != EMPTY_SLOT]
         resident = {e: slot for slot, e in enumerate(self.logical_of_slot) if e != EMPTY_SLOT}
         missing = [e for e in wanted if e not in resident]
