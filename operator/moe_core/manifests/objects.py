@@ -84,25 +84,11 @@ def _network_policies(plan: Plan) -> list[ApplyObject]:
 
 
 def _expert_maps(plan: Plan, expert_map: ExpertMap) -> Sequence[ApplyObject]:
-    return _rendered((plan.kind, plan.name), plan.policy, _Same(expert_map))
-
-
-class _Same:
-    """An ExpertMap that compares by its digest: hashing half a million slots would cost more than it saves."""
-
-    def __init__(self, expert_map: ExpertMap) -> None:
-        self.expert_map = expert_map
-        self._key = (expert_map.digest, expert_map.generation)
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self._key == other._key
+    return _rendered((plan.kind, plan.name), "Linear" if plan.rebalance is None else "Balanced", expert_map)
 
 
 @lru_cache(maxsize=16)
-def _rendered(owner: Owner, policy: str, same: _Same) -> Sequence[ApplyObject]:
+def _rendered(owner: Owner, policy: str, expert_map: ExpertMap) -> Sequence[ApplyObject]:
     """One object, or slices of whole layers; the first is named `map`, the others `map-<first layer>`.
 
     A memo of a pure function: rendering a big map takes a tenth of a second, and decide asks for it every time.
@@ -115,5 +101,5 @@ def _rendered(owner: Owner, policy: str, same: _Same) -> Sequence[ApplyObject]:
             {"spec": part.model_dump(mode="json", by_alias=True, exclude_none=True)},
             api_version=names.API_VERSION,
         )
-        for part in slices_of(same.expert_map, policy=policy)
+        for part in slices_of(expert_map, policy=policy)
     )
