@@ -59,6 +59,13 @@ def test_every_subgroup_lies_in_one_rack_and_two_may_share_one() -> None:
     assert racks_of(found, CLUSTER) == ["b1.r1"] * 4 + ["b1.r2"] * 4 + ["b2.r1"] * 8
 
 
+def test_subgroups_of_a_broad_level_take_the_fewest_domains_of_a_narrower_preferred_one() -> None:
+    nodes = (node("a", "b1.r1", 3), node("b", "b1.r2", 1), node("c", "b2.r1", 6))
+    pairs = Subgroups(2, "block")
+    found = fit(nodes, range(4), needs=GPU, pack=Pack(LEVELS, preferred="rack"), subgroups=pairs)
+    assert racks_of(found, nodes) == ["b2.r1"] * 4, "the tighter block would take two racks"
+
+
 def test_subgroups_that_must_be_apart_share_no_rack() -> None:
     found = fit(CLUSTER, range(8), needs=GPU, pack=ANYWHERE, subgroups=Subgroups(4, "rack", apart=True))
     assert racks_of(found, CLUSTER) == ["b1.r1"] * 4 + ["b1.r2"] * 4

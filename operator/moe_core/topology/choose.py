@@ -46,12 +46,21 @@ def _narrowest(board: Board, span: Span, floor: int, wanted: int, stage: int) ->
             roomy = roomy[roomy == holders[0]] if len(holders) == 1 else roomy[:0]
         if not len(roomy):
             continue
+        if depth == stage < board.shape.narrowest:
+            return np.array([_best_inside(board, roomy, wanted, stage)])
         if depth == stage:
             tightest = roomy[np.argmin(board.caps[depth][roomy])]
             return np.array([tightest])
         options = (_fewest(board, depth, int(domain), wanted, stage) for domain in roomy)
         return min(options, key=lambda option: _traffic(board, option, wanted, depth, stage))
     return None
+
+
+def _best_inside(board: Board, domains: IntArray, wanted: int, stage: int) -> int:
+    """The one that needs the fewest domains of the narrowest stage: the next stage can only choose inside of it."""
+    narrowest = board.shape.narrowest
+    options = {int(domain): _fewest(board, stage, int(domain), wanted, narrowest) for domain in domains}
+    return min(options, key=lambda domain: _traffic(board, options[domain], wanted, stage, narrowest))
 
 
 def _fewest(board: Board, depth: int, domain: int, wanted: int, stage: int) -> IntArray:
