@@ -84,15 +84,6 @@ class ExpertMap(WireModel):
     def first_slot_of_rank(self) -> tuple[int, ...]:
         return (0, *accumulate(self.slots_of_rank))[:-1]
 
-    def __eq__(self, other: object) -> bool:
-        """By the fields alone: arrays that were made of one of two maps and not of the other take no part."""
-        if not isinstance(other, ExpertMap):
-            return NotImplemented
-        return all(getattr(self, name) == getattr(other, name) for name in ExpertMap.model_fields)
-
-    def __hash__(self) -> int:
-        return hash((self.generation, self.digest))
-
     def slot_range(self, rank: int) -> range:
         """Global slot ids that `rank` owns; none for a rank that joins later than this map."""
         if rank >= self.num_ranks:
