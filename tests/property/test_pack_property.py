@@ -51,12 +51,12 @@ def test_the_unit_of_the_load_does_not_matter(problem: tuple[FloatArray, Fleet],
     assert (copies_of(scaled, fleet) == copies).all()
 
 
-@given(problems(), st.integers(1, 4), st.integers(0, 30))
+@given(problems(), st.integers(1, 4), st.one_of(st.integers(0, 30), st.integers(31, 3000)), st.sampled_from([5, 1000]))
 def test_copies_are_counted_as_if_each_went_to_the_hottest_one_after_the_other(
-    problem: tuple[FloatArray, Fleet], least: int, spare: int
+    problem: tuple[FloatArray, Fleet], least: int, spare: int, most: int
 ) -> None:
     load, _ = problem
-    num_experts, most = load.shape[1], 5
+    num_experts = load.shape[1]
     counted = count_copies(load, num_experts + spare, most=most, least=least)
     slots = min(num_experts + spare, num_experts * most)
     assert counted.sum(1).tolist() == [slots] * len(load)

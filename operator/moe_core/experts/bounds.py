@@ -41,15 +41,17 @@ def bound_of_slots(load_LE: FloatArray, fleet: Fleet) -> FloatArray:
     return np.asarray(np.maximum(load_LE.sum(1) / speeds.sum(), largest_L / speeds.max()))
 
 
-def _companions(fleet: Fleet, num_copies: int, num_ranks: int) -> int:
+def _companions(fleet: Fleet, num_copies: int, num_ranks: IntArray) -> IntArray:
     """At least so many other copies share `num_ranks` ranks with one copy each: slots are filled but for the empty."""
     narrowest = int(fleet.slots_R[fleet.slots_R > 0].min())
-    return max(0, num_ranks * (narrowest - 1) - (fleet.num_slots - num_copies))
+    return np.maximum(0, num_ranks * (narrowest - 1) - (fleet.num_slots - num_copies))
 
 
 def _alone(per_copy_C: FloatArray, fleet: Fleet) -> float:
-    companions = _companions(fleet, len(per_copy_C), 1)
-    return float(per_copy_C[0] + per_copy_C[len(per_copy_C) - companions :].sum()) if len(per_copy_C) else 0.0
+    if not len(per_copy_C):
+        return 0.0
+    companions = int(_companions(fleet, len(per_copy_C), np.asarray(1)))
+    return float(per_copy_C[0] + per_copy_C[len(per_copy_C) - companions :].sum())
 
 
 def _together(per_copy_C: FloatArray, num_ranks: int) -> float:
@@ -62,12 +64,9 @@ def _apart(per_copy_C: FloatArray, fleet: Fleet) -> float:
     """For each i: the heaviest of i groups of companions weighs at least their mean, and at least the heaviest one."""
     num_copies = len(per_copy_C)
     lightest_sum = np.concatenate([[0.0], per_copy_C[::-1].cumsum()])
-    found = 0.0
-    for i in range(2, min(fleet.ranks_with_slots, num_copies) + 1):
-        companions = min(_companions(fleet, num_copies, i), num_copies - i)
-        if companions == 0:
-            continue
-        group = max(float(lightest_sum[companions]) / i, float(per_copy_C[num_copies - companions]))
-        two_of_them = float(per_copy_C[i - 2] + per_copy_C[i - 1])
-        found = max(found, min(two_of_them, float(per_copy_C[i - 1]) + group))
-    return found
+    i = np.arange(2, min(fleet.ranks_with_slots, num_copies) + 1)
+    companions = np.minimum(_companions(fleet, num_copies, i), num_copies - i)
+    i, companions = i[companions > 0], companions[companions > 0]
+    group = np.maximum(lightest_sum[companions] / i, per_copy_C[num_copies - companions])
+    two_of_them = per_copy_C[i - 2] + per_copy_C[i - 1]
+    return float(np.minimum(two_of_them, per_copy_C[i - 1] + group).max(initial=0.0))
