@@ -128,11 +128,3 @@ def test_refuse_says_so_for_every_lost_expert() -> None:
 
 def test_uneven_shares_go_to_the_first_ranks() -> None:
     assert even_slots(10, 4, redundant_per_rank=1) == (4, 4, 3, 3)
-
-
-def test_maps_are_equal_by_what_they_say_whatever_was_computed_of_them() -> None:
-    one, other = (assign("linear", num_layers=2, num_logical_experts=4, slots_of_rank=(3, 3)) for _ in range(2))
-    assert one.table_LS.size and other.table_LS.size
-    assert one == other and hash(one) == hash(other)
-    assert one != other.model_copy(update={"generation": 7})
-    assert one != other.model_copy(update={"logical_of_slot": (other.logical_of_slot[0][::-1],) * 2})

@@ -21,7 +21,7 @@ from moe_core.experts.carry import carry_over
 from moe_core.experts.checks import FloatArray
 from moe_core.experts.fleet import Fleet
 from moe_core.experts.measure import balancedness_of, copies_of_logical
-from moe_core.experts.replan import Prices, replan
+from moe_core.experts.replan import Prices, Replan, Rows, replan
 from moe_core.facts import Condition, Facts, ObjectFact, Wish
 from moe_core.manifests.map_slices import map_of_slices
 from moe_core.manifests.plan import Plan
@@ -32,6 +32,9 @@ PICKS_PER_EXPERT = 16
 """Below so many in a window, on average, a load is more chance than popularity: a count of 16 is off by a quarter
 (Poisson), a rank of nine such experts by a twelfth."""
 FULL_WINDOW = 0.9
+CHANGE_S = 0.1
+"""What taking up a new map costs beside its moves: ranks agree on an epoch and connect anew, 30 to 50 ms on four ranks
+of two shared cores (tests/bench: recovery), and the processes behind them notice."""
 EVEN_ENOUGH = 0.9
 """Of the balancedness that is possible at best; below it a service is called not balanced."""
 
@@ -151,12 +154,13 @@ def _anew(plan: Plan, current: _Current | None, facts: Facts, fleet: Fleet, num_
     return _next_map(known, fleet.slots_of_rank, rows)
 
 
-def _next_map(before: ExpertMap, slots: tuple[int, ...], rows: tuple[tuple[int, ...], ...]) -> ExpertMap:
+def _next_map(before: ExpertMap, slots: tuple[int, ...], rows: Rows, shares: Rows = ()) -> ExpertMap:
     return ExpertMap(
         generation=before.generation + 1,
         num_logical_experts=before.num_logical_experts,
         slots_of_rank=slots,
         logical_of_slot=rows,
+        share_of_slot=shares,
     )
 
 
@@ -196,16 +200,30 @@ def _weighed(  # noqa: PLR0917
         horizon=rebalance.horizon_seconds / runtime.load_window_s,
         most_moves=rebalance.max_moved_percent * fleet.num_slots * plan.num_layers // 100,
     )
-    found = replan(load_LE, fleet, current.logical_of_slot, prices=prices, least_copies=plan.min_copies)
+    found = replan(
+        load_LE,
+        fleet,
+        current.logical_of_slot,
+        current_shares=current.share_of_slot,
+        prices=prices,
+        least_copies=plan.min_copies,
+    )
+    is_new = found.gain_s - found.cost_s > CHANGE_S
+    told, is_even = _said(load_LE, fleet, found, is_new=is_new)
+    reason = Reason.REBALANCED if is_new else Reason.BALANCED if is_even else Reason.IMBALANCED
+    new_map = _next_map(current, fleet.slots_of_rank, found.logical_of_slot, found.share_of_slot) if is_new else current
+    return Assigned(new_map, Condition("Balanced", "True" if is_even else "False", reason, told), now)
+
+
+def _said(load_LE: FloatArray, fleet: Fleet, found: Replan, *, is_new: bool) -> tuple[str, bool]:
+    """(the condition's message, whether the load will fall evenly enough)"""
     mean_L = load_LE.sum(1) / fleet.num_ranks
     before, after = (balancedness_of(mean_L, np.asarray(worst)) for worst in (found.worst_before, found.worst_after))
     best = balancedness_of(mean_L, bound_of_slots(load_LE, fleet))
-    is_even, is_new = after >= EVEN_ENOUGH * best, found.logical_of_slot != current.logical_of_slot
-    balances = f"balancedness {before:.3f}" + (f", {after:.3f} from now on" if is_new else "")
-    told = f"{balances}, at best {best:.3f}; {found.reason}"
-    if not is_even:
-        told += "; raise experts.rebalance.maxMovedPercent or horizonSeconds"
-    reason = Reason.REBALANCED if is_new else Reason.BALANCED if is_even else Reason.IMBALANCED
-    condition = Condition("Balanced", "True" if is_even else "False", reason, told)
-    new_map = _next_map(current, current.slots_of_rank, found.logical_of_slot) if is_new else current
-    return Assigned(new_map, condition, now)
+    told = f"balancedness {before:.3f}" + (f", {after:.3f} from now on" if is_new else "") + f", at best {best:.3f}"
+    if is_new or found.gain_s <= found.cost_s:
+        told += f"; {found.reason}"
+    else:
+        told += f"; stays: another map saves {found.gain_s - found.cost_s:.3g} s, taking it up costs {CHANGE_S} s"
+    is_even = (after if is_new else before) >= EVEN_ENOUGH * best
+    return (told if is_even else f"{told}; raise experts.rebalance.maxMovedPercent or horizonSeconds"), is_even
