@@ -44,6 +44,8 @@ def test_a_good_environment_is_read_whole(environ: dict[str, str]) -> None:
     assert env.coordinator_url == "http://127.0.0.1:7310"
     assert env.ray_address == "127.0.0.1:6379"
     assert not env.reattach
+    assert env.node_name == ""
+    assert read_pod_env({**environ, "MOERATOR_NODE_NAME": "n7"}).node_name == "n7"
     assert read_pod_env({**environ, "MOERATOR_REATTACH": "1"}).reattach
 
 

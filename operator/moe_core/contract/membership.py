@@ -16,6 +16,13 @@ class Member(WireModel):
     """host:port of the rank's peer face (membership votes)."""
     guard_address: str = ""
     """host:port of the guard: the parent process in the same pod, which can fence this rank by SIGKILL."""
+    node: str = ""
+    """The machine that the pod runs on, where the pod was told."""
+
+    @property
+    def place(self) -> str:
+        """Equal for ranks on one machine, as far as that is known. A pod has an address of its own on most clusters."""
+        return self.node or self.address.rpartition(":")[0]
 
 
 class Membership(WireModel):

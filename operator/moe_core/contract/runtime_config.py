@@ -16,6 +16,7 @@ ENV_RANK = "MOERATOR_RANK"  # rank id, for role=rank
 ENV_POD_NAME = "MOERATOR_POD_NAME"
 ENV_POD_UID = "MOERATOR_POD_UID"
 ENV_POD_IP = "MOERATOR_POD_IP"  # 127.0.0.1 in the local shell
+ENV_NODE_NAME = "MOERATOR_NODE_NAME"  # for role=rank: copies on the same node are preferred
 ENV_CONFIG = "MOERATOR_CONFIG"  # path of the RuntimeConfig JSON
 ENV_TOKEN_FILE = "MOERATOR_TOKEN_FILE"  # path of the bearer token of the control faces; Ray's token is derived from it
 ENV_REATTACH = "MOERATOR_REATTACH"  # role=coordinator: "1" when it replaces one and pods of the group may live

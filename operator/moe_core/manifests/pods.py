@@ -19,6 +19,7 @@ from moe_core.contract.names import (
 )
 from moe_core.contract.runtime_config import (
     ENV_CONFIG,
+    ENV_NODE_NAME,
     ENV_POD_IP,
     ENV_POD_NAME,
     ENV_POD_UID,
@@ -178,6 +179,7 @@ def _env(plan: Plan, role: str, index: int) -> list[dict[str, Any]]:
     ]
     if role == ROLE_RANK:
         ours.append({"name": ENV_RANK, "value": str(index)})
+        ours.append({"name": ENV_NODE_NAME, "valueFrom": field("spec.nodeName")})
     theirs = {entry.name: entry.value for entry in plan.template.spec.env}
     defaults = {"HOME": "/tmp"}
     if role == ROLE_RANK:

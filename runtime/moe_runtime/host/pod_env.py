@@ -13,6 +13,7 @@ from moe_core.contract.names import ROLE_COORDINATOR, ROLE_GATEWAY, ROLE_NODE, R
 from moe_core.contract.runtime_config import (
     ENV_CONFIG,
     ENV_HEALTH_PORT,
+    ENV_NODE_NAME,
     ENV_POD_IP,
     ENV_POD_NAME,
     ENV_POD_UID,
@@ -47,6 +48,7 @@ class PodEnv:
     config_path: Path
     token_path: Path
     config: RuntimeConfig
+    node_name: str = ""
     health_port: int | None = None
     reattach: bool = False
     """This coordinator takes the place of one that is gone, and pods of the group may live."""
@@ -115,6 +117,7 @@ def read_pod_env(environ: Mapping[str, str]) -> PodEnv:
         config_path=Path(config_path),
         token_path=Path(token_path),
         config=config,
+        node_name=environ.get(ENV_NODE_NAME, ""),
         health_port=int(health_port) if health_port else None,
         reattach=reattach == "1",
         run_folder=Path(environ.get(ENV_RUN) or "/tmp"),

@@ -87,7 +87,7 @@ class EpochGroup:
             address=host,
             device=device,
             timeout_ms=timeout_ms,
-            domains=[split_address(m.address)[0] for m in membership.members],
+            domains=[m.place for m in membership.members],
         )
 
     @property

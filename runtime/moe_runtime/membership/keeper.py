@@ -49,15 +49,16 @@ class MembershipKeeper:
         host: str = "127.0.0.1",
         port: int = 0,
         guard_address: str = "",
+        node: str = "",
         deadlines: Deadlines | None = None,
     ) -> None:
         self._deadlines = deadlines or Deadlines()
-        self._face = PeerFace(
-            lambda address: Ledger(Member(rank=rank, pod_uid=pod_uid, address=address, guard_address=guard_address)),
-            token=token,
-            host=host,
-            port=port,
-        )
+
+        def ledger_at(address: str) -> Ledger:
+            me = Member(rank=rank, pod_uid=pod_uid, address=address, guard_address=guard_address, node=node)
+            return Ledger(me)
+
+        self._face = PeerFace(ledger_at, token=token, host=host, port=port)
         self._ledger = self._face.ledger
         self._peers = Peers(self._ledger, token=token)
         self._attempt = 0

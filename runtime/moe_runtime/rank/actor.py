@@ -66,6 +66,7 @@ class RankActor:
                 rank=boot.rank,
                 pod_uid=boot.pod_uid,
                 pod_ip=boot.pod_ip,
+                node_name=boot.node_name,
                 guard_address=boot.guard_address,
                 coordinator_url=boot.coordinator_url,
                 desk=self._desk,

@@ -20,6 +20,7 @@ def assemble(
     rank: int,
     pod_uid: str,
     pod_ip: str,
+    node_name: str,
     guard_address: str,
     coordinator_url: str,
     desk: Desk,
@@ -33,6 +34,7 @@ def assemble(
         token=token,
         host=pod_ip,
         guard_address=guard_address,
+        node=node_name,
     )
     link = CoordinatorLink(coordinator_url, token)
     loop = StepLoop(

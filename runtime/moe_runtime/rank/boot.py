@@ -14,6 +14,7 @@ class RankBoot:
     rank: int
     pod_uid: str
     pod_ip: str
+    node_name: str
     guard_socket: str
     guard_address: str
     coordinator_url: str

@@ -60,6 +60,7 @@ def _boot(env: PodEnv, guard: Guard, guard_address: str, log: Path) -> RankBoot:
         rank=env.rank if env.rank is not None else -1,
         pod_uid=env.pod_uid,
         pod_ip=env.pod_ip,
+        node_name=env.node_name,
         guard_socket=str(guard.socket_path),
         guard_address=guard_address,
         coordinator_url=env.coordinator_url,

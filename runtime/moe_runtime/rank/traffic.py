@@ -4,11 +4,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from moe_core.contract.membership import Membership
-from moe_runtime.membership.wire import split_address
 
 
 class Traffic:
-    """Over all epochs of one rank. Scopes: self (stayed in this rank), host (the same address), network."""
+    """Over all epochs of one rank. Scopes: self (stayed in this rank), host (the same machine), network."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -19,10 +18,10 @@ class Traffic:
     def follow(self, membership: Membership, sent_bytes: Sequence[int]) -> None:
         """From now on `sent_bytes` (by position of `membership`, growing) counts; what was followed before is kept."""
         self._past.update(self._now())
-        host_of = {member.rank: split_address(member.address)[0] for member in membership.members}
-        mine = host_of[self._rank]
+        place_of = {member.rank: member.place for member in membership.members}
+        mine = place_of[self._rank]
         self._scopes = tuple(
-            "self" if rank == self._rank else "host" if host == mine else "network" for rank, host in host_of.items()
+            "self" if rank == self._rank else "host" if place == mine else "network" for rank, place in place_of.items()
         )
         self._sent_bytes = sent_bytes
 
