@@ -3,8 +3,6 @@
 from collections import Counter
 from collections.abc import Mapping
 
-import numpy as np
-
 from moe_core.contract.dispatch import SMALL_STEP_TOKENS
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.experts.trace import Trace
@@ -19,27 +17,25 @@ def modelled_bytes(
     Steps of one way are taken for as many equal steps with their mean number of tokens and their load: what a person
     does who plans with a trace.
     """
-    load_SLE = trace.load_of_steps()
-    tokens_S = load_SLE[:, 0].sum(-1) / top_k
-    fullest = fullest_rank_of_step(trace)
-    is_small_S = np.asarray([not trains and fullest[step] <= SMALL_STEP_TOKENS for step in trace.steps])
+    small = {step for step, most in fullest_rank_of_step(trace).items() if not trains and most <= SMALL_STEP_TOKENS}
     found: Counter[str] = Counter()
     for is_small in (True, False):
-        steps = is_small_S == is_small
-        if not steps.any():
+        records = [record for record in trace.records if (record.step in small) == is_small]
+        if not records:
             continue
-        num_steps = int(steps.sum())
+        part = Trace.of(records, num_experts=expert_map.num_logical_experts)
+        num_steps = len(part.steps)
+        load_RLE = part.load_of_sources(expert_map.num_ranks)
         shape = StepShape(
-            tokens_per_rank=max(1, round(float(tokens_S[steps].mean()) / expert_map.num_ranks)),
+            tokens_per_rank=float(load_RLE[:, 0].sum()) / top_k / num_steps / expert_map.num_ranks,
             hidden_size=hidden_size,
             top_k=top_k,
             bytes_per_number=4,
         )
-        load_LE = load_SLE[steps].sum(0)
         traffic = (
             traffic_by_token(expert_map, shape)
             if is_small
-            else traffic_by_pick(expert_map, load_LE, shape, trains=trains)
+            else traffic_by_pick(expert_map, load_RLE, shape, trains=trains)
         )
         by_scope: Mapping[str, float] = traffic.by_scope([()] * expert_map.num_ranks, ())
         found.update({scope: round(count * num_steps) for scope, count in by_scope.items()})

@@ -171,7 +171,8 @@ def _cells(found: Outlook | Refusal, no_size: str) -> dict[str, str]:
 
 def _way(step: Step) -> str:
     kind = "training" if step.trains else "decoding"
-    return f"{kind} {step.tokens_per_rank} tokens a rank goes by {'token' if step.by_token else 'pick'}"
+    way = "token" if step.by_token else "pick" + (", each rank with its own load" * step.each_rank_its_own_load)
+    return f"{kind} {step.tokens_per_rank} tokens a rank goes by {way}"
 
 
 def _placement(found: Outlook) -> str:
@@ -224,6 +225,7 @@ def _plan_as_json(found: Outlook | Refusal) -> dict[str, Any]:
             "tokensPerRank": found.step.tokens_per_rank,
             "trains": found.step.trains,
             "dispatch": "ByToken" if found.step.by_token else "ByPick",
+            "eachRankItsOwnLoad": found.step.each_rank_its_own_load,
         },
         "bytesByScope": dict(found.bytes_by_scope),
         "bytesBetweenRanks": None if found.traffic is None else found.traffic.total_RR.tolist(),

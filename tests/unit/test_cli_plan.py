@@ -122,13 +122,35 @@ def test_a_small_step_of_a_service_goes_by_token_as_the_data_plane_has_it(
     code, text = run("-f", file, "--json")
     (plan,) = json.loads(text)[0]["plans"]
     assert code == 0
-    assert plan["step"] == {"tokensPerRank": sequences, "trains": False, "dispatch": way}
+    assert plan["step"] == {
+        "tokensPerRank": sequences,
+        "trains": False,
+        "dispatch": way,
+        "eachRankItsOwnLoad": False,
+    }
     row, layers, others = 64 * 4, 2, 2 * 1
     if way == "ByToken":
         assert plan["bytesByScope"]["across"] == layers * others * sequences * (2 * row + 2 * 8)
     else:
         half_of_the_picks = sequences * 2 // 2
         assert plan["bytesByScope"]["across"] == layers * others * (half_of_the_picks * 2 * row + 4 * 8)
+
+
+def test_a_trace_of_as_many_ranks_is_counted_rank_by_rank(tmp_path: Path) -> None:
+    file = service_file(tmp_path, max_sequences=65)
+    record = {"step": 0, "stage": "pre_dispatch", "block": "decoder", "num_tokens": 1, "topk": 2}
+    lines = [
+        {**record, "layer": layer, "rank": rank, "top_indices": [[4, 5]] if rank == 0 else [[0, 1]]}
+        for layer in range(2)
+        for rank in range(2)
+    ]
+    (tmp_path / "two.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (plan,) = json.loads(run("-f", file, "--load", tmp_path / "two.jsonl", "--json")[1])[0]["plans"]
+    assert plan["step"]["eachRankItsOwnLoad"]
+    counts = 2 * 2 * 4 * 8
+    assert plan["bytesByScope"] == {"rank": counts, "across": 2 * 2 * (65 * 2 * 64 * 4 * 2) + counts}
+    (other,) = json.loads(run("-f", file, "--load", tmp_path / "two.jsonl", "--ranks", "4", "--json")[1])[0]["plans"]
+    assert not other["step"]["eachRankItsOwnLoad"]
 
 
 def test_a_training_step_goes_by_pick_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

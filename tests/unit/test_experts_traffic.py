@@ -47,6 +47,21 @@ def test_by_token_every_rank_gets_every_token_whatever_the_load() -> None:
     assert traffic.combine_RR[2, 0] == 10 * 8 * 4
 
 
+def test_each_source_may_have_a_load_of_its_own() -> None:
+    load_RLE = np.asarray([[[1, 0, 0, 0]], [[0, 1, 0, 0]], [[0, 0, 0, 0]]])
+    picks_RR = picks_between(MAP, load_RLE, SHAPE)[0]
+    assert picks_RR.tolist()[:2] == [[20.0, 0.0, 0.0], [20.0, 0.0, 0.0]]
+    assert picks_RR[2, 2] == 5.0  # without load: even
+    with pytest.raises(InvalidInput, match="load must be that of 3 source ranks, got 2"):
+        picks_between(MAP, load_RLE[:2], SHAPE)
+
+
+@pytest.mark.parametrize("tokens", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_step_of_no_tokens_is_refused(tokens: float) -> None:
+    with pytest.raises(InvalidInput, match="tokens_per_rank must be a positive number"):
+        StepShape(tokens_per_rank=tokens, hidden_size=8, top_k=2, bytes_per_number=4)
+
+
 def test_a_layer_without_load_counts_as_even() -> None:
     np.testing.assert_allclose(picks_between(MAP, [[0, 0, 0, 0]], SHAPE), picks_between(MAP, [[7, 7, 7, 7]], SHAPE))
 

@@ -12,6 +12,7 @@ Expected, not sampled: a pick goes to expert e with the share of the load that e
 rank to the copies that choice.py names, as many of its tokens as go that way.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,15 +31,17 @@ SAME_RANK = "rank"
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """One step as every rank takes part in it: T tokens of D numbers, K picks each, in every MoE layer."""
+    """One step as every rank takes part in it: T tokens (or a mean) of D numbers, K picks each, in all MoE layers."""
 
-    tokens_per_rank: int
+    tokens_per_rank: float
     hidden_size: int
     top_k: int
     bytes_per_number: int
 
     def __post_init__(self) -> None:
-        for name in ("tokens_per_rank", "hidden_size", "top_k", "bytes_per_number"):
+        if not 0 < self.tokens_per_rank < math.inf:
+            raise InvalidInput(f"tokens_per_rank must be a positive number, got {self.tokens_per_rank}")
+        for name in ("hidden_size", "top_k", "bytes_per_number"):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -89,12 +92,10 @@ def picks_between(
 ) -> FloatArray:
     """[L, R, R] expected picks of one step from source rank to answering rank; picks of lost experts go nowhere.
 
-    A layer without load counts as even. Raises InvalidInput for a bad load.
+    load: [L, E] of all sources alike, or an array [R, L, E] of each. A layer without load counts as even. Raises
+    InvalidInput for a bad load.
     """
-    load_LE = as_load_LE(load, num_layers=expert_map.num_layers, num_logical_experts=expert_map.num_logical_experts)
-    total_L1 = load_LE.sum(1, keepdims=True)
-    share_LE = np.where(total_L1 > 0, load_LE / np.maximum(total_L1, 1e-300), 1 / expert_map.num_logical_experts)
-    picks_LE = share_LE * shape.tokens_per_rank * shape.top_k
+    load_RLE = _load_of_sources(load, expert_map)
     ranks = [rank for rank, count in enumerate(expert_map.slots_of_rank) if count]
     rank_of_slot = np.asarray(expert_map.rank_of_slot, dtype=np.int64)
     num_layers, num_ranks = expert_map.num_layers, expert_map.num_ranks
@@ -103,11 +104,26 @@ def picks_between(
     lanes = deal_lanes(expert_map, ranks, domain_of_rank=domain_of_rank)
     for source in ranks:
         chosen_WLE = lanes.of_source(source)
+        total_L1 = load_RLE[source].sum(1, keepdims=True)
+        even = 1 / expert_map.num_logical_experts
+        share_LE = np.where(total_L1 > 0, load_RLE[source] / np.maximum(total_L1, 1e-300), even)
+        picks_LE = share_LE * shape.tokens_per_rank * shape.top_k
         picks_WLE = np.where(chosen_WLE != NO_SLOT, picks_LE / len(chosen_WLE), 0.0)
         cell_WLE = rank_of_slot[chosen_WLE] + first_L1
         counts = np.bincount(cell_WLE.ravel(), picks_WLE.ravel(), minlength=num_layers * num_ranks)
         found[:, source] = counts.reshape(num_layers, num_ranks)
     return found
+
+
+def _load_of_sources(load: ArrayLike, expert_map: ExpertMap) -> FloatArray:
+    """[R, L, E]."""
+    shape = {"num_layers": expert_map.num_layers, "num_logical_experts": expert_map.num_logical_experts}
+    if not isinstance(load, np.ndarray) or load.ndim != 3:
+        load_LE = as_load_LE(load, **shape)
+        return np.broadcast_to(load_LE, (expert_map.num_ranks, *load_LE.shape))
+    if len(load) != expert_map.num_ranks:
+        raise InvalidInput(f"load must be that of {expert_map.num_ranks} source ranks, got {len(load)}")
+    return np.stack([as_load_LE(load_LE, **shape) for load_LE in load])
 
 
 def traffic_by_pick(

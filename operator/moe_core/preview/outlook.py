@@ -57,6 +57,8 @@ class Step:
 
     tokens_per_rank: int
     trains: bool
+    each_rank_its_own_load: bool = False
+    """The trace is of as many ranks: each sends what the rank of its number chose, not what all chose together."""
 
     @property
     def by_token(self) -> bool:
@@ -115,8 +117,10 @@ def look_ahead(
     placement = place_new(Ground.of(plan, facts.nodes)) if facts.nodes else None
     load_LE = np.ones((plan.num_layers, plan.num_experts)) if trace is None else _load_of(trace, expert_map)
     nodes = _nodes_of(placement, plan.num_ranks)
-    step = _step(accepted)
-    traffic = None if size is None else _traffic(step, expert_map, load_LE, size, nodes)
+    load_RLE = None if trace is None else _load_of_each(trace, expert_map)
+    step = replace(_step(accepted), each_rank_its_own_load=load_RLE is not None)
+    sent = load_LE if load_RLE is None else load_RLE
+    traffic = None if size is None else _traffic(step, expert_map, sent, size, nodes)
     planned = None if trace is None else _planned(expert_map, load_LE, nodes, size, prices or Prices())
     fleet = Fleet(expert_map.slots_of_rank)
     return Outlook(
@@ -165,7 +169,7 @@ def _survivals(expert_map: ExpertMap, unit_of_rank: Sequence[str] | None) -> tup
 
 
 def _traffic(
-    step: Step, expert_map: ExpertMap, load_LE: FloatArray, size: ModelSize, nodes: Sequence[str] | None
+    step: Step, expert_map: ExpertMap, load: FloatArray, size: ModelSize, nodes: Sequence[str] | None
 ) -> Traffic:
     shape = StepShape(
         tokens_per_rank=step.tokens_per_rank,
@@ -175,7 +179,7 @@ def _traffic(
     )
     if step.by_token:
         return traffic_by_token(expert_map, shape)
-    return traffic_by_pick(expert_map, load_LE, shape, trains=step.trains, domain_of_rank=nodes)
+    return traffic_by_pick(expert_map, load, shape, trains=step.trains, domain_of_rank=nodes)
 
 
 def _by_scope(traffic: Traffic, plan: Plan, facts: Facts, nodes: Sequence[str] | None) -> Mapping[str, float]:
@@ -196,6 +200,13 @@ def _load_of(trace: Trace, expert_map: ExpertMap) -> FloatArray:
             f"the model has {expert_map.num_layers} layers and experts 0..{expert_map.num_logical_experts - 1}"
         )
     return np.asarray(_of_this_model(trace, expert_map).load_of_steps().sum(0), dtype=np.float64)
+
+
+def _load_of_each(trace: Trace, expert_map: ExpertMap) -> FloatArray | None:
+    """[R, L, E] picks; None for a trace of other ranks than the map has."""
+    if {record.rank for record in trace.records} != set(range(expert_map.num_ranks)):
+        return None
+    return _of_this_model(trace, expert_map).load_of_sources(expert_map.num_ranks).astype(np.float64)
 
 
 def _of_this_model(trace: Trace, expert_map: ExpertMap) -> Trace:
