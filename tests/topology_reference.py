@@ -104,7 +104,10 @@ class Case:
             return False
         if any(per_group_domain[p] < count for p, count in self.returning.items()):
             return False
-        left = self.by_domain([f - n for f, n in zip(self.free, way, strict=True)], self.dealt_over)
+        left_on = [free - taken for free, taken in zip(self.free, way, strict=True)]
+        if block:  # a node that is full for this gang is no spare
+            left_on = [min(left, max(0, block - load)) for left, load in zip(left_on, loads, strict=True)]
+        left = self.by_domain(left_on, self.dealt_over)
         taken = self.by_domain(way, self.dealt_over)
         if any(taken[p] and left[p] < self.spares for p in taken):
             return False

@@ -89,6 +89,17 @@ def test_a_gang_leaves_its_spares_free_in_every_rack_that_it_takes() -> None:
     assert where(spared) == {"a1": 2, "b1": 2}, "three places would do in a, and one in b"
 
 
+def test_a_spare_of_whole_nodes_is_on_a_node_that_is_not_full_yet() -> None:
+    nodes = (node("a1", 2), node("a2", 3), node("b1", 2), node("b2", 2), node("b3", 1))
+    pack = {"required": "rack", "ranksPerNode": 2}
+    sim = settled(4, *nodes, topologyConstraint={"topologyName": "net", "pack": pack}, spares={"perDomain": 1})
+    assert where(sim) == {"b1": 2, "b2": 2}, "the third place of a2 is none for a rank"
+    sim.kill(0)
+    take(sim, "b1", 1)
+    sim.settle()
+    assert where(sim) == {"b1": 1, "b2": 2, "b3": 1}
+
+
 def test_without_a_topology_the_spares_are_of_the_cluster() -> None:
     sim = service(4, node("a1", 2), node("b1", 3), spares={"perDomain": 2})
     sim.settle()

@@ -136,5 +136,5 @@ def _spare_nodes(board: Board, asked: BoolArray) -> tuple[int, ...]:
         return ()
     starts = board.tree.starts[board.shape.narrowest]
     wanted = np.where(np.add.reduceat(asked, starts), board.shape.spares, 0)
-    taken = pour(board.free, board.kept, wanted, starts)
+    taken = pour(board.spare, board.kept, wanted, starts)
     return tuple(np.repeat(np.arange(len(taken)), taken).tolist())

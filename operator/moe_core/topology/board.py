@@ -18,6 +18,8 @@ class Board:
     """Ranks of this gang per node that stay."""
     room: IntArray
     """Ranks that may go to each node: `free` in blocks of ranks_per_node."""
+    spare: IntArray
+    """Places per node that would do for single ranks later: those that ranks_per_node leaves open."""
     unit: int
     """Ranks come to a node in multiples of this."""
     kept_in: tuple[IntArray, ...]
@@ -52,13 +54,11 @@ class Board:
 def board_of(tree: Tree, shape: Shape, *, free: IntArray, kept: IntArray) -> Board:
     """Adds up from the nodes to the cluster."""
     block, unit = shape.ranks_per_node, 1
+    spare = np.minimum(free, np.maximum(0, block - kept)) if block else free
+    room = spare
     if block and shape.is_new:
         room, unit = np.where(free >= block, block, 0), block
-    elif block:
-        room = np.minimum(free, np.maximum(0, block - kept))
-    else:
-        room = free
-    beside_spares = tree.sums(free, shape.narrowest) - shape.spares
+    beside_spares = tree.sums(spare, shape.narrowest) - shape.spares
     cap = np.minimum(tree.sums(room, shape.narrowest), np.maximum(0, beside_spares) // unit * unit)
     kept_in, caps = [tree.sums(kept, shape.narrowest)], []
     for depth in range(shape.narrowest, -1, -1):
@@ -68,7 +68,7 @@ def board_of(tree: Tree, shape: Shape, *, free: IntArray, kept: IntArray) -> Boa
         if depth == shape.group_depth:
             cap = _in_whole_subgroups(cap, shape, kept_in[-1])
         caps.append(cap)
-    return Board(tree, shape, free, kept, room, unit, tuple(reversed(kept_in)), tuple(reversed(caps)))
+    return Board(tree, shape, free, kept, room, spare, unit, tuple(reversed(kept_in)), tuple(reversed(caps)))
 
 
 def _in_whole_subgroups(cap: IntArray, shape: Shape, kept: IntArray) -> IntArray:

@@ -12,7 +12,7 @@ Rules, in this order:
    the kept ranks next to it by number are.
 
 With ranks_per_node, nodes are filled whole instead of evenly. spares_per_domain keeps places free in every domain (of
-the narrowest level that was named) that takes a rank, and names their nodes.
+the narrowest level that was named) that takes a rank, and names their nodes; a node that is full is none of them.
 
     shape   what is asked, in levels     choose    which domains       relax   what would help
     tree    the domains                  deal      which nodes         least   how much of it
