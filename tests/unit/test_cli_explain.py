@@ -169,6 +169,12 @@ def test_ranks_per_node_and_room_for_the_coordinator_count_as_when_the_operator_
     assert "3 pods of coordinator and gateways" in answer["message"]
 
 
+def test_a_place_on_a_node_that_is_full_for_this_gang_is_no_room_left(tmp_path: Path) -> None:
+    pack = {"required": "rack", "ranksPerNode": 2}
+    answer = explained(tmp_path, service(4, pack=pack), [node(name, "b1/r1", 3) for name in "abc"])[1]
+    assert [one["roomLeft"] for one in answer["homes"]] == [2]
+
+
 def test_other_numbers_of_ranks_are_asked_for_one_after_the_other(tmp_path: Path) -> None:
     code, text = explain(tmp_path, service(4), NODES[:4], "--ranks", "4..16", "--json")
     assert code == 1

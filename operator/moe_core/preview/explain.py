@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from moe_core.decide.accept import Refusal, accept
 from moe_core.decide.place import Ground, Use, add_use, helper_places, place_lost, place_new
 from moe_core.facts import Facts, Wish
@@ -100,7 +102,11 @@ def _homes(ground: Ground, node_of_rank: Mapping[int, str]) -> tuple[Home, ...]:
     use: Use = {}
     for node in node_of_rank.values():
         add_use(use, node, ground.plan.needs.request)
-    free = tree.sums(rooms(tree, ground.plan.needs, own=use, most=MOST_PLACES).ranks, depth)
+    free_on = rooms(tree, ground.plan.needs, own=use, most=MOST_PLACES).ranks
+    if block := ground.plan.ranks_per_node:
+        ranks_on = Counter(node_of_rank.values())
+        free_on = np.minimum(free_on, [block - ranks_on[node.name] for node in tree.nodes])
+    free = tree.sums(free_on, depth)
     room_of = {tree.path(depth, domain): int(room) for domain, room in enumerate(free)}
     found: list[Home] = []
     for path, ranks in sorted(ranks_of.items()):
