@@ -101,6 +101,7 @@ class Sim:
     step_count: int = 0
     load: tuple[tuple[int, ...], ...] = ()
     load_window_s: float = 0.0
+    seconds_per_pick: float = 1e-5
     owner_deleted: bool = False
     stuck_terminating: bool = False
     uids: int = 0
@@ -163,7 +164,7 @@ class Sim:
             serving=ServingProgress() if serving else None,
             load=self.load,
             load_window_s=self.load_window_s,
-            seconds_per_pick=1e-5,
+            seconds_per_pick=self.seconds_per_pick,
             expert_bytes=1000,
             training=None if serving else TrainingProgress(step=self.epoch, done=self.training_done),
         )

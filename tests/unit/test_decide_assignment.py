@@ -184,3 +184,23 @@ def test_another_window_reaches_the_coordinator() -> None:
     edit(sim, experts={"redundantPerRank": 2, "rebalance": {"windowSeconds": 300}})
     sim.settle()
     assert sim.told is not None and sim.told.load_window_s == 300
+
+
+def test_what_saves_less_than_a_change_costs_or_may_be_one_windows_luck_changes_no_map() -> None:
+    sim = of_policy(rebalance={"maxMovedPercent": 100})
+    counted(sim, SKEWED)
+    sim.settle()
+    after = told_map(sim).digest
+    luck = [
+        [count + (19 if (expert + layer) % 3 else -19) for expert, count in enumerate(row)]
+        for layer, row in enumerate(SKEWED)
+    ]
+    counted(sim, luck)
+    sim.settle()
+    assert told_map(sim).digest == after
+    assert "taking it up costs 0.1 s" in sim.message("Balanced")
+    sim.seconds_per_pick = 1e-3
+    counted(sim, luck)
+    sim.settle()
+    assert told_map(sim).digest == after
+    assert "may be chance" in sim.message("Balanced")

@@ -8,6 +8,7 @@ Whether it is worth its moves is experts.replan's to say, in seconds; this modul
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import sqrt
 
 import numpy as np
 
@@ -35,6 +36,8 @@ FULL_WINDOW = 0.9
 CHANGE_S = 0.1
 """What taking up a new map costs beside its moves: ranks agree on an epoch and connect anew, 30 to 50 ms on four ranks
 of two shared cores (tests/bench: recovery), and the processes behind them notice."""
+CHANCE = 2.0
+"""Standard errors of a count (Poisson: its square root): what is less may be one window's luck."""
 EVEN_ENOUGH = 0.9
 """Of the balancedness that is possible at best; below it a service is called not balanced."""
 
@@ -208,22 +211,33 @@ def _weighed(  # noqa: PLR0917
         prices=prices,
         least_copies=plan.min_copies,
     )
-    is_new = found.gain_s - found.cost_s > CHANGE_S
-    told, is_even = _said(load_LE, fleet, found, is_new=is_new)
+    stays = _why_stay(found)
+    is_new = not stays
+    told, is_even = _said(load_LE, fleet, found, stays)
     reason = Reason.REBALANCED if is_new else Reason.BALANCED if is_even else Reason.IMBALANCED
     new_map = _next_map(current, fleet.slots_of_rank, found.logical_of_slot, found.share_of_slot) if is_new else current
     return Assigned(new_map, Condition("Balanced", "True" if is_even else "False", reason, told), now)
 
 
-def _said(load_LE: FloatArray, fleet: Fleet, found: Replan, *, is_new: bool) -> tuple[str, bool]:
+def _why_stay(found: Replan) -> str:
+    """Nothing where the new map is to be taken up."""
+    if found.gain_s <= found.cost_s:
+        return found.reason
+    saved_s, heaviest = found.gain_s - found.cost_s, sum(found.worst_before)
+    if saved_s <= CHANGE_S:
+        return f"stays: another map saves {saved_s:.3g} s, taking it up costs {CHANGE_S} s"
+    fewer = heaviest - sum(found.worst_after)
+    if fewer <= CHANCE * sqrt(heaviest):
+        return f"stays: another map spares the heaviest ranks {fewer:.0f} of {heaviest:.0f} picks, which may be chance"
+    return ""
+
+
+def _said(load_LE: FloatArray, fleet: Fleet, found: Replan, stays: str) -> tuple[str, bool]:
     """(the condition's message, whether the load will fall evenly enough)"""
     mean_L = load_LE.sum(1) / fleet.num_ranks
     before, after = (balancedness_of(mean_L, np.asarray(worst)) for worst in (found.worst_before, found.worst_after))
     best = balancedness_of(mean_L, bound_of_slots(load_LE, fleet))
-    told = f"balancedness {before:.3f}" + (f", {after:.3f} from now on" if is_new else "") + f", at best {best:.3f}"
-    if is_new or found.gain_s <= found.cost_s:
-        told += f"; {found.reason}"
-    else:
-        told += f"; stays: another map saves {found.gain_s - found.cost_s:.3g} s, taking it up costs {CHANGE_S} s"
-    is_even = (after if is_new else before) >= EVEN_ENOUGH * best
+    to_come = "" if stays else f", {after:.3f} from now on"
+    told = f"balancedness {before:.3f}{to_come}, at best {best:.3f}; {stays or found.reason}"
+    is_even = (before if stays else after) >= EVEN_ENOUGH * best
     return (told if is_even else f"{told}; raise experts.rebalance.maxMovedPercent or horizonSeconds"), is_even
