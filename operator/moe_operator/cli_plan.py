@@ -238,6 +238,8 @@ def _plan_as_json(found: Outlook | Refusal) -> dict[str, Any]:
             "gainSeconds": found.planned.gain_s,
             "costSeconds": found.planned.cost_s,
             "reason": found.planned.reason,
+            "crossDomainBytes": {"before": found.planned.crossed_before, "after": found.planned.crossed_after},
             "logicalOfSlot": found.planned.logical_of_slot,
+            "shareOfSlot": found.planned.share_of_slot,
         },
     }

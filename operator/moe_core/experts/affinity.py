@@ -1,8 +1,10 @@
 """Experts that the same tokens choose live in the same failure domain, so that a token crosses fewer of them.
 
-1. homes    each expert gets a home domain: the hottest first, each where most of what is chosen with it is already, as
-            long as the domain has room and is not too heavy; then pairs change homes while that brings more together
-2. copies   further copies go to other domains, to the lightest that lacks the expert: sources there stop crossing
+1. homes    each expert gets a home domain: the hottest first, each where most of what is chosen with it is already and
+            most of what chooses it comes from, as long as the domain has room and is not too heavy; then pairs change
+            homes while that brings more together
+2. copies   further copies go to other domains, those that ask most for them first, unless they are too heavy: sources
+            there stop crossing
 3. ranks    inside each domain pack.py spreads what is there over the ranks; what is then still uneven by more than a
             few percent is exchanged between domains after all
 
@@ -25,19 +27,27 @@ _MOST_EXCHANGES = 400
 _ROUNDS, _UNEVEN = 12, 0.02
 
 
-def pack_together(load_LE: FloatArray, copies_LE: IntArray, fleet: Fleet, together_LEE: FloatArray) -> Shelf:
-    """As `pack`, with `together_LEE` tokens that chose both. Raises InvalidInput for another shape of it."""
+def pack_together(
+    load_LE: FloatArray,
+    copies_LE: IntArray,
+    fleet: Fleet,
+    together_LEE: FloatArray,
+    from_LEG: FloatArray | None = None,
+) -> Shelf:
+    """As `pack`, with `together_LEE` tokens that chose both and `from_LEG` picks by the source's domain, alike from all
+    where it is None. Raises InvalidInput for another shape of them.
+    """
     num_layers, num_experts = load_LE.shape
-    if together_LEE.shape != (num_layers, num_experts, num_experts):
-        raise InvalidInput(
-            f"together must have the shape {[num_layers, num_experts, num_experts]}, got {list(together_LEE.shape)}"
-        )
+    from_LEG = np.zeros((num_layers, num_experts, fleet.num_domains)) if from_LEG is None else from_LEG
+    for name, given, last in (("together", together_LEE, num_experts), ("from", from_LEG, fleet.num_domains)):
+        if given.shape != (num_layers, num_experts, last):
+            raise InvalidInput(f"{name} must have the shape {[num_layers, num_experts, last]}, got {list(given.shape)}")
     room_G = np.bincount(fleet.domain_R, weights=fleet.slots_R, minlength=fleet.num_domains).astype(np.int64)
     logical_LRS = np.full((num_layers, fleet.num_ranks, int(fleet.slots_R.max())), num_experts + 1, dtype=np.int64)
     held_LEG = np.stack(
         [
-            _copies_of_domains(load, copies, _homes(load, together, room_G), room_G, fleet)
-            for load, copies, together in zip(load_LE, copies_LE, together_LEE, strict=True)
+            _copies_of_domains(load, copies, _homes(load, together, source, room_G), source, fleet)
+            for load, copies, together, source in zip(load_LE, copies_LE, together_LEE, from_LEG, strict=True)
         ]
     )
     per_copy_LE = load_LE / copies_LE
@@ -55,14 +65,14 @@ def pack_together(load_LE: FloatArray, copies_LE: IntArray, fleet: Fleet, togeth
     return shelf
 
 
-def _homes(load_E: FloatArray, together_EE: FloatArray, room_G: IntArray) -> IntArray:
+def _homes(load_E: FloatArray, together_EE: FloatArray, from_EG: FloatArray, room_G: IntArray) -> IntArray:
     """[E] the home of each expert: in proportion to the domains' slots, together with what is chosen with it."""
     num_experts = len(load_E)
     together = together_EE - np.diag(np.diag(together_EE))
     seats_G = np.asarray(proportional_shares(num_experts, room_G.tolist()))
     limit_G = load_E.sum() * room_G / room_G.sum() * _HEAVY
     home_E = np.full(num_experts, -1, dtype=np.int64)
-    near_EG = np.zeros((num_experts, len(room_G)))
+    near_EG = from_EG.astype(np.float64)
     load_G = np.zeros(len(room_G))
     for expert in np.argsort(-load_E, kind="stable").tolist():
         fits = seats_G > 0
@@ -107,19 +117,23 @@ def _exchange(  # noqa: PLR0917
 
 
 def _copies_of_domains(
-    load_E: FloatArray, copies_E: IntArray, home_E: IntArray, room_G: IntArray, fleet: Fleet
+    load_E: FloatArray, copies_E: IntArray, home_E: IntArray, from_EG: FloatArray, fleet: Fleet
 ) -> IntArray:
-    """[E, G] copies in each domain: one at home, the others where the load is lightest, evenly over the domains."""
+    """[E, G] copies in each domain: one at home, the others evenly over the domains, first where they are asked for."""
+    room_G = np.bincount(fleet.domain_R, weights=fleet.slots_R, minlength=fleet.num_domains).astype(np.int64)
     ranks_G = np.bincount(fleet.domain_R[fleet.slots_R > 0], minlength=fleet.num_domains)
     held_EG = np.zeros((len(load_E), len(room_G)), dtype=np.int64)
     per_copy_E = load_E / copies_E
     held_EG[np.arange(len(load_E)), home_E] = 1
     load_G = per_copy_E @ held_EG
+    limit_G = load_E.sum() * room_G / room_G.sum() * _HEAVY
     free_G = room_G - held_EG.sum(0)
     further = np.repeat(np.arange(len(load_E)), copies_E - 1)
     for expert in further[np.argsort(-per_copy_E[further], kind="stable")].tolist():
         is_full = (free_G <= 0) | (held_EG[expert] >= ranks_G)
-        domain = int(np.lexsort((load_G / np.maximum(room_G, 1), held_EG[expert], is_full))[0])
+        is_heavy = load_G + per_copy_E[expert] > limit_G
+        keys = (load_G / np.maximum(room_G, 1), -from_EG[expert], is_heavy, held_EG[expert], is_full)
+        domain = int(np.lexsort(keys)[0])
         held_EG[expert, domain] += 1
         load_G[domain] += per_copy_E[expert]
         free_G[domain] -= 1

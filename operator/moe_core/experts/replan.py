@@ -179,7 +179,7 @@ def replan(
 
 
 def _choices(task: _Task, start_part_LRS: IntArray) -> _Choices:
-    """All choices; a layout from scratch that has copies less far apart than they are is none."""
+    """All choices; a layout from scratch whose copies are nearer to each other, or too few, is none."""
     shelves = list(_from_scratch(task))
     path = improve(task.load_LE, task.start_LRS, task.fleet, most_steps=_STEPS, least_copies=task.least_copies)
     aligned = [align(shelf.logical_LRS, task.start_LRS, task.fleet, task.num_experts) for shelf in shelves]
@@ -192,8 +192,11 @@ def _choices(task: _Task, start_part_LRS: IntArray) -> _Choices:
     measured = [_measured(task, slots, part) for slots, part in zip(layouts, parts, strict=True)]
     seconds_KL = np.stack([seconds for _, seconds in measured])
     near_L = _too_near(task.load_LE, task.start_LRS, task.fleet)
+    floor_LE = np.minimum(copies_in(task.start_LRS, task.num_experts), task.least_copies)
     for place, slots in enumerate(aligned, start=len(layouts) - len(aligned)):
-        seconds_KL[place, _too_near(task.load_LE, slots, task.fleet) > near_L] = np.inf
+        is_none_L = _too_near(task.load_LE, slots, task.fleet) > near_L
+        is_none_L |= (copies_in(slots, task.num_experts) < floor_LE).any(1)
+        seconds_KL[place, is_none_L] = np.inf
     return _Choices(
         np.stack(layouts),
         np.stack(parts),
@@ -209,7 +212,7 @@ def _from_scratch(task: _Task) -> Iterator[Shelf]:
     copies_LE = count_copies(task.load_LE, room, most=fleet.ranks_with_slots, least=task.least_copies)
     yield pack(task.load_LE, copies_LE.copy(), fleet)
     if task.together_LEE is not None:
-        yield pack_together(task.load_LE, copies_LE.copy(), fleet, task.together_LEE)
+        yield pack_together(task.load_LE, copies_LE.copy(), fleet, task.together_LEE, task.from_LEG)
 
 
 def _measured(task: _Task, logical_LRS: IntArray, part_LRS: IntArray) -> tuple[FloatArray, FloatArray]:

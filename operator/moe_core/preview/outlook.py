@@ -121,7 +121,7 @@ def look_ahead(
     step = replace(_step(accepted), each_rank_its_own_load=load_RLE is not None)
     sent = load_LE if load_RLE is None else load_RLE
     traffic = None if size is None else _traffic(step, expert_map, sent, size, nodes)
-    planned = None if trace is None else _planned(expert_map, load_LE, nodes, size, prices or Prices())
+    planned = None if trace is None else _planned(expert_map, load_LE, load_RLE, nodes, size, prices or Prices())
     fleet = Fleet(expert_map.slots_of_rank)
     return Outlook(
         num_ranks=plan.num_ranks,
@@ -256,14 +256,30 @@ def _step(accepted: Accepted) -> Step:
     return Step(spec.serving.max_sequences, trains=False)
 
 
-def _planned(
+def _planned(  # noqa: PLR0917
     expert_map: ExpertMap,
     load_LE: FloatArray,
+    load_RLE: FloatArray | None,
     nodes: Sequence[str] | None,
     size: ModelSize | None,
     prices: Prices,
 ) -> Replan:
     fleet = Fleet(expert_map.slots_of_rank, domain_of_rank=tuple(nodes or ()))
     if size is not None:
-        prices = replace(prices, bytes_per_expert=size.expert_bytes)
-    return replan(load_LE, fleet, expert_map.logical_of_slot, prices=prices)
+        there_and_back = 2 * size.hidden_size * BYTES_PER_NUMBER
+        prices = replace(prices, bytes_per_expert=size.expert_bytes, bytes_per_pick=there_and_back)
+    return replan(
+        load_LE,
+        fleet,
+        expert_map.logical_of_slot,
+        prices=prices,
+        current_shares=expert_map.share_of_slot,
+        from_LEG=None if load_RLE is None else _by_domain(load_RLE, fleet),
+    )
+
+
+def _by_domain(load_RLE: FloatArray, fleet: Fleet) -> FloatArray:
+    """[L, E, G] who asks for whom."""
+    found = np.zeros((fleet.num_domains, *load_RLE.shape[1:]))
+    np.add.at(found, fleet.domain_R, load_RLE)
+    return found.transpose(1, 2, 0)
