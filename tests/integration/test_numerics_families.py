@@ -15,21 +15,27 @@ from numerics_reference import Reference
 pytestmark = pytest.mark.integration
 
 LAYOUTS = {
-    "one_rank": ((8,), tuple(range(8))),
-    "two_even": ((4, 4), tuple(range(8))),
-    "four_even": ((2, 2, 2, 2), tuple(range(8))),
-    "four_with_copies_and_a_rank_without_slots": ((5, 3, 0, 4), (0, 1, 2, 3, 4, 5, 6, 7, 0, 5, -1, 6)),
+    "one_rank": ((8,), tuple(range(8)), ()),
+    "two_even": ((4, 4), tuple(range(8)), ()),
+    "four_even": ((2, 2, 2, 2), tuple(range(8)), ()),
+    "four_with_uneven_copies_and_a_rank_without_slots": (
+        (5, 3, 0, 4),
+        (0, 1, 2, 3, 4, 5, 6, 7, 0, 5, -1, 6),
+        (1, 1, 1, 1, 1, 2, 0, 1, 3, 1, 0, 1),
+    ),
 }
 TOLERANCE = 1e-4
 
 
 def expert_map(family: str, layout: str) -> ExpertMap:
-    slots_of_rank, row = LAYOUTS[layout]
+    slots_of_rank, row, shares = LAYOUTS[layout]
+    num_layers = tasks.num_moe_layers(family)
     return ExpertMap(
         generation=1,
         num_logical_experts=tasks.NUM_EXPERTS,
         slots_of_rank=slots_of_rank,
-        logical_of_slot=(row,) * tasks.num_moe_layers(family),
+        logical_of_slot=(row,) * num_layers,
+        share_of_slot=(shares,) * num_layers if shares else (),
     )
 
 
@@ -84,7 +90,7 @@ def test_cached_decoding_of_uneven_ranks_equals_generate(
         num_ranks=4,
         store_path=str(tmp_path / "store"),
         folder=str(reference.folder),
-        expert_map=expert_map(family, "four_with_copies_and_a_rank_without_slots"),
+        expert_map=expert_map(family, "four_with_uneven_copies_and_a_rank_without_slots"),
         world=4,
         forced=reference.forced(),
         by_pick=by_pick,

@@ -42,7 +42,8 @@ class SlottedExperts:
 
         A layer whose slots stay as they are gives the tensors that lie in them: most layers of a new map are such.
         """
-        if tuple(logical_of_slot) == self.logical_of_slot:
+        # no slots may also mean that nothing has been installed yet, and then nothing lies there
+        if self.logical_of_slot and tuple(logical_of_slot) == self.logical_of_slot:
             return {name: self.entry.module.get_parameter(name).detach() for name in self.entry.parameter_names}
         wanted = [e for e in dict.fromkeys(logical_of_slot) if e != EMPTY_SLOT]
         resident = {e: slot for slot, e in enumerate(self.logical_of_slot) if e != EMPTY_SLOT}
