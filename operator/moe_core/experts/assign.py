@@ -1,8 +1,9 @@
 """Assignment: which logical expert lives in which slot of which rank. No policy replaces another in silence.
 
 linear    experts in order over the ranks, redundant copies on distinct ranks; ranks may own different numbers of slots
-deepseek  DeepSeek's EPLB (see eplb.py), then copies of one expert that met on a rank are swapped apart at the least
-          cost in balance, or give their slot to another expert; every rank that owns slots must own the same number
+deepseek  DeepSeek's EPLB over all ranks (see eplb.py), then copies of one expert that met on a rank swap apart at
+          the least cost in balance, or give their slot to another expert; every rank that owns slots must own the same
+          number
 """
 
 from collections.abc import Sequence
@@ -38,8 +39,6 @@ def assign(
     slots_of_rank: Sequence[int],
     load: ArrayLike | None = None,
     generation: int = 0,
-    num_groups: int = 1,
-    num_nodes: int = 1,
 ) -> ExpertMap:
     """A whole map. `load` is [L][E] tokens per logical expert; none, or a layer without any, spreads the copies evenly.
 
@@ -58,7 +57,7 @@ def assign(
     if policy == "linear":
         rows = _linear(layer_loads, slots_of_rank, num_logical_experts)
     else:
-        rows = _deepseek(layer_loads, slots_of_rank, num_logical_experts, num_groups, num_nodes)
+        rows = _deepseek(layer_loads, slots_of_rank, num_logical_experts)
     return ExpertMap(
         generation=generation,
         num_logical_experts=num_logical_experts,
@@ -96,11 +95,7 @@ def _linear(
 
 
 def _deepseek(
-    layer_loads: Sequence[FloatArray | None],
-    slots_of_rank: Sequence[int],
-    num_logical: int,
-    num_groups: int,
-    num_nodes: int,
+    layer_loads: Sequence[FloatArray | None], slots_of_rank: Sequence[int], num_logical: int
 ) -> list[tuple[int, ...]]:
     sizes = sorted({count for count in slots_of_rank if count})
     if len(sizes) > 1:
@@ -109,7 +104,7 @@ def _deepseek(
     if not layer_loads:
         return []
     weight = np.stack([np.ones(num_logical) if load_E is None else load_E for load_E in layer_loads])
-    logical, _, copies = rebalance_experts(weight, sizes[0] * num_ranks, num_groups, num_nodes, num_ranks)
+    logical, _, copies = rebalance_experts(weight, sizes[0] * num_ranks, 1, 1, num_ranks)
     rows: list[tuple[int, ...]] = []
     row_of_load: dict[bytes, tuple[int, ...]] = {}
     for layer_idx in range(len(layer_loads)):
