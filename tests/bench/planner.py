@@ -25,12 +25,13 @@ import numpy as np
 
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.experts.align import arrivals, copies_in, slots_on_ranks
+from moe_core.experts.anew import pack_anew
 from moe_core.experts.bounds import bound_of_copies
 from moe_core.experts.checks import FloatArray, IntArray
 from moe_core.experts.counts import count_copies
 from moe_core.experts.eplb import rebalance_experts
 from moe_core.experts.fleet import Fleet
-from moe_core.experts.pack import pack, pack_anew
+from moe_core.experts.pack import pack
 from moe_core.experts.replan import Prices, Rows, replan
 from moe_core.experts.shelf import Shelf, rows_of
 from moe_core.experts.traffic import StepShape, picks_between

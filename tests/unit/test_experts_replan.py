@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from moe_core.experts.anew import pack_anew
 from moe_core.experts.checks import FloatArray
 from moe_core.experts.fleet import Fleet
-from moe_core.experts.pack import pack_anew
 from moe_core.experts.replan import Prices, replan
 from moe_core.outcome import InvalidInput
 

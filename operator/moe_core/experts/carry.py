@@ -6,9 +6,9 @@ import numpy as np
 
 from moe_core.contract.expert_map import EMPTY_SLOT, ExpertMap
 from moe_core.experts.align import align, keep_places, slots_on_ranks
+from moe_core.experts.anew import pack_anew
 from moe_core.experts.checks import FloatArray
 from moe_core.experts.fleet import Fleet
-from moe_core.experts.pack import pack_anew
 from moe_core.experts.shelf import rows_of
 
 

@@ -97,11 +97,12 @@ def proportional_shares(total: int, room: Sequence[int]) -> list[int]:
     return shares
 
 
-def lay_out(room: Sequence[int], num_logical: int, load_E: FloatArray | None) -> Layout:
+def lay_out(room: Sequence[int], num_logical: int, load_E: FloatArray | None, *, least: int = 1) -> Layout:
     """One layer: homes first, then a copy at a time until the slots are full or no copy can go anywhere useful.
 
-    With a load the expert with the most load per copy comes next; without one the least copied, taken from the rank
-    whose homes are least copied, so that every rank holds a mix of copied and uncopied experts.
+    With a load the expert with the most load per copy comes next, those with fewer than `least` before all others;
+    without one the least copied, taken from the rank whose homes are least copied, so that every rank holds a mix of
+    copied and uncopied experts.
     """
     layout = Layout(room, num_logical)
     max_copies = sum(1 for r in room if r)
@@ -114,7 +115,7 @@ def lay_out(room: Sequence[int], num_logical: int, load_E: FloatArray | None) ->
         if load_E is None:
             chosen = int(open_E[np.lexsort((copied_of_home[layout.home_E[open_E]], copies))[0]])
         else:
-            chosen = int(open_E[np.lexsort((copies, -load_E[open_E] / copies))[0]])
+            chosen = int(open_E[np.lexsort((copies, -load_E[open_E] / copies, copies >= least))[0]])
             rank_load_R = (layout.holds_RE * (load_E / layout.copies_E)).sum(-1)
         if layout.place_copy(chosen, rank_load_R):
             copied_of_home[layout.home_E[chosen]] += 1

@@ -61,6 +61,12 @@ class Fleet:
         """No expert can have more copies than this without two on one rank."""
         return sum(1 for count in self.slots_of_rank if count)
 
+    @cached_property
+    def is_uniform(self) -> bool:
+        """All ranks that have slots are as wide and as fast as each other."""
+        working_R = self.slots_R > 0
+        return bool(np.ptp(self.slots_R[working_R]) == 0 and np.ptp(self.speed_R[working_R]) == 0)
+
     def room_for(self, num_experts: int) -> int:
         """Slots that can be filled: a rank has no use for more than one copy of each expert."""
         return int(np.minimum(self.slots_R, num_experts).sum())

@@ -15,11 +15,11 @@ from itertools import pairwise
 
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.experts.align import arrivals, slots_on_ranks
+from moe_core.experts.anew import pack_anew
 from moe_core.experts.assign import assign
 from moe_core.experts.checks import FloatArray
 from moe_core.experts.fleet import Fleet
 from moe_core.experts.measure import balance
-from moe_core.experts.pack import pack_anew
 from moe_core.experts.replan import Prices, Rows, replan
 from moe_core.outcome import InvalidInput
 

@@ -13,9 +13,9 @@ from math import comb
 import numpy as np
 
 from moe_core.contract.expert_map import EMPTY_SLOT, ExpertMap
+from moe_core.experts.hosts import smallest
 from moe_core.outcome import InvalidInput
 
-Hosts = frozenset[int]
 COUNTED = 200_000
 """So many choices of failing units are counted one by one: half a second."""
 
@@ -32,28 +32,25 @@ class Survival:
     error: float
 
 
-def host_sets(expert_map: ExpertMap, unit_of_rank: Sequence[int]) -> frozenset[Hosts]:
-    """The distinct sets of units that host an expert in some layer, without those that contain another one.
+def host_sets(expert_map: ExpertMap, unit_of_rank: Sequence[int]) -> list[int]:
+    """The distinct sets of units that host an expert in some layer, without those that contain another one; a set is a
+    number with a bit for each unit.
 
     Raises InvalidInput if a unit is missing for a rank, or an expert has no copy at all.
     """
     if len(unit_of_rank) != expert_map.num_ranks:
         raise InvalidInput(f"unit_of_rank must have {expert_map.num_ranks} entries, got {len(unit_of_rank)}")
     unit_of_slot = [unit_of_rank[rank] for rank in expert_map.rank_of_slot]
-    found: set[Hosts] = set()
+    found: set[int] = set()
     for layer_idx, row in enumerate(expert_map.logical_of_slot):
-        hosts: list[set[int]] = [set() for _ in range(expert_map.num_logical_experts)]
+        hosts = [0] * expert_map.num_logical_experts
         for slot, logical in enumerate(row):
             if logical != EMPTY_SLOT:
-                hosts[logical].add(unit_of_slot[slot])
+                hosts[logical] |= 1 << unit_of_slot[slot]
         if not all(hosts):
-            raise InvalidInput(f"layer {layer_idx} must hold every expert, expert {hosts.index(set())} is in no slot")
-        found.update(frozenset(units) for units in hosts)
-    smallest: list[Hosts] = []
-    for candidate in sorted(found, key=lambda units: (len(units), sorted(units))):
-        if not any(known <= candidate for known in smallest):
-            smallest.append(candidate)
-    return frozenset(smallest)
+            raise InvalidInput(f"layer {layer_idx} must hold every expert, expert {hosts.index(0)} is in no slot")
+        found.update(hosts)
+    return smallest(found)
 
 
 def survival(
@@ -66,14 +63,14 @@ def survival(
 ) -> Survival:
     """The chance that coverage survives `failures` random units. Ranks are the units by default."""
     units_of = tuple(range(expert_map.num_ranks)) if unit_of_rank is None else tuple(unit_of_rank)
-    units = sorted(set(units_of))
+    units = {unit: index for index, unit in enumerate(sorted(set(units_of)))}
     if not 0 <= failures <= len(units):
         raise InvalidInput(f"failures must be between 0 and the {len(units)} units, got {failures}")
-    fatal = [hosts for hosts in host_sets(expert_map, units_of) if len(hosts) <= failures]
-    masks_FU = np.zeros((len(fatal), len(units)), dtype=np.float32)
-    place = {unit: index for index, unit in enumerate(units)}
-    for row, hosts in enumerate(sorted(fatal, key=sorted)):
-        masks_FU[row, [place[unit] for unit in sorted(hosts)]] = 1
+    fatal = [
+        hosts for hosts in host_sets(expert_map, [units[unit] for unit in units_of]) if hosts.bit_count() <= failures
+    ]
+    masks_FU = np.asarray([[hosts >> unit & 1 for unit in units.values()] for hosts in fatal], dtype=np.float32)
+    masks_FU = masks_FU.reshape(len(fatal), len(units))
     sizes_F = masks_FU.sum(1)
     if not fatal or failures == 0:
         return Survival(failures, len(units), 1.0, 0.0)
