@@ -8,8 +8,9 @@ For given copies, split evenly (`bound_of_copies`), whatever the packing:
     apart     of the i heaviest copies two share a rank, or they are on i ranks and share these with the lightest
     paired    with two slots on each rank nothing beats the heaviest with the lightest, and so on
 
-For a budget of slots (`bound_of_slots`) whatever the number of copies: the mean, and the largest copy that remains when
-copies are counted best (counts.py). With unlike speeds a copy is taken to be on the fastest rank, which is weaker.
+For a budget of slots (`bound_of_slots`), however many copies there are and however they divide their expert's load: the
+mean, and the largest mean copy that remains when copies are counted best (counts.py). With unlike speeds a copy is
+taken to be on the fastest rank, which is weaker.
 """
 
 import numpy as np
