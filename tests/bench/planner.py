@@ -3,11 +3,12 @@
     PYTHONPATH=tests:operator python tests/bench/planner.py --eplb /path/to/EPLB/eplb.py
 
 Loads as in the field's comparisons: 58 layers of 256 experts, 524,288 routed picks a layer, drawn with numpy's
-default_rng(0), popularity Zipf or lognormal and permuted in each layer. Copies share their expert's load
-evenly but where a plan from the map there is (resample, drift) splits it; its budget row may move 5 % of the slots.
-balance is mean over max of the ranks' load, meant over layers; bound is the best that any packing of the plan's own
-copies could have; cross is the part of the picks that leave their node, of four nodes. Without --eplb the peer is
-moerator's `deepseek` policy, which is exact on EPLB's published example.
+default_rng(0), popularity Zipf or lognormal and permuted in each layer. Copies share their expert's load evenly but
+where a plan from the map there is (resample, drift) splits it; its budget row may move 5 % of the slots. balance is
+mean over max of the ranks' load, meant over layers; bound is the best that any packing of the plan's own copies could
+have; as dealt is balance with tokens on whole lanes, as the data plane has them; cross is the part of the picks that
+leave their node, of four nodes. Without --eplb the peer is moerator's `deepseek` policy, which is exact on EPLB's
+published example.
 """
 
 import argparse
@@ -121,6 +122,19 @@ def cross_of(logical_LRS: IntArray, load: FloatArray, fleet: Fleet) -> float:
     return float(picks_RR[is_cross_RR].sum() / picks_RR.sum())
 
 
+def dealt(rows: Rows, shares: Rows, load: FloatArray, fleet: Fleet) -> float:
+    """Balance with each source's tokens on whole lanes, as the data plane deals them (choice.py)."""
+    expert_map = ExpertMap(
+        generation=0,
+        num_logical_experts=EXPERTS,
+        slots_of_rank=fleet.slots_of_rank,
+        logical_of_slot=rows,
+        share_of_slot=shares,
+    )
+    load_LR = picks_between(expert_map, load, StepShape(1, 1, 1, 1)).sum(1)
+    return float((load_LR.mean(1) / load_LR.max(1)).mean())
+
+
 def from_scratch(num_ranks: int, peer: Peer, runs: int) -> list[dict[str, Any]]:
     rows = []
     for kind in KINDS:
@@ -176,6 +190,8 @@ def resampled(peer: Peer, num_ranks: int) -> list[dict[str, Any]]:
                     "before": stays,
                     "after": after,
                     "of the gain": (after - stays) / (best - stays),
+                    "as dealt": dealt(plan.logical_of_slot, plan.share_of_slot, second, fleet),
+                    "before, dealt": dealt(start.rows(), (), second, fleet),
                 }
             )
         before, after_rows = (
@@ -190,6 +206,8 @@ def resampled(peer: Peer, num_ranks: int) -> list[dict[str, Any]]:
                 "before": judged(before, second, fleet)["balance"],
                 "after": judged(after_rows, second, fleet)["balance"],
                 "of the gain": 1.0,
+                "as dealt": dealt(rows_of(after_rows, fleet, EXPERTS), (), second, fleet),
+                "before, dealt": dealt(rows_of(before, fleet, EXPERTS), (), second, fleet),
             }
         )
     return rows
