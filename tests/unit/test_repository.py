@@ -76,3 +76,9 @@ def test_no_exception_is_caught_blindly_outside_reconcile() -> None:
         and not any(isinstance(node, ast.Raise) and node.exc is None for node in ast.walk(handler))
     ]
     assert not blind
+
+
+def test_the_guide_to_the_planner_names_every_module_of_it() -> None:
+    folder = ROOT / "operator/moe_core/experts"
+    guide = set(re.findall(r"\w+", (folder / "__init__.py").read_text()))
+    assert not {path.stem for path in folder.glob("*.py")} - {"__init__"} - guide
