@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from moe_core.experts.checks import FloatArray
 from moe_core.experts.counts import count_copies
 from moe_core.experts.fleet import Fleet
-from moe_core.experts.pack import deal, even, pack, part
+from moe_core.experts.pack import deal, even, pack, part, settle
 from planner_cases import copies_of, problems
 
 
@@ -41,6 +41,21 @@ def test_evening_out_never_makes_the_worst_rank_worse(problem: tuple[FloatArray,
     assert (shelf.load_LR.max(1) <= before + 1e-9).all()
     assert shelf.crowded_LRS().sum() <= crowded
     assert not shelf.repeats_LRS().any()
+
+
+@given(problems())
+def test_settling_leaves_no_exchange_that_would_relieve_the_heaviest_rank(problem: tuple[FloatArray, Fleet]) -> None:
+    load, fleet = problem
+    shelf = deal(load, copies_of(load, fleet), fleet)
+    part(shelf)
+    before, crowded = shelf.load_LR.max(1), shelf.crowded_LRS().sum()
+    settle(shelf)
+    settled = shelf.load_LR.max(1)
+    assert (settled <= before + 1e-9).all()
+    assert shelf.crowded_LRS().sum() <= crowded
+    assert not shelf.repeats_LRS().any()
+    settle(shelf)
+    np.testing.assert_allclose(shelf.load_LR.max(1), settled)
 
 
 @given(problems(), st.sampled_from([1e-3, 2.0, 1e6]))
