@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moe_core.contract.expert_map import EMPTY_SLOT
 from moe_core.experts.checks import IntArray
 from moe_core.experts.fleet import Fleet
 from moe_core.experts.shelf import BoolArray
 from moe_core.outcome import InvalidInput
+
+MOST_HOLDERS = 256
+"""Ranks that hold an expert and are thought of for a row that wants it; only fleets of a thousand ranks have more."""
 
 
 def slots_on_ranks(logical_of_slot: Sequence[Sequence[int]], fleet: Fleet, *, num_experts: int) -> IntArray:
@@ -56,36 +58,57 @@ def keep_places(end_LRS: IntArray, start_LRS: IntArray, num_experts: int) -> Int
 def align(anew_LRS: IntArray, start_LRS: IntArray, fleet: Fleet, num_experts: int) -> IntArray:
     """`anew` with its rows dealt to ranks so that few experts move: the pair that shares most comes first.
 
-    Only ranks that are alike (slots, speed, failure domain) change rows: neither balance nor spread changes.
+    Only ranks that are alike (slots, speed, failure domain) change rows: neither balance nor spread changes. A pair of
+    ranks counts only if it shares an expert, and of the ranks that hold a row's expert no more than MOST_HOLDERS do, so
+    time grows with the slots and not with all pairs of ranks.
     """
-    held_LRX, wanted_LRX = (np.zeros((*x.shape[:2], num_experts + 2), dtype=np.float32) for x in (start_LRS, anew_LRS))
-    np.put_along_axis(held_LRX, start_LRS, 1, axis=2)
-    np.put_along_axis(wanted_LRX, anew_LRS, 1, axis=2)
-    aligned = anew_LRS.copy()
-    for ranks in _alike(fleet):
-        shared_Lnr = wanted_LRX[:, ranks, :num_experts] @ held_LRX[:, ranks, :num_experts].transpose(0, 2, 1)
-        for layer, shared_nr in enumerate(shared_Lnr):
-            rows, targets = _greedy_pairs(shared_nr)
-            aligned[layer, ranks[targets]] = anew_LRS[layer, ranks[rows]]
-    return aligned
+    kind_R = _kinds(fleet)
+    kind_N = (np.arange(len(anew_LRS))[:, None] * (int(kind_R.max()) + 1) + kind_R).reshape(-1)  # N = L * R
+    row_P, target_P = _pairs(anew_LRS, start_LRS, kind_N, num_experts)
+    target_of_row, row_of_target = [-1] * len(kind_N), [-1] * len(kind_N)
+    for row, target in zip(row_P.tolist(), target_P.tolist(), strict=True):
+        if target_of_row[row] < 0 and row_of_target[target] < 0:
+            target_of_row[row], row_of_target[target] = target, row
+    target_N, row_N = np.asarray(target_of_row), np.asarray(row_of_target)
+    left_rows, left_targets = (np.flatnonzero(partner_N < 0) for partner_N in (target_N, row_N))
+    by_kind_rows, by_kind_targets = (
+        left[np.argsort(kind_N[left], kind="stable")] for left in (left_rows, left_targets)
+    )
+    row_N[by_kind_targets] = by_kind_rows
+    aligned_LRS: IntArray = anew_LRS.reshape(len(kind_N), -1)[row_N].reshape(anew_LRS.shape)
+    return aligned_LRS
 
 
-def _alike(fleet: Fleet) -> list[IntArray]:
+def _kinds(fleet: Fleet) -> IntArray:
+    """[R] equal for ranks that are alike."""
     domain_R = fleet.domain_R if fleet.num_domains < fleet.num_ranks else np.zeros(fleet.num_ranks)
     kind_R3 = np.stack([domain_R, fleet.slots_R, fleet.speed_R], axis=1)
-    _, kind_R = np.unique(kind_R3, axis=0, return_inverse=True)
-    return [np.flatnonzero(kind_R.reshape(-1) == kind) for kind in range(int(kind_R.max()) + 1)]
+    kind_R: IntArray = np.unique(kind_R3, axis=0, return_inverse=True)[1].reshape(-1)
+    return kind_R
 
 
-def _greedy_pairs(shared_nn: NDArray[np.float32]) -> tuple[list[int], list[int]]:
-    """Each row with one column, largest entries first, ties to the lowest."""
-    size = len(shared_nn)
-    row_is_free, column_is_free = [True] * size, [True] * size
-    rows, columns = [], []
-    for flat in np.argsort(-shared_nn.reshape(-1), kind="stable").tolist():
-        row, column = divmod(flat, size)
-        if row_is_free[row] and column_is_free[column]:
-            row_is_free[row] = column_is_free[column] = False
-            rows.append(row)
-            columns.append(column)
-    return rows, columns
+def _pairs(anew_LRS: IntArray, start_LRS: IntArray, kind_N: IntArray, num_experts: int) -> tuple[IntArray, IntArray]:
+    """(row of `anew`, rank it would go to) of one kind with an expert in common, those with most first, then lowest."""
+    row_K, wanted_K = _held(anew_LRS, kind_N, num_experts)
+    rank_K, held_K = _held(start_LRS, kind_N, num_experts)
+    by_key = np.argsort(held_K, kind="stable")
+    first_K, after_K = (np.searchsorted(held_K[by_key], wanted_K, side=side) for side in ("left", "right"))
+    holders_K = after_K - first_K
+    looked_at_K = np.minimum(holders_K, MOST_HOLDERS)
+    turn_P = np.arange(looked_at_K.sum()) - np.repeat(looked_at_K.cumsum() - looked_at_K, looked_at_K)
+    is_many_K = holders_K > MOST_HOLDERS
+    begin_K = np.where(is_many_K, row_K % np.maximum(holders_K, 1), 0)  # so that all holders are looked at by somebody
+    turn_P = (turn_P + np.repeat(begin_K, looked_at_K)) % np.repeat(holders_K, looked_at_K)
+    rank_P = rank_K[by_key[np.repeat(first_K, looked_at_K) + turn_P]]
+    pair_P, shared_P = np.unique(np.repeat(row_K, looked_at_K) * len(kind_N) + rank_P, return_counts=True)
+    row_P, target_P = np.divmod(pair_P[np.argsort(-shared_P, kind="stable")], len(kind_N))
+    return row_P, target_P
+
+
+def _held(logical_LRS: IntArray, kind_N: IntArray, num_experts: int) -> tuple[IntArray, IntArray]:
+    """Each expert of each rank once: the rank, counted over all layers, and expert and kind as one number."""
+    logical_NS = np.sort(logical_LRS.reshape(len(kind_N), -1), axis=1)
+    is_one_NS = logical_NS < num_experts
+    is_one_NS[:, 1:] &= logical_NS[:, 1:] != logical_NS[:, :-1]
+    rank_K, place_K = np.nonzero(is_one_NS)
+    return rank_K, kind_N[rank_K] * num_experts + logical_NS[rank_K, place_K]

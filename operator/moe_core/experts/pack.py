@@ -91,10 +91,10 @@ def part(shelf: Shelf) -> None:
     _part(shelf, Shelf.crowded_LRS)
 
 
-def _part(shelf: Shelf, find: Callable[[Shelf], BoolArray]) -> None:
+def _part(shelf: Shelf, find: Callable[[Shelf, IntArray | slice], BoolArray]) -> None:
     """Exchange what `find` finds, until there is nothing left or no partner for it."""
     to_other_domain = find == Shelf.crowded_LRS
-    wrong_LRS = find(shelf)
+    wrong_LRS = find(shelf, slice(None))
     given_up_LRS = np.zeros_like(wrong_LRS)
     while True:
         layer = np.flatnonzero(wrong_LRS.any((1, 2)))
@@ -107,7 +107,7 @@ def _part(shelf: Shelf, find: Callable[[Shelf], BoolArray]) -> None:
         given_up_LRS[layer[~has_partner], rank[~has_partner], place[~has_partner]] = True
         partner_slot = np.divmod(partner[has_partner], width)
         shelf.swap(layer[has_partner], (rank[has_partner], place[has_partner]), partner_slot)
-        wrong_LRS = find(shelf) & ~given_up_LRS
+        wrong_LRS[layer] = find(shelf, layer) & ~given_up_LRS[layer]
 
 
 def _partners(shelf: Shelf, layer: IntArray, rank: IntArray, place: IntArray, *, to_other_domain: bool) -> IntArray:
