@@ -87,7 +87,7 @@ def test_parts_come_back_from_a_maps_rows(case: tuple[FloatArray, Shelf]) -> Non
     load, shelf = case
     parts = whole_parts(best_shares(load, shelf.logical_LRS, shelf.fleet), shelf.logical_LRS, shelf.num_experts)
     rows = rows_of_parts(parts, shelf.fleet)
-    np.testing.assert_array_equal(parts_on_ranks(rows, shelf.logical_LRS, shelf.fleet), parts)
+    np.testing.assert_array_equal(parts_on_ranks(rows, shelf.logical_LRS, shelf.fleet, load.shape[1]), parts)
 
 
 @given(laid_out(), st.sampled_from([1e-3, 0.5, 1e4]))
@@ -107,4 +107,4 @@ def test_the_unit_of_the_load_does_not_matter(case: tuple[FloatArray, Shelf], un
 def test_shares_of_another_shape_or_sign_are_refused(rows: tuple[tuple[int, ...], ...], said: str) -> None:
     fleet = Fleet((2, 2))
     with pytest.raises(InvalidInput, match=said):
-        parts_on_ranks(rows, np.asarray([[[0, 1], [1, 2]]]), fleet)
+        parts_on_ranks(rows, np.asarray([[[0, 1], [1, 2]]]), fleet, 3)

@@ -36,6 +36,12 @@ def test_even_shares_go_unsaid() -> None:
     assert planned.reason == "stays: no other assignment is more even"
 
 
+def test_an_empty_slot_of_a_layer_that_stays_has_no_share_beside_one_that_is_split() -> None:
+    load = np.asarray([[0.0, 0.0], [1.0, 1.0]])
+    planned = replan(load, Fleet((1, 3)), [[0, 0, 1, -1], [0, 0, 1, -1]], prices=FREE)
+    assert [row[3] for row in planned.share_of_slot] == [0, 0]
+
+
 def test_shares_that_were_given_are_what_staying_means() -> None:
     load = np.asarray([[100.0]])
     planned = replan(load, Fleet((1, 1)), [[0, 0]], prices=FREE, current_shares=[[3, 1]])

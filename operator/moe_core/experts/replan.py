@@ -174,7 +174,7 @@ def replan(
         raise InvalidInput(f"current[{layer}] must hold every expert, expert {expert} is in no slot")
     links_GG = None if links_RR is None else between_domains(links_RR, fleet)
     task = _Task(load_LE, fleet, start_LRS, prices, least_copies, links_GG, together_LEE, from_LEG)
-    choices = _choices(task, parts_on_ranks(current_shares, start_LRS, fleet))
+    choices = _choices(task, parts_on_ranks(current_shares, start_LRS, fleet, load_LE.shape[1]))
     return _replan(task, choices, _within(choices, task.move_s, prices.most_moves))
 
 

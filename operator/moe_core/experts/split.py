@@ -180,12 +180,13 @@ def vessels(logical_LRS: IntArray, amount_LRS: FloatArray) -> IntArray:
     return found.reshape(num_layers, num_ranks)
 
 
-def parts_on_ranks(share_of_slot: Sequence[Sequence[int]], logical_LRS: IntArray, fleet: Fleet) -> IntArray:
+def parts_on_ranks(
+    share_of_slot: Sequence[Sequence[int]], logical_LRS: IntArray, fleet: Fleet, num_experts: int
+) -> IntArray:
     """share_of_slot of an ExpertMap as parts [L, R, S]; nothing at all means evenly. Raises InvalidInput."""
     exists_RS = np.arange(logical_LRS.shape[2])[None, :] < fleet.slots_R[:, None]
-    found = np.zeros(logical_LRS.shape, dtype=np.int64)
+    found = (logical_LRS < num_experts).astype(np.int64)
     if not share_of_slot:
-        found[:, exists_RS] = 1
         return found
     lengths = sorted({len(row) for row in share_of_slot})
     if len(share_of_slot) != len(logical_LRS) or lengths != [fleet.num_slots]:
