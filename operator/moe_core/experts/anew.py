@@ -8,6 +8,7 @@ nor less likely to keep every expert when 1 to 4 ranks fail.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Self
 
 import numpy as np
@@ -27,6 +28,8 @@ AS_EVEN = 1e-3
 """So much more on the heaviest rank is given for a safer layout: what a window of half a million picks is sure of."""
 SMALL = 2048
 """Slots of all layers in a small layout: 10 to 100 ms."""
+LARGEST_GROUP = 8
+"""Ranks that hold the same experts: no seven failures lose one, and every size below is a plan more."""
 _STEPS = 400
 """Exchanges looked for in a small layout: 0.1 ms each."""
 
@@ -43,7 +46,7 @@ def pack_anew(load_LE: FloatArray, fleet: Fleet, *, least_copies: int = 1) -> Sh
     if first is None:
         return packed
     bound_L, crowded = _heaviest(load_LE, packed) * (1 + AS_EVEN), packed.crowded_LRS().sum()
-    for shelf in (first, *mirrored):
+    for shelf in chain((first,), mirrored):
         if shelf.crowded_LRS().sum() <= crowded and (_heaviest(load_LE, shelf) <= bound_L).all():
             return shelf
     return packed
@@ -52,7 +55,7 @@ def pack_anew(load_LE: FloatArray, fleet: Fleet, *, least_copies: int = 1) -> Sh
 def _mirrored(load_LE: FloatArray, fleet: Fleet, least_copies: int) -> Iterator[Shelf]:
     """On groups of as many ranks as every expert can have copies, then on smaller ones."""
     num_experts = load_LE.shape[1]
-    largest = min(fleet.room_for(num_experts) // num_experts, fleet.ranks_with_slots)
+    largest = min(fleet.room_for(num_experts) // num_experts, fleet.ranks_with_slots, LARGEST_GROUP)
     for size in range(largest, max(least_copies, 2) - 1, -1):
         shelf = pack_mirrored(load_LE, fleet, size)
         if shelf is not None:

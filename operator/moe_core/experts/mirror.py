@@ -9,7 +9,9 @@ A group acts as one wide rank: experts are packed onto groups as copies are pack
 of a group gets a copy. An expert that is hot enough for more copies than a group has members gets a second group.
 """
 
+from collections import deque
 from collections.abc import Sequence
+from heapq import heapify, heappop, heappush
 
 import numpy as np
 
@@ -31,15 +33,20 @@ def mirror_groups(fleet: Fleet, size: int) -> tuple[Group, ...]:
     that members are alike.
     """
     by_width = sorted(np.flatnonzero(fleet.slots_R).tolist(), key=lambda r: (-fleet.slots_R[r], -fleet.speed_R[r], r))
-    ranks_of: dict[int, list[int]] = {}
+    ranks_of: dict[int, deque[int]] = {}
     for rank in by_width:
-        ranks_of.setdefault(int(fleet.domain_R[rank]), []).append(rank)
+        ranks_of.setdefault(int(fleet.domain_R[rank]), deque()).append(rank)
+    by_left = [(-len(ranks), place, domain) for place, (domain, ranks) in enumerate(ranks_of.items())]
+    heapify(by_left)
     groups: list[list[int]] = []
     for _ in range(len(by_width) // size):
         group: list[int] = []
         while len(group) < size:
-            left = sorted((d for d in ranks_of if ranks_of[d]), key=lambda d: -len(ranks_of[d]))
-            group += [ranks_of[d].pop(0) for d in left[: size - len(group)]]
+            chosen = [heappop(by_left) for _ in range(min(size - len(group), len(by_left)))]
+            group += [ranks_of[domain].popleft() for _, _, domain in chosen]
+            for left, place, domain in chosen:
+                if left < -1:
+                    heappush(by_left, (left + 1, place, domain))
         groups.append(group)
     for rank in (r for ranks in ranks_of.values() for r in ranks):
         met = [sum(fleet.domain_R[r] == fleet.domain_R[rank] for r in group) for group in groups]
