@@ -25,7 +25,8 @@ def two_layouts(draw: st.DrawFn) -> tuple[IntArray, IntArray, Fleet, int]:
 def one_pair_after_the_other(anew_RS: IntArray, start_RS: IntArray, fleet: Fleet, num_experts: int) -> IntArray:
     """The reference: of all pairs that are left, the one that shares most, then the lowest."""
     held, wanted = ([set(row[row < num_experts].tolist()) for row in rows] for rows in (start_RS, anew_RS))
-    domains = fleet.domain_of_rank or ("",) * fleet.num_ranks
+    shares_domains = fleet.num_domains < fleet.num_ranks
+    domains = fleet.domain_of_rank if shares_domains else ("",) * fleet.num_ranks
     alike = list(zip(domains, fleet.slots_of_rank, strict=True))
     ranks = range(fleet.num_ranks)
     pairs = [
