@@ -174,4 +174,4 @@ def test_rows_that_arrive_at_the_copies_are_as_many_as_their_shares_say(way: str
     with ThreadPoolExecutor(emap.num_ranks) as pool:
         for job in [pool.submit(run, rank) for rank in ranks]:
             job.result(timeout=10)
-    assert rows_of_slot.tolist() == [30, 12, 24, 6, 24]
+    assert rows_of_slot.tolist() == [60, 24, 48, 12, 48]

@@ -29,9 +29,13 @@ from moe_core.experts.parts import live_slots, sums_so_far, weights_of_slots
 from moe_core.outcome import InvalidInput
 
 NO_SLOT = -1
-_ORDER_W = np.asarray([0, 4, 2, 6, 1, 5, 3, 7], dtype=np.int64)
+WAYS = 16
+"""A lane of an expert with a sixth of all picks (the hottest of 256 by Zipf) is 1 % of what a rank carries; 8 ways make
+it 2 %. 16 take 40 ms of a new epoch for 320 ranks of 61 layers, 32 take 65."""
+_ORDER_W = np.asarray([0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15], dtype=np.int64)
 """Of a source's lanes, by way (van der Corput's sequence): a step of few tokens meets the parts as well as it can."""
-WAYS = len(_ORDER_W)
+_GOLDEN = 0.618
+"""Turns by this part of a circle spread over it evenly, however few they are."""
 
 
 def choose_slots(
@@ -111,7 +115,7 @@ class Lanes:
         open_M = np.maximum(1, WAYS * int(self.size_G[domain]) - self._sum(own_C, is_here_C))
         lane_WM = _ORDER_W[(np.arange(WAYS)[:, None] + self.turn_M) % WAYS]
         at_WM = WAYS * int(self.place_R[source]) - self._sum(own_C, is_before_C) + lane_WM - mine_M
-        shift_M = self.turn_M % open_M
+        shift_M = self.turn_M * np.maximum(1, (open_M * _GOLDEN).astype(np.int64)) % open_M
         nears_before_WM = (at_WM * near_M + shift_M) // open_M
         is_near_WM = ((at_WM + 1) * near_M + shift_M) // open_M > nears_before_WM
         fars_before_M = WAYS * int(self.size_G[:domain].sum()) - self._sum(own_C + near_C, is_earlier_C)
