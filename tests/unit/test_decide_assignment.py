@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 
+import pytest
+
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.experts.measure import balance, copies_of_logical
+from moe_core.experts.survival import survival
 from moe_core.facts import ApplyObject, PutWish
 from simcluster import Sim, edit, gpu_nodes, gpu_template, make, running, service_spec
 
@@ -204,3 +207,14 @@ def test_what_saves_less_than_a_change_costs_or_may_be_one_windows_luck_changes_
     sim.settle()
     assert told_map(sim).digest == after
     assert "may be chance" in sim.message("Balanced")
+
+
+def test_two_promised_copies_stay_on_groups_of_ranks_and_survive_as_well_as_before() -> None:
+    sim = of_policy(redundantPerRank=6, minCopies=2, rebalance={"maxMovedPercent": 100})
+    before = survival(told_map(sim), failures=2).chance
+    assert before == pytest.approx(4 / 6)  # two pairs of four ranks
+    for load in (SKEWED, tuple(tuple(reversed(row)) for row in SKEWED)):
+        counted(sim, load)
+        sim.settle()
+        assert balance(told_map(sim), load).balancedness > 0.95
+        assert survival(told_map(sim), failures=2).chance == before

@@ -21,6 +21,7 @@ from moe_core.experts.bounds import bound_of_slots
 from moe_core.experts.carry import carry_over
 from moe_core.experts.checks import FloatArray
 from moe_core.experts.fleet import Fleet
+from moe_core.experts.groups import replan_groups
 from moe_core.experts.measure import balancedness_of, copies_of_logical
 from moe_core.experts.replan import Prices, Replan, Rows, replan
 from moe_core.facts import Condition, Facts, ObjectFact, Wish
@@ -203,7 +204,8 @@ def _weighed(  # noqa: PLR0917
         horizon=rebalance.horizon_seconds / runtime.load_window_s,
         most_moves=rebalance.max_moved_percent * fleet.num_slots * plan.num_layers // 100,
     )
-    found = replan(
+    way = replan_groups if plan.min_copies > 1 else replan
+    found = way(
         load_LE,
         fleet,
         current.logical_of_slot,

@@ -79,6 +79,21 @@ def align(anew_LRS: IntArray, start_LRS: IntArray, fleet: Fleet, num_experts: in
     return aligned_LRS
 
 
+def align_ranks(anew_LRS: IntArray, start_LRS: IntArray, fleet: Fleet, num_experts: int) -> IntArray:
+    """As `align`, but a rank gets one row of `anew` for all layers: groups of ranks that hold the same stay groups."""
+    num_layers, num_ranks, width = anew_LRS.shape
+    first_L = np.arange(num_layers)[:, None, None] * num_experts
+
+    def as_one_layer(logical_LRS: IntArray) -> IntArray:
+        """[1, R, L * S], each layer's experts by numbers of their own."""
+        names_LRS = np.where(logical_LRS < num_experts, logical_LRS + first_L, logical_LRS + first_L[-1])
+        return names_LRS.transpose(1, 0, 2).reshape(1, num_ranks, num_layers * width)
+
+    aligned = align(as_one_layer(anew_LRS), as_one_layer(start_LRS), fleet, num_layers * num_experts)
+    names_LRS = aligned.reshape(num_ranks, num_layers, width).transpose(1, 0, 2)
+    return np.where(names_LRS < num_layers * num_experts, names_LRS - first_L, names_LRS - first_L[-1])
+
+
 def _kinds(fleet: Fleet) -> IntArray:
     """[R] equal for ranks that are alike."""
     domain_R = fleet.domain_R if fleet.num_domains < fleet.num_ranks else np.zeros(fleet.num_ranks)

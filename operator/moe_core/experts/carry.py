@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_core.contract.expert_map import EMPTY_SLOT, ExpertMap
-from moe_core.experts.align import align, keep_places, slots_on_ranks
-from moe_core.experts.anew import pack_anew
+from moe_core.experts.align import align, align_ranks, keep_places, slots_on_ranks
 from moe_core.experts.checks import FloatArray
 from moe_core.experts.fleet import Fleet
+from moe_core.experts.groups import mirrors, pack_groups
 from moe_core.experts.shelf import rows_of
 
 
@@ -21,8 +21,10 @@ def carry_over(
     """
     num_experts = expert_map.num_logical_experts
     held_LRS = slots_on_ranks(_held(expert_map, fleet.slots_of_rank), fleet, num_experts=num_experts)
-    anew = pack_anew(load_LE, fleet, least_copies=least_copies)
-    dealt_LRS = align(anew.logical_LRS, held_LRS, fleet, num_experts)
+    anew = pack_groups(load_LE, fleet, least_copies=least_copies)
+    is_mirrored = mirrors(anew.logical_LRS, fleet) is not None
+    deal = align_ranks if is_mirrored else align
+    dealt_LRS = deal(anew.logical_LRS, held_LRS, fleet, num_experts)
     return rows_of(keep_places(dealt_LRS, held_LRS, num_experts), fleet, num_experts)
 
 

@@ -30,9 +30,14 @@ def mirror_groups(fleet: Fleet, size: int) -> tuple[Group, ...]:
 
     The next group takes a rank from each of the domains with the most ranks left, which leaves none over that could be
     in a group, and makes groups of the same domains: few sets of domains, too. Widest and fastest ranks come first, so
-    that members are alike.
+    that members are alike. Where no domains are known, alike ranks far apart by number make a group: ranks are numbered
+    along the tree (topology/fit.py), so neighbours share a node.
     """
     by_width = sorted(np.flatnonzero(fleet.slots_R).tolist(), key=lambda r: (-fleet.slots_R[r], -fleet.speed_R[r], r))
+    are_alike = len({(fleet.slots_R[rank], fleet.speed_R[rank]) for rank in by_width}) == 1
+    if are_alike and fleet.num_domains == fleet.num_ranks:
+        stride = len(by_width) // size
+        by_width = [by_width[g + m * stride] for g in range(stride) for m in range(size)] + by_width[stride * size :]
     ranks_of: dict[int, deque[int]] = {}
     for rank in by_width:
         ranks_of.setdefault(int(fleet.domain_R[rank]), deque()).append(rank)

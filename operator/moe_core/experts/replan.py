@@ -35,6 +35,7 @@ from moe_core.experts.shelf import Shelf, rows_of
 from moe_core.experts.split import (
     best_shares,
     even_shares,
+    follow,
     load_of_ranks,
     parts_on_ranks,
     rows_of_parts,
@@ -260,7 +261,7 @@ def _replan(task: _Task, choices: _Choices, chosen_L: IntArray) -> Replan:
     best_s = float((choices.seconds_KL[0] - choices.seconds_KL.min(0)).sum())
     gain_s, cost_s = float((choices.seconds_KL[0] - seconds_L).sum()), moves * task.move_s
     kept = keep_places(slots, task.start_LRS, task.num_experts)
-    kept_parts = np.where((chosen_L == 0)[:, None, None], parts, _follow(parts, slots, kept, task.num_experts))
+    kept_parts = np.where((chosen_L == 0)[:, None, None], parts, follow(parts, slots, kept, task.num_experts))
     crossed_before, crossed_after = (
         leaving(task.across(logical, shares_of(part, logical, task.num_experts))) * task.prices.bytes_per_pick
         for logical, part in ((task.start_LRS, choices.part_KLRS[0]), (kept, kept_parts))
@@ -279,13 +280,6 @@ def _replan(task: _Task, choices: _Choices, chosen_L: IntArray) -> Replan:
     )
 
 
-def _follow(part_LRS: IntArray, logical_LRS: IntArray, kept_LRS: IntArray, num_experts: int) -> IntArray:
-    """The parts where their experts have gone within each rank."""
-    of_expert_LRX = np.zeros((*part_LRS.shape[:2], num_experts + 2), dtype=np.int64)
-    np.put_along_axis(of_expert_LRX, logical_LRS, part_LRS, axis=2)
-    return np.where(kept_LRS < num_experts, np.take_along_axis(of_expert_LRX, kept_LRS, axis=2), 0)
-
-
 def _said(part_LRS: IntArray, logical_LRS: IntArray, task: _Task) -> Rows:
     """Even shares go unsaid: () for a map all of whose copies share evenly."""
     shares = shares_of(part_LRS, logical_LRS, task.num_experts)
@@ -293,9 +287,13 @@ def _said(part_LRS: IntArray, logical_LRS: IntArray, task: _Task) -> Rows:
     return () if is_even else rows_of_parts(part_LRS, task.fleet)
 
 
+def moves_told(moves: int, gain_s: float, cost_s: float) -> str:
+    return f"{moves} moves cost {cost_s:.3g} s and save {gain_s:.3g} s over the horizon"
+
+
 def _reason(moves: int, gain_s: float, cost_s: float, best_s: float, *, changes: bool) -> str:
     if moves:
-        return f"{moves} moves cost {cost_s:.3g} s and save {gain_s:.3g} s over the horizon"
+        return moves_told(moves, gain_s, cost_s)
     if changes:
         return f"no moves: other shares of the copies save {gain_s:.3g} s over the horizon"
     if best_s <= 0:

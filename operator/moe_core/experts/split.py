@@ -201,6 +201,13 @@ def parts_on_ranks(
     return found
 
 
+def follow(part_LRS: IntArray, logical_LRS: IntArray, kept_LRS: IntArray, num_experts: int) -> IntArray:
+    """The parts of `logical_LRS` where its experts are in `kept_LRS`, the same on each rank in other places."""
+    of_expert_LRX = np.zeros((*part_LRS.shape[:2], num_experts + 2), dtype=np.int64)
+    np.put_along_axis(of_expert_LRX, logical_LRS, part_LRS, axis=2)
+    return np.where(kept_LRS < num_experts, np.take_along_axis(of_expert_LRX, kept_LRS, axis=2), 0)
+
+
 def rows_of_parts(part_LRS: IntArray, fleet: Fleet) -> tuple[tuple[int, ...], ...]:
     """share_of_slot of an ExpertMap."""
     exists_RS = np.arange(part_LRS.shape[2])[None, :] < fleet.slots_R[:, None]

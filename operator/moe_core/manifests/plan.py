@@ -5,10 +5,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+import numpy as np
+
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.names import child_name, pod_name
 from moe_core.contract.runtime_config import RuntimeConfig
 from moe_core.experts.assign import Policy, assign, even_slots
+from moe_core.experts.fleet import Fleet
+from moe_core.experts.groups import pack_groups
 from moe_core.experts.measure import copies_of_logical
 from moe_core.facts import NetworkFact
 from moe_core.spec.common import PodTemplate
@@ -50,8 +54,13 @@ class Plan:
         return pod_name(self.kind, self.name, role, index=index, incarnation=incarnation)
 
     def expert_map(self, num_ranks: int) -> ExpertMap:
-        """The assignment for this many ranks while no load is known; its generation is the resource's."""
+        """The assignment for this many ranks while no load is known; its generation is the resource's.
+
+        Where every expert is to have several copies and the load will be followed, they lie on fixed groups of ranks.
+        """
         slots = even_slots(self.num_experts, num_ranks, redundant_per_rank=self.redundant_per_rank)
+        if self.rebalance is not None and self.min_copies > 1:
+            return _in_groups(self.num_layers, self.num_experts, slots, self.min_copies, self.generation)
         return _assigned(self.policy, self.num_layers, self.num_experts, slots, self.generation)
 
     def least_copies(self, num_ranks: int) -> int:
@@ -65,6 +74,20 @@ def _assigned(policy: Policy, num_layers: int, num_experts: int, slots: tuple[in
     """A memo of a pure function: decide runs every second, a map changes once a day. One object, so one digest."""
     return assign(
         policy, num_layers=num_layers, num_logical_experts=num_experts, slots_of_rank=slots, generation=generation
+    )
+
+
+@lru_cache(maxsize=32)
+def _in_groups(
+    num_layers: int, num_experts: int, slots: tuple[int, ...], min_copies: int, generation: int
+) -> ExpertMap:
+    fleet = Fleet(slots)
+    [row] = pack_groups(np.ones((1, num_experts)), fleet, least_copies=min_copies).rows()
+    return ExpertMap(
+        generation=generation,
+        num_logical_experts=num_experts,
+        slots_of_rank=slots,
+        logical_of_slot=(row,) * num_layers,
     )
 
 
