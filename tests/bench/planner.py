@@ -29,10 +29,8 @@ from moe_core.experts.align import arrivals, copies_in, slots_on_ranks
 from moe_core.experts.anew import pack_anew
 from moe_core.experts.bounds import bound_of_copies
 from moe_core.experts.checks import FloatArray, IntArray
-from moe_core.experts.counts import count_copies
 from moe_core.experts.eplb import rebalance_experts
 from moe_core.experts.fleet import Fleet
-from moe_core.experts.pack import pack
 from moe_core.experts.replan import Prices, Rows, replan
 from moe_core.experts.shelf import Shelf, rows_of
 from moe_core.experts.traffic import StepShape, picks_between
@@ -249,38 +247,6 @@ def drifted(num_ranks: int, windows: int, peer: Peer, num_layers: int = 4) -> di
     }
 
 
-GROWTH = ((32, 256, 9, 58), (320, 256, 2, 58), (1_000, 256, 2, 58), (10_000, 1_024, 2, 8), (100_000, 4_096, 2, 1))
-"""(ranks, experts, slots of a rank, layers)"""
-
-
-def growth() -> list[dict[str, Any]]:
-    """One plan each, without domains and with one for every eight ranks."""
-    rows = []
-    rng = np.random.default_rng(0)
-    for num_ranks, num_experts, slots, num_layers in GROWTH:
-        chances = rng.lognormal(0, 1, (num_layers, num_experts))
-        load = chances / chances.sum(1, keepdims=True) * PICKS
-        for domains in (0, num_ranks // 8):
-            fleet = Fleet.even(num_ranks * slots, num_ranks, num_domains=domains)
-            work = partial(count_copies, load, fleet.num_slots, most=num_ranks)
-            copies, counting_ms = timed(work, 1)
-            shelf, packing_ms = timed(partial(pack, load, copies, fleet), 1)
-            seconds = (counting_ms + packing_ms) / 1000
-            rows.append(
-                {
-                    "ranks": num_ranks,
-                    "experts": num_experts,
-                    "layers": num_layers,
-                    "domains": domains,
-                    "seconds": seconds,
-                    "us per slot": seconds * 1e6 / (fleet.num_slots * num_layers),
-                    "repeats": int(shelf.repeats_LRS().sum()),
-                    "crowded": int(shelf.crowded_LRS().sum()),
-                }
-            )
-    return rows
-
-
 def show(title: str, rows: list[dict[str, Any]]) -> None:
     print(f"\n{title}\n  " + "".join(f"{name:>{28 if name == 'plan' else 15}}" for name in rows[0]))
     for row in rows:
@@ -303,8 +269,6 @@ def main() -> None:
             f"{LAYERS} layers, {EXPERTS} experts in {SLOTS} slots, {num_ranks} ranks; peer: {name}",
             results[f"{num_ranks} ranks"],
         )
-    results["growth"] = growth()
-    show("growth, lognormal 1.0", results["growth"])
     results["resample"] = resampled(peer, 32)
     show("the same popularity drawn again, 32 ranks", results["resample"])
     results["drift"] = drifted(32, options.windows, peer)
