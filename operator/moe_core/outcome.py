@@ -43,6 +43,7 @@ class Reason(StrEnum):
     REBALANCED = "Rebalanced"
     IMBALANCED = "Imbalanced"
     LOAD_NOT_FOLLOWED = "LoadNotFollowed"
+    MAP_UNREADABLE = "MapUnreadable"
     COORDINATOR_AWAY = "CoordinatorAway"
     COMPLETED = "Completed"
     BUDGET_EXHAUSTED = "RestartBudgetExhausted"

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from moe_core.contract.expert_map import EMPTY_SLOT, MAX_SHARE, ExpertMap
 from moe_core.manifests import map_slices
-from moe_core.manifests.map_slices import MAX_SLICE_BYTES, map_of_slices, slices_of
+from moe_core.manifests.map_slices import MAX_SLICE_BYTES, map_of_mixed_slices, map_of_slices, slices_of
 from moe_core.outcome import InvalidInput
 
 
@@ -71,6 +71,38 @@ def test_a_slice_that_is_missing_or_of_another_map_is_told(data: st.DataObject) 
     if at < len(old) and old[at] != new[at]:
         with pytest.raises(InvalidInput):
             map_of_slices([*new[:at], old[at], *new[at + 1 :]])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_a_map_that_was_half_written_over_another_keeps_each_layer_of_one_of_them(data: st.DataObject) -> None:
+    before = data.draw(maps(min_layers=2))
+    mirrored = tuple(row[::-1] for row in before.logical_of_slot)
+    shares = data.draw(st.sampled_from([(), tuple(tuple(int(e >= 0) * 7 for e in row) for row in mirrored)]))
+    after = before.model_copy(
+        update={"logical_of_slot": mirrored, "share_of_slot": shares, "generation": before.generation + 1}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(map_slices, "MAX_SLICE_BYTES", 1)
+        old, new = written(before), written(after)
+    if before.digest == after.digest:
+        return
+    num_new = data.draw(st.integers(1, len(new) - 1))
+    glued = map_of_mixed_slices(data.draw(st.permutations([*new[:num_new], *old[num_new:]])))
+    assert glued.generation == after.generation + 1
+    assert glued.logical_of_slot == after.logical_of_slot[:num_new] + before.logical_of_slot[num_new:]
+    assert glued.share_LS.tolist() == [*after.share_LS[:num_new].tolist(), *before.share_LS[num_new:].tolist()]
+
+
+@pytest.mark.parametrize("keep", [slice(0, 1), slice(1, 4)])
+def test_layers_that_nothing_is_left_of_are_made_up_by_nobody(keep: slice) -> None:
+    plain = ExpertMap(generation=3, num_logical_experts=2, slots_of_rank=(2,), logical_of_slot=((0, 1),) * 4)
+    other = plain.model_copy(update={"logical_of_slot": ((1, 0),) * 4})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(map_slices, "MAX_SLICE_BYTES", 1)
+        old, new = written(plain)[keep], written(other)[2:3]
+    with pytest.raises(InvalidInput, match=r"layer \d is in no slice"):
+        map_of_mixed_slices([*old, *new])
 
 
 @settings(max_examples=50, deadline=None)

@@ -8,6 +8,7 @@ from moe_core.contract.expert_map import ExpertMap
 from moe_core.experts.measure import balance, copies_of_logical
 from moe_core.experts.survival import survival
 from moe_core.facts import ApplyObject, PutWish
+from moe_core.manifests import map_slices
 from simcluster import Sim, edit, gpu_nodes, gpu_template, make, running, service_spec
 
 LAYERS, EXPERTS = 4, 16
@@ -180,6 +181,41 @@ def test_a_map_that_somebody_has_deleted_or_edited_is_made_anew() -> None:
         sim.settle()
         assert sim.map_spec["tiny-svc-map"]["digest"] == told_map(sim).digest
         assert sim.condition("Ready") == ("True", "AllActive")
+
+
+def test_objects_that_are_no_map_are_told_as_a_warning() -> None:
+    sim = running()
+    sim.map_spec["tiny-svc-map"] = {**sim.map_spec["tiny-svc-map"], "slotsOfRank": [6, 6, 6, 7]}
+    sim.objects["ExpertMap", "tiny-svc-map"] = "edited by somebody"
+    events = sim.step().events
+    assert sim.condition("Balanced") == ("False", "MapUnreadable")
+    assert "layer 0 has 24 slots, ranks own 25" in sim.message("Balanced")
+    assert [event.type for event in events if event.reason == "MapUnreadable"] == ["Warning"]
+
+
+def test_an_operator_killed_between_two_slices_of_a_map_goes_on_with_the_layers_of_both() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(map_slices, "MAX_SLICE_BYTES", 1)
+        # five layers: what is rendered stays in a memo, and other tests have four
+        spec = service_spec(template=gpu_template(), model={"path": "/model", "numExperts": 16, "numMoeLayers": 5})
+        sim = make("MoEService", spec, gpu_nodes(6))
+        edit(sim, experts={"redundantPerRank": 2, "rebalance": {"maxMovedPercent": 100}})
+        sim.settle()
+        before = told_map(sim)
+        counted(sim, (*SKEWED, SKEWED[0]))
+        actions = sim.decision().actions
+        maps = [i for i, action in enumerate(actions) if isinstance(action, ApplyObject) and action.kind == "ExpertMap"]
+        assert len(maps) == 5
+        sim.step(crash_after=maps[1] + 1)
+        written = [sim.map_spec[name]["layers"][0]["logicalOfSlot"] for name in sorted(sim.map_spec)]
+        assert written[0] != list(before.logical_of_slot[0]) and written[4] == list(before.logical_of_slot[4])
+        sim.step()
+        assert sim.condition("Balanced") == ("False", "MapUnreadable")
+        sim.tick()
+        assert [list(row) for row in told_map(sim).logical_of_slot] == written
+        sim.load_window_s = 0.0
+        sim.settle()
+        assert sim.map_in_force is not None and sim.map_in_force.digest == told_map(sim).digest
 
 
 def test_another_window_reaches_the_coordinator() -> None:

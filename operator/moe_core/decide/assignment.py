@@ -25,7 +25,7 @@ from moe_core.experts.groups import replan_groups
 from moe_core.experts.measure import balancedness_of, copies_of_logical
 from moe_core.experts.replan import Prices, Replan, Rows, replan
 from moe_core.facts import Condition, Facts, ObjectFact, Wish
-from moe_core.manifests.map_slices import map_of_slices
+from moe_core.manifests.map_slices import map_of_mixed_slices, map_of_slices
 from moe_core.manifests.plan import Plan
 from moe_core.outcome import InvalidInput, Reason
 from moe_core.spec.service import Rebalance
@@ -59,17 +59,28 @@ class _Current:
     least_copies: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """`problem`: why the objects do not hold the map that was written; `current` is then what could be saved of it."""
+
+    current: _Current | None = None
+    problem: str = ""
+
+
 def assigned(
     plan: Plan, memory: Memory, facts: Facts, now: float, *, num_ranks: int, ranks: Mapping[int, Seat]
 ) -> Assigned:
     """The map for a group of `num_ranks`."""
     if plan.rebalance is None:
         return Assigned(plan.expert_map(num_ranks), _unknown(Reason.LOAD_NOT_FOLLOWED, "the policy is not Balanced"))
-    current = _current(facts.objects)
+    found = _found(facts.objects)
+    current = found.current
     slots = even_slots(plan.num_experts, num_ranks, redundant_per_rank=plan.redundant_per_rank)
     if current is None or not _suits(current, plan, slots):
         anew = _anew(plan, current, facts, _fleet(slots, ranks), num_ranks)
-        return Assigned(anew, _unknown(Reason.COUNTING, "a new expert map; no load has been counted since"))
+        return Assigned(anew, _of_new_map(found.problem, "in order again" if current is None else "planned anew"))
+    if found.problem:
+        return Assigned(current.expert_map, _of_new_map(found.problem, "every layer stays as its object has it"))
     runtime = facts.runtime
     if runtime is None or facts.refused or not _is_quiet(plan, memory, runtime, current.expert_map, num_ranks):
         return Assigned(current.expert_map, None, memory.weighed_at)
@@ -93,20 +104,23 @@ def balanced_condition(wish: Wish, found: Assigned) -> Condition:
     )
 
 
-_REASONS = (Reason.BALANCED, Reason.REBALANCED, Reason.IMBALANCED, Reason.COUNTING)
+_REASONS = (Reason.BALANCED, Reason.REBALANCED, Reason.IMBALANCED, Reason.COUNTING, Reason.MAP_UNREADABLE)
 
 
 def _unknown(reason: Reason, message: str) -> Condition:
     return Condition("Balanced", "Unknown", reason, message)
 
 
-def _current(objects: Sequence[ObjectFact]) -> _Current | None:
-    """As the objects say; None where they are no whole map: none is there yet, or one was deleted or edited.
+def _of_new_map(problem: str, instead: str) -> Condition:
+    if not problem:
+        return _unknown(Reason.COUNTING, "a new expert map; no load has been counted since")
+    told = f"the ExpertMap objects do not say which experts the ranks hold: {problem}; {instead}"
+    return Condition("Balanced", "False", Reason.MAP_UNREADABLE, told)
 
-    Slices of another map than the first one's are left over from that map.
-    """
-    slices = sorted((obj for obj in objects if obj.kind == "ExpertMap"), key=lambda obj: obj.name)
-    return _read(_Versions([obj for obj in slices if obj.spec.get("digest") == slices[0].spec.get("digest")]))
+
+def _found(objects: Sequence[ObjectFact]) -> _Found:
+    """As the objects say."""
+    return _read(_Versions(sorted((obj for obj in objects if obj.kind == "ExpertMap"), key=lambda obj: obj.name)))
 
 
 class _Versions:
@@ -124,13 +138,23 @@ class _Versions:
 
 
 @lru_cache(maxsize=32)
-def _read(versions: _Versions) -> _Current | None:
+def _read(versions: _Versions) -> _Found:
+    """Slices of another map than the first one's are left over from that map; unless the first one's are not all there,
+    because whoever wrote them was stopped: then the layers of both are the map.
+    """
+    specs = [obj.spec for obj in versions.slices]
     try:
-        expert_map = map_of_slices([obj.spec for obj in versions.slices])
+        whole = map_of_slices([spec for spec in specs if spec.get("digest") == specs[0].get("digest")])
+        return _Found() if whole is None else _Found(_counted(whole))
+    except InvalidInput as error:
+        problem = str(error)
+    try:
+        return _Found(_counted(map_of_mixed_slices(specs)), problem)
     except InvalidInput:
-        return None
-    if expert_map is None:
-        return None
+        return _Found(problem=problem)
+
+
+def _counted(expert_map: ExpertMap) -> _Current:
     return _Current(expert_map, int(copies_of_logical(expert_map).min(initial=expert_map.num_ranks)))
 
 

@@ -1,7 +1,9 @@
 """An ExpertMap as the specs of its objects, slices of whole layers that fit into etcd, and back.
 
 What is read back may have been caught while it was being written: slices of two maps, or some not there yet. The digest
-that every slice carries is that of the whole map, so nothing half written passes for a map.
+that every slice carries is that of the whole map, so nothing half written passes for the map that was meant. Layers do
+not depend on each other, though: those of two maps for the same slots make a third one, which is nearer to either than
+anything planned anew.
 """
 
 import json
@@ -10,10 +12,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moe_core.contract.expert_map import ExpertMap
+from moe_core.contract.expert_map import EMPTY_SLOT, ExpertMap
 from moe_core.outcome import InvalidInput
 from moe_core.spec.others import ExpertMapSpec, MapLayer
 
+Rows = tuple[tuple[int, ...], ...]
 MAX_SLICE_BYTES = 200 * 1024
 """An ExpertMap object stays under 256 KiB with its metadata; etcd refuses 1.5 MiB."""
 
@@ -73,19 +76,51 @@ def map_of_slices(specs: Sequence[Mapping[str, Any]]) -> ExpertMap | None:
     shares = [layer.share_of_slot for layer in layers if layer.share_of_slot is not None]
     if shares and len(shares) != len(layers):
         raise InvalidInput(f"shareOfSlot must be given for all {len(layers)} layers or for none, got {len(shares)}")
-    try:
-        found = ExpertMap(
-            generation=first.generation,
-            num_logical_experts=first.num_logical_experts,
-            slots_of_rank=first.slots_of_rank,
-            logical_of_slot=tuple(layer.logical_of_slot for layer in layers),
-            share_of_slot=tuple(shares),
-        )
-    except ValidationError as error:
-        raise InvalidInput(f"the slices are no map: {error.errors()[0]['msg']}") from error
+    found = _built(first, tuple(layer.logical_of_slot for layer in layers), tuple(shares))
     if found.digest != first.digest:
         raise InvalidInput(f"digest {first.digest} is of another map than these {len(layers)} layers: {found.digest}")
     return found
+
+
+def map_of_mixed_slices(specs: Sequence[Mapping[str, Any]]) -> ExpertMap:
+    """Each layer as the newest map has it among those for the newest one's slots, under a generation of its own.
+
+    Raises InvalidInput where one map is all there is, or a layer is in no slice.
+    """
+    slices = sorted(map(_parsed, specs), key=lambda part: (part.generation, part.first_layer))
+    if len({part.digest for part in slices}) < 2:
+        raise InvalidInput(f"slices must be of several maps, got {len(slices)} of one")
+    newest = slices[-1]
+    layer_of: dict[int, MapLayer] = {}
+    for part in slices:
+        if (part.num_logical_experts, part.slots_of_rank) == (newest.num_logical_experts, newest.slots_of_rank):
+            layer_of.update(enumerate(part.layers, start=part.first_layer))
+    missing = [layer_idx for layer_idx in range(max(layer_of, default=0)) if layer_idx not in layer_of]
+    if missing:
+        raise InvalidInput(f"layer {missing[0]} is in no slice for slotsOfRank {list(newest.slots_of_rank)}")
+    layers = [layer_of[layer_idx] for layer_idx in sorted(layer_of)]
+    shares = tuple(map(_shares, layers)) if any(layer.share_of_slot is not None for layer in layers) else ()
+    glued = _built(newest, tuple(layer.logical_of_slot for layer in layers), shares)
+    return glued.model_copy(update={"generation": newest.generation + 1})
+
+
+def _shares(layer: MapLayer) -> tuple[int, ...]:
+    if layer.share_of_slot is not None:
+        return layer.share_of_slot
+    return tuple(int(logical != EMPTY_SLOT) for logical in layer.logical_of_slot)
+
+
+def _built(like: ExpertMapSpec, rows: Rows, shares: Rows) -> ExpertMap:
+    try:
+        return ExpertMap(
+            generation=like.generation,
+            num_logical_experts=like.num_logical_experts,
+            slots_of_rank=like.slots_of_rank,
+            logical_of_slot=rows,
+            share_of_slot=shares,
+        )
+    except ValidationError as error:
+        raise InvalidInput(f"the slices are no map: {error.errors()[0]['msg']}") from error
 
 
 def _parsed(spec: Mapping[str, Any]) -> ExpertMapSpec:
