@@ -10,7 +10,7 @@ The coordinator keeps nothing else: a new one knows everything again after one r
 from pydantic import Field
 
 from moe_core.contract.base import WireModel
-from moe_core.contract.exchange import Coverage, RankPhase, Recovery, TrainingProgress
+from moe_core.contract.exchange import Coverage, Load, RankPhase, Recovery, Seconds, TrainingProgress
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.membership import Member, Membership
 
@@ -29,7 +29,7 @@ class RankReport(WireModel):
     degraded_tokens: dict[str, int] = Field(default_factory=dict)
     coverage: Coverage | None = None
     recoveries: tuple[Recovery, ...] = ()
-    load: tuple[tuple[int, ...], ...] = ()
+    load: Load = ()
     """[L][E]; empty when there is none newer than what this rank said last."""
     training: TrainingProgress | None = None
     failure: str = ""
@@ -39,10 +39,10 @@ class RankReport(WireModel):
     """Sent by dispatch and combine, by scope: self, host, network."""
     moved_bytes: int = 0
     """Of experts that new maps have brought to this rank."""
-    expert_seconds: float = 0.0
-    expert_rows: int = 0
+    expert_seconds: Seconds = 0.0
+    expert_rows: int = Field(default=0, ge=0)
     """Rows that went through this rank's experts, and the time that took."""
-    expert_bytes: int = 0
+    expert_bytes: int = Field(default=0, ge=0)
     """One physical expert of one layer."""
     directive_seen: str = ""
     wait_s: float = 0.0

@@ -85,6 +85,19 @@ async def test_a_bad_report_is_refused(client: TestClient[Any, Any], path: str) 
     assert (await client.post(path, data='{"phase": "Dancing"}')).status == 400
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("load", [[1, 2], [3]]), ("load", [[-1]]), ("load", [[2**63]]), ("expert_seconds", float("nan"))],
+)
+async def test_a_load_that_nobody_can_have_counted_is_refused_with_its_field(
+    client: TestClient[Any, Any], field: str, value: object
+) -> None:
+    body = json.dumps({**json.loads(REPORT.canonical()), field: value})
+    answer = await client.post("/v1/register", data=body)
+    assert answer.status == 400
+    assert f"RankReport.{field}" in (await answer.json())["error"]
+
+
 async def test_a_waiting_operator_hears_of_a_rank_at_once(client: TestClient[Any, Any]) -> None:
     version = (await (await client.get("/v1/state")).json())["version"]
     waiting = asyncio.create_task(client.get(f"/v1/state?after={version}&wait_s=20"))

@@ -6,12 +6,23 @@ POST /v1/faults                     FaultRequest           -> 202; 403 when faul
 GET  /healthz, /metrics             no token
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from moe_core.contract.base import WireModel
 from moe_core.contract.expert_map import ExpertMap
+
+
+def _rectangular(rows: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    if len(lengths := sorted(set(map(len, rows)))) > 1:
+        raise ValueError(f"rows must be of one length, there are {lengths[0]} to {lengths[-1]} experts in a layer")
+    return rows
+
+
+Load = Annotated[tuple[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], ...], AfterValidator(_rectangular)]
+"""[L][E] tokens per logical expert; () for none."""
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class RuntimeWish(WireModel):
@@ -25,7 +36,7 @@ class RuntimeWish(WireModel):
     """Pods proven gone (process reaped, or removed by the API server): the coordinator may vouch for it."""
     newest_epoch: int = Field(default=0, ge=0)
     """The newest epoch the operator remembers: a coordinator that starts beside no living rank counts on from it."""
-    load_window_s: float = Field(default=60.0, gt=0)
+    load_window_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
     """How far back `RuntimeState.load` shall reach."""
 
 
@@ -102,13 +113,13 @@ class RuntimeState(WireModel):
     serving: ServingProgress | None = None
     recoveries: tuple[Recovery, ...] = ()
     """The newest sixteen."""
-    load: tuple[tuple[int, ...], ...] = ()
+    load: Load = ()
     """[L][E] tokens per logical expert over the last `load_window_s`; empty when none was recorded."""
-    load_window_s: float = 0.0
+    load_window_s: Seconds = 0.0
     """Seconds that `load` covers: less than was wished while the coordinator has not listened for so long."""
-    seconds_per_pick: float = 0.0
+    seconds_per_pick: Seconds = 0.0
     """Time that one token takes at one expert, over all ranks since they started; 0 while nothing was computed."""
-    expert_bytes: int = 0
+    expert_bytes: int = Field(default=0, ge=0)
     """One physical expert of one layer; 0 while no rank has loaded."""
     failure: str = ""
     """A failure that no restart can mend, such as a model that cannot be loaded."""
