@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from moe_core.contract.base import digest_of
 from moe_core.contract.exchange import Coverage, RankState, RuntimeState, RuntimeWish, ServingProgress, TrainingProgress
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.names import ROLE_COORDINATOR, ROLE_RANK
@@ -182,7 +183,7 @@ class Sim:
                     digest,
                     status=self.map_status.get(name, {}),
                     spec=self.map_spec.get(name, {}),
-                    version=digest,
+                    version=digest_of(str(self.map_spec.get(name))),
                 )
                 for (kind, name), digest in self.objects.items()
             ),

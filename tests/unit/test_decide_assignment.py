@@ -218,6 +218,40 @@ def test_an_operator_killed_between_two_slices_of_a_map_goes_on_with_the_layers_
         assert sim.map_in_force is not None and sim.map_in_force.digest == told_map(sim).digest
 
 
+def test_a_service_that_nobody_asks_keeps_its_status() -> None:
+    sim = running()
+    counted(sim, ())
+    sim.settle()
+    before = sim.wish.status
+    for _ in range(3):
+        counted(sim, ())
+        sim.settle()
+    assert sim.condition("Balanced") == ("Unknown", "Counting")
+    assert sim.wish.status == before
+
+
+def test_a_map_edited_under_the_digest_of_what_was_applied_is_written_again() -> None:
+    sim = running()
+    good = sim.map_spec["tiny-svc-map"]
+    sim.map_spec["tiny-svc-map"] = {**good, "slotsOfRank": [6, 6, 6, 7]}
+    sim.settle()
+    assert sim.map_spec["tiny-svc-map"] == good
+    counted(sim, SKEWED)
+    sim.settle()
+    assert sim.condition("Balanced") == ("True", "Rebalanced")
+
+
+def test_a_clock_that_was_set_back_holds_no_decision_up() -> None:
+    sim = of_policy(rebalance={"maxMovedPercent": 100})
+    counted(sim, SKEWED)
+    sim.settle()
+    before = told_map(sim).digest
+    sim.now -= 86_400.0
+    counted(sim, [row[::-1] for row in SKEWED])
+    sim.settle()
+    assert told_map(sim).digest != before
+
+
 def test_another_window_reaches_the_coordinator() -> None:
     sim = running()
     edit(sim, experts={"redundantPerRank": 2, "rebalance": {"windowSeconds": 300}})

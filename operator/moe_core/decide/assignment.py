@@ -6,7 +6,7 @@ Whether it is worth its moves is experts.replan's to say, in seconds; this modul
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import sqrt
 
@@ -87,7 +87,9 @@ def assigned(
     wait = _due_in(plan.rebalance, memory, runtime, now)
     if wait > 0:
         return Assigned(current.expert_map, None, memory.weighed_at, waking=(wait,))
-    return _weighed(plan, plan.rebalance, current.expert_map, runtime, now, _fleet(slots, ranks))
+    weighed = _weighed(plan, plan.rebalance, current.expert_map, runtime, now, _fleet(slots, ranks))
+    # Where nothing was counted the time stands too: a status would be written every window for its sake alone.
+    return weighed if runtime.load else replace(weighed, weighed_at=memory.weighed_at)
 
 
 def balanced_condition(wish: Wish, found: Assigned) -> Condition:
@@ -116,6 +118,11 @@ def _of_new_map(problem: str, instead: str) -> Condition:
         return _unknown(Reason.COUNTING, "a new expert map; no load has been counted since")
     told = f"the ExpertMap objects do not say which experts the ranks hold: {problem}; {instead}"
     return Condition("Balanced", "False", Reason.MAP_UNREADABLE, told)
+
+
+def is_spoilt(objects: Sequence[ObjectFact]) -> bool:
+    """Whether there are ExpertMap objects and they are not the map they should be, whatever was applied last."""
+    return bool(_found(objects).problem)
 
 
 def _found(objects: Sequence[ObjectFact]) -> _Found:
@@ -208,8 +215,12 @@ def _is_quiet(plan: Plan, memory: Memory, runtime: RuntimeState, current: Expert
 
 
 def _due_in(rebalance: Rebalance, memory: Memory, runtime: RuntimeState, now: float) -> float:
-    """Seconds until a whole window lies behind the last decision, and behind the coordinator that counts."""
-    since = 0.0 if memory.weighed_at is None else memory.weighed_at + rebalance.window_seconds - now
+    """Seconds until a whole window lies behind the last decision, and behind the coordinator that counts.
+
+    A decision that lies ahead was dated by another clock, or by this one before it was set back: it holds nothing up.
+    """
+    weighed_at = memory.weighed_at
+    since = 0.0 if weighed_at is None or weighed_at > now else weighed_at + rebalance.window_seconds - now
     return max(since, FULL_WINDOW * rebalance.window_seconds - runtime.load_window_s)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.names import ROLE_COORDINATOR, ROLE_GATEWAY, ROLE_RANK
-from moe_core.decide.assignment import Assigned, assigned
+from moe_core.decide.assignment import Assigned, assigned, is_spoilt
 from moe_core.decide.crew import Seat, may_take_part, seats
 from moe_core.decide.follow import Following, follow, group_size, release_leavers
 from moe_core.decide.gang import Steps, fill, remember
@@ -160,7 +160,8 @@ def _helpers(
 
 def _objects(plan: Plan, facts: Facts, expert_map: ExpertMap) -> list[Action]:
     """Apply what differs from what was last applied, remove slices of a map that no longer exist."""
-    have = {(obj.kind, obj.name): obj.digest for obj in facts.objects}
+    is_edited = is_spoilt(facts.objects)
+    have = {(obj.kind, obj.name): "" if is_edited and obj.kind == "ExpertMap" else obj.digest for obj in facts.objects}
     wanted = wanted_objects(plan, expert_map)
     actions: list[Action] = [] if ("Secret", plan.child("token")) in have else [EnsureToken(plan.child("token"))]
     actions += [obj for obj in wanted if have.get((obj.kind, obj.name)) != obj.digest]
