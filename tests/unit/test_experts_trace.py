@@ -28,6 +28,7 @@ def test_a_line_of_megatrons_tracer_is_read_and_written_back() -> None:
     ("line", "words"),
     [
         ("{", "line 1: not JSON"),
+        (LINE.replace('"layer": 3', f'"layer": {"3" * 5000}'), "line 1: not JSON: Exceeds the limit"),
         ("[1]", r"line 1: must be a JSON object, got \[1\]"),
         (LINE.replace('"num_tokens": 2', '"num_tokens": 3'), "top_indices has 2 tokens, num_tokens says 3"),
         (LINE.replace('"topk": 2', '"topk": 1'), r"top_indices\[0\] has 2 picks, topk says 1"),
@@ -51,6 +52,11 @@ def test_loads_are_counted_by_step_layer_and_source() -> None:
     assert trace.load_of_sources(2)[1].tolist() == [[0, 2, 2], [0, 0, 0]]
 
 
+def test_a_rank_without_tokens_adds_nothing_to_the_load_of_its_step() -> None:
+    trace = Trace.of([record(0, 0, 0), record(0, 0, 1, (0, 1))])
+    assert trace.load_of_steps().tolist() == [[[1, 1]]]
+
+
 def test_experts_chosen_by_the_same_token_are_counted_together() -> None:
     together = Trace.of([record(0, 0, 0, (0, 1), (1, 2), (0, 1))]).chosen_together()[0]
     assert together.tolist() == [[2, 2, 0], [2, 3, 1], [0, 1, 1]]
@@ -63,3 +69,8 @@ def test_an_expert_or_a_rank_that_cannot_be_is_refused() -> None:
         Trace.of([record(0, 0, 3, (0, 1))]).load_of_sources(2)
     with pytest.raises(InvalidInput, match="at least one record"):
         Trace.of([])
+
+
+def test_an_expert_beyond_any_model_is_refused_before_arrays_are_made_for_it() -> None:
+    with pytest.raises(InvalidInput, match=f"names expert {10**12}, models have up to 4096"):
+        Trace.of([record(0, 0, 0, (0, 10**12))])

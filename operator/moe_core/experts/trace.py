@@ -15,6 +15,8 @@ from moe_core.contract.trace import LayerName, TraceRecord
 from moe_core.experts.checks import FloatArray, IntArray
 from moe_core.outcome import InvalidInput
 
+MOST_EXPERTS = 4096
+"""As a resource may say of its model: arrays are as large as the highest expert asks."""
 SIDE_FILES = ("hs_offset", "hs_bytes", "hs_shape", "logit_offset", "logit_bytes", "logit_shape")
 
 
@@ -25,11 +27,12 @@ def read_lines(lines: Iterable[str]) -> Iterator[TraceRecord]:
             continue
         try:
             fields = json.loads(line)
-            if not isinstance(fields, dict):
-                raise InvalidInput(f"line {number}: must be a JSON object, got {line.strip()[:60]}")
-            yield TraceRecord(**{name: value for name, value in fields.items() if name not in SIDE_FILES})
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also for a number of thousands of digits
             raise InvalidInput(f"line {number}: not JSON: {error}") from error
+        if not isinstance(fields, dict):
+            raise InvalidInput(f"line {number}: must be a JSON object, got {line.strip()[:60]}")
+        try:
+            yield TraceRecord(**{name: value for name, value in fields.items() if name not in SIDE_FILES})
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "record"
@@ -48,12 +51,14 @@ class Trace:
     def of(cls, records: Iterable[TraceRecord], *, num_experts: int | None = None) -> "Trace":
         """A whole trace. Without `num_experts` the highest expert that was chosen is the last.
 
-        Raises InvalidInput for an empty trace, or an expert beyond `num_experts`.
+        Raises InvalidInput for an empty trace, or an expert beyond `num_experts` or MOST_EXPERTS.
         """
         known = tuple(sorted(records, key=lambda r: (r.step, r.layer_name, r.rank)))
         if not known:
             raise InvalidInput("the trace must have at least one record, got none")
         highest = max((max(picks) for record in known for picks in record.top_indices), default=0)
+        if highest >= MOST_EXPERTS:
+            raise InvalidInput(f"the trace names expert {highest}, models have up to {MOST_EXPERTS}")
         if num_experts is not None and highest >= num_experts:
             raise InvalidInput(f"the trace names expert {highest}, the model has experts 0..{num_experts - 1}")
         layers = tuple(sorted({record.layer_name for record in known}))
@@ -69,9 +74,7 @@ class Trace:
         layer_idx = {name: index for index, name in enumerate(self.layers)}
         found = np.zeros((len(step_idx), len(self.layers), self.num_experts), dtype=np.int64)
         for record in self.records:
-            np.add.at(
-                found[step_idx[record.step], layer_idx[record.layer_name]], np.asarray(record.top_indices).ravel(), 1
-            )
+            np.add.at(found[step_idx[record.step], layer_idx[record.layer_name]], _flat(record), 1)
         return found
 
     def load_of_sources(self, num_ranks: int) -> IntArray:
