@@ -233,11 +233,10 @@ def _weighed(  # noqa: PLR0917
     if load_LE is None or picks < needed or runtime.seconds_per_pick <= 0:
         told = f"{picks} picks in the last {runtime.load_window_s:.0f} s, {needed} are needed to tell popular experts"
         return Assigned(current, _unknown(Reason.COUNTING, told), now)
-    prices = Prices(
+    prices = replace(
+        limits(rebalance, current, window_s=runtime.load_window_s),
         seconds_per_pick=runtime.seconds_per_pick,
         bytes_per_expert=runtime.expert_bytes,
-        horizon=rebalance.horizon_seconds / runtime.load_window_s,
-        most_moves=rebalance.max_moved_percent * fleet.num_slots * plan.num_layers // 100,
     )
     way = replan_groups if plan.min_copies > 1 else replan
     found = way(
@@ -256,6 +255,15 @@ def _weighed(  # noqa: PLR0917
     return Assigned(new_map, Condition("Balanced", "True" if is_even else "False", reason, told), now)
 
 
+def limits(rebalance: Rebalance, expert_map: ExpertMap, *, window_s: float | None = None) -> Prices:
+    """What the resource says of a new map; the load was counted over a window as wished, or over `window_s`."""
+    num_slots = sum(expert_map.slots_of_rank) * expert_map.num_layers
+    return Prices(
+        horizon=rebalance.horizon_seconds / (window_s or rebalance.window_seconds),
+        most_moves=rebalance.max_moved_percent * num_slots // 100,
+    )
+
+
 def _why_stay(found: Replan) -> str:
     """Nothing where the new map is to be taken up."""
     if found.gain_s <= found.cost_s:
@@ -271,7 +279,7 @@ def _why_stay(found: Replan) -> str:
 
 def _said(load_LE: FloatArray, fleet: Fleet, found: Replan, stays: str) -> tuple[str, bool]:
     """(the condition's message, whether the load will fall evenly enough)"""
-    mean_L = load_LE.sum(1) / fleet.num_ranks
+    mean_L = load_LE.sum(1) / fleet.ranks_with_slots
     before, after = (balancedness_of(mean_L, np.asarray(worst)) for worst in (found.worst_before, found.worst_after))
     best = balancedness_of(mean_L, bound_of_slots(load_LE, fleet))
     to_come = "" if stays else f", {after:.3f} from now on"

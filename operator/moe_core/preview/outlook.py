@@ -13,11 +13,13 @@ import numpy as np
 from moe_core.contract.dispatch import SMALL_STEP_TOKENS
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.decide.accept import Accepted, Refusal, accept
+from moe_core.decide.assignment import limits
 from moe_core.decide.place import Ground, place_new
 from moe_core.experts.affinity import pack_together
 from moe_core.experts.bounds import bound_of_slots
 from moe_core.experts.checks import FloatArray
 from moe_core.experts.fleet import Fleet
+from moe_core.experts.groups import replan_groups
 from moe_core.experts.measure import Balance, balance, balancedness_of, copies_of_logical, load_of_ranks, load_of_slots
 from moe_core.experts.pack import pack
 from moe_core.experts.replan import Prices, Replan, Rows, replan
@@ -102,7 +104,6 @@ def look_ahead(
     num_ranks: int | None = None,
     trace: Trace | None = None,
     size: ModelSize | None = None,
-    prices: Prices | None = None,
 ) -> Outlook | Refusal:
     """What would come of `wish`, with its own number of ranks or another one. The load is that of the whole trace.
 
@@ -121,8 +122,8 @@ def look_ahead(
     step = replace(_step(accepted), each_rank_its_own_load=load_RLE is not None)
     sent = load_LE if load_RLE is None else load_RLE
     traffic = None if size is None else _traffic(step, expert_map, sent, size, nodes)
-    planned = None if trace is None else _planned(expert_map, load_LE, load_RLE, nodes, size, prices or Prices())
-    fleet = Fleet(expert_map.slots_of_rank)
+    fleet = Fleet(expert_map.slots_of_rank, domain_of_rank=tuple(nodes or ()))
+    planned = None if trace is None else _planned(plan, expert_map, fleet, load_LE, load_RLE, size)
     return Outlook(
         num_ranks=plan.num_ranks,
         note=accepted.note,
@@ -133,7 +134,7 @@ def look_ahead(
         survival=_survivals(expert_map, None),
         survival_of_nodes=() if nodes is None else _survivals(expert_map, nodes),
         balance=balance(expert_map, load_LE),
-        bound=balancedness_of(load_LE.sum(1) / plan.num_ranks, bound_of_slots(load_LE, fleet)),
+        bound=balancedness_of(load_LE.sum(1) / fleet.ranks_with_slots, bound_of_slots(load_LE, fleet)),
         load_of_rank=tuple(load_of_ranks(expert_map, load_LE).sum(0).tolist()),
         load_of_slot=load_of_slots(expert_map, load_LE),
         step=step,
@@ -141,7 +142,7 @@ def look_ahead(
         traffic=traffic,
         bytes_by_scope={} if traffic is None else _by_scope(traffic, plan, facts, nodes),
         planned=planned,
-        planned_balance=_balance_of(planned, load_LE, plan.num_ranks),
+        planned_balance=_balance_of(planned, load_LE, fleet),
         crossings=None if trace is None or nodes is None else _crossings(expert_map, trace, load_LE, nodes),
     )
 
@@ -243,10 +244,10 @@ def _crossing(rows: Rows, expert_map: ExpertMap, trace: Trace, load_LE: FloatArr
     return Crossing(nodes_met, balance(layout, load_LE).balancedness)
 
 
-def _balance_of(planned: Replan | None, load_LE: FloatArray, num_ranks: int) -> float:
+def _balance_of(planned: Replan | None, load_LE: FloatArray, fleet: Fleet) -> float:
     if planned is None:
         return 0.0
-    return balancedness_of(load_LE.sum(1) / num_ranks, np.asarray(planned.worst_after))
+    return balancedness_of(load_LE.sum(1) / fleet.ranks_with_slots, np.asarray(planned.worst_after))
 
 
 def _step(accepted: Accepted) -> Step:
@@ -257,23 +258,25 @@ def _step(accepted: Accepted) -> Step:
 
 
 def _planned(  # noqa: PLR0917
+    plan: Plan,
     expert_map: ExpertMap,
+    fleet: Fleet,
     load_LE: FloatArray,
     load_RLE: FloatArray | None,
-    nodes: Sequence[str] | None,
     size: ModelSize | None,
-    prices: Prices,
 ) -> Replan:
-    fleet = Fleet(expert_map.slots_of_rank, domain_of_rank=tuple(nodes or ()))
+    """Within what the resource promises and allows. What only a running group knows is as Prices has it."""
+    prices = Prices() if plan.rebalance is None else limits(plan.rebalance, expert_map)
     if size is not None:
         there_and_back = 2 * size.hidden_size * BYTES_PER_NUMBER
         prices = replace(prices, bytes_per_expert=size.expert_bytes, bytes_per_pick=there_and_back)
+    if plan.min_copies > 1:  # copies on fixed groups of ranks, whose sources are not told apart
+        return replan_groups(load_LE, fleet, expert_map.logical_of_slot, prices=prices, least_copies=plan.min_copies)
     return replan(
         load_LE,
         fleet,
         expert_map.logical_of_slot,
         prices=prices,
-        current_shares=expert_map.share_of_slot,
         from_LEG=None if load_RLE is None else _by_domain(load_RLE, fleet),
     )
 
