@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from moe_core.experts.align import slots_on_ranks
 from moe_core.experts.anew import pack_anew
 from moe_core.experts.checks import FloatArray
 from moe_core.experts.fleet import Fleet
@@ -19,6 +20,12 @@ def popular(num_layers: int = 4, num_experts: int = 256) -> tuple[FloatArray, Fl
     chance /= chance.sum(1, keepdims=True)
     first, second = (np.stack([rng.multinomial(524_288, row) for row in chance]).astype(float) for _ in range(2))
     return first, second
+
+
+@pytest.mark.parametrize("rows", [[(0, 1, 2)], [(0, 1, 2, 3), (0, 1, 2)]])
+def test_a_layer_of_another_length_is_named(rows: list[tuple[int, ...]]) -> None:
+    with pytest.raises(InvalidInput, match=rf"current\[{len(rows) - 1}\] must have 4 slots, got 3"):
+        slots_on_ranks(rows, Fleet((2, 2)), num_experts=4)
 
 
 def test_copies_share_by_the_speed_of_their_ranks_and_nothing_moves() -> None:

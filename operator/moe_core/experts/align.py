@@ -16,9 +16,10 @@ MOST_HOLDERS = 256
 
 def slots_on_ranks(logical_of_slot: Sequence[Sequence[int]], fleet: Fleet, *, num_experts: int) -> IntArray:
     """A map's rows as logical_LRS (see shelf.py). Raises InvalidInput for a row of another length or an unknown id."""
-    flat = np.asarray([list(row) for row in logical_of_slot], dtype=np.int64).reshape(len(logical_of_slot), -1)
-    if flat.shape[1] != fleet.num_slots:
-        raise InvalidInput(f"current must have {fleet.num_slots} slots in each layer, got {flat.shape[1]}")
+    for layer, row in enumerate(logical_of_slot):
+        if len(row) != fleet.num_slots:
+            raise InvalidInput(f"current[{layer}] must have {fleet.num_slots} slots, got {len(row)}")
+    flat = np.asarray(logical_of_slot, dtype=np.int64).reshape(len(logical_of_slot), fleet.num_slots)
     if flat.size and not (flat.min() >= EMPTY_SLOT and flat.max() < num_experts):
         raise InvalidInput(f"current must name experts -1..{num_experts - 1}, got {flat.min()}..{flat.max()}")
     exists_RS = np.arange(int(fleet.slots_R.max()))[None, :] < fleet.slots_R[:, None]

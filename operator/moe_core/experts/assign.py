@@ -53,7 +53,7 @@ def assign(
     load_LE = None
     if load is not None:
         load_LE = as_load_LE(load, num_layers=num_layers, num_logical_experts=num_logical_experts)
-    layer_loads = [_measured(load_LE, layer_idx) for layer_idx in range(num_layers)]
+    layer_loads = [_load_of_layer(load_LE, layer_idx) for layer_idx in range(num_layers)]
     if policy == "linear":
         rows = _linear(layer_loads, slots_of_rank, num_logical_experts)
     else:
@@ -66,8 +66,8 @@ def assign(
     )
 
 
-def _measured(load_LE: FloatArray | None, layer_idx: int) -> FloatArray | None:
-    """The layer's load, None when nothing was counted."""
+def _load_of_layer(load_LE: FloatArray | None, layer_idx: int) -> FloatArray | None:
+    """None when nothing was counted."""
     if load_LE is None or not load_LE[layer_idx].any():
         return None
     layer: FloatArray = load_LE[layer_idx]

@@ -75,11 +75,8 @@ def rebalance_experts(
         raise InvalidInput(f"num_replicas must hold every expert: {num_replicas} slots for {num_logical} experts")
     if num_replicas % num_gpus:
         raise InvalidInput(f"num_replicas must be a multiple of num_gpus: {num_replicas} over {num_gpus}")
-    if num_groups % num_nodes:
-        num_groups, num_nodes = (
-            1,
-            1,
-        )  # EPLB's published rule: groups that do not divide over nodes are balanced globally
+    if num_groups % num_nodes:  # EPLB's published rule: groups that do not divide over nodes are balanced globally
+        num_groups = num_nodes = 1
     if num_logical % num_groups:
         raise InvalidInput(f"experts must divide into num_groups: {num_logical} over {num_groups}")
     if num_gpus % num_nodes:

@@ -41,8 +41,9 @@ class Path:
 @dataclass(frozen=True, slots=True)
 class _Layers:
     """N layers that a step is looked for in. amount_NRS: load of each slot; heavy_N: the heaviest rank; for each rank
-    level_NR is the load over speed of its vessel, size_NR the vessel's speed, and below_NR whether it is another than
-    the heaviest rank's. holds_NRX: whether a rank may not take one more copy of an expert, -1 copies in domains.
+    level_NR is the load over speed of its vessel, size_NR the vessel's speed, and is_other_NR whether it is another
+    than the heaviest rank's. holds_NRX: whether a rank has a copy of an expert already, and so may not take one more:
+    never for an empty slot (column E), always for a slot that is not there (E + 1).
     """
 
     fleet: Fleet

@@ -58,9 +58,8 @@ class Recorder:
         if self._is_full or self.step % self._every or not routed:
             return
         picks_N = torch.cat([expert_TK.reshape(-1) for _, expert_TK in routed])
-        step = _Step(
-            self.step, _layers(routed, picks_N.to(torch.int32).cpu().numpy())
-        )  # device sync: picks to the host
+        on_host_N = picks_N.to(torch.int32).cpu().numpy()  # device sync: picks to the host
+        step = _Step(self.step, _layers(routed, on_host_N))
         with self._news:
             if self._waiting and self._waiting_bytes + step.num_bytes > MOST_WAITING_BYTES:
                 self._leave_out(f"{self.path} is written more slowly than steps are made")
