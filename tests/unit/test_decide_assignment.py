@@ -167,6 +167,17 @@ def test_a_resize_keeps_what_ranks_hold_and_follows_the_load() -> None:
     assert balance(after, SKEWED).balancedness > 0.9
 
 
+def test_a_resize_does_not_follow_a_handful_of_tokens() -> None:
+    maps = []
+    for load in ((), [[3 if expert == 5 else 0 for expert in range(EXPERTS)]] * LAYERS):
+        sim = running()
+        sim.load, sim.load_window_s = tuple(map(tuple, load)), 10.0
+        edit(sim, parallelism={"expert": 3})
+        sim.settle()
+        maps.append(told_map(sim).logical_of_slot)
+    assert maps[0] == maps[1]
+
+
 def test_a_map_that_somebody_has_deleted_or_edited_is_made_anew() -> None:
     for spoil in ("delete", "edit"):
         sim = running()

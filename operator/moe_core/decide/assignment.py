@@ -184,8 +184,9 @@ def _anew(plan: Plan, current: _Current | None, facts: Facts, fleet: Fleet, num_
     if known is None or (known.num_logical_experts, known.num_layers) != (plan.num_experts, plan.num_layers):
         return plan.expert_map(num_ranks)
     load_LE = _load(plan, facts.runtime)
-    even_LE = np.ones((plan.num_layers, plan.num_experts))
-    rows = carry_over(known, even_LE if load_LE is None else load_LE, fleet, least_copies=plan.min_copies)
+    if load_LE is None or load_LE.sum() < _needed_picks(plan):
+        load_LE = np.ones((plan.num_layers, plan.num_experts))
+    rows = carry_over(known, load_LE, fleet, least_copies=plan.min_copies)
     return _next_map(known, fleet.slots_of_rank, rows)
 
 
@@ -206,6 +207,11 @@ def _load(plan: Plan, runtime: RuntimeState | None) -> FloatArray | None:
     if {len(row) for row in runtime.load} != {plan.num_experts} or not any(map(any, runtime.load)):
         return None
     return np.asarray(runtime.load, dtype=np.float64)
+
+
+def _needed_picks(plan: Plan) -> int:
+    """Fewer do not tell popular experts."""
+    return PICKS_PER_EXPERT * plan.num_layers * plan.num_experts
 
 
 def _is_quiet(plan: Plan, memory: Memory, runtime: RuntimeState, current: ExpertMap, num_ranks: int) -> bool:
@@ -229,7 +235,7 @@ def _weighed(  # noqa: PLR0917
 ) -> Assigned:
     load_LE = _load(plan, runtime)
     picks = 0 if load_LE is None else int(load_LE.sum())
-    needed = PICKS_PER_EXPERT * plan.num_layers * plan.num_experts
+    needed = _needed_picks(plan)
     if load_LE is None or picks < needed or runtime.seconds_per_pick <= 0:
         told = f"{picks} picks in the last {runtime.load_window_s:.0f} s, {needed} are needed to tell popular experts"
         return Assigned(current, _unknown(Reason.COUNTING, told), now)
