@@ -44,11 +44,13 @@ class Cluster:
 def read_cluster(name: str) -> Cluster:
     """What `kubectl get nodes,pods -A -o yaml` prints (or json, or nodes alone); - for standard input.
 
-    Raises InvalidInput that names the file.
+    Raises InvalidInput that names the file and counts its objects.
     """
-    cache, owners, counts = Cache(lambda _: None), {}, dict.fromkeys(_PLURALS, 0)
+    cache, owners, counts, where = Cache(lambda _: None), {}, dict.fromkeys(_PLURALS, 0), name
     try:
-        for obj in _objects(sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")):
+        objects = _objects(sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8"))
+        for number, obj in enumerate(objects, start=1):
+            where = f"{name}, object {number}"
             kind, metadata = obj["kind"], obj["metadata"]
             if kind not in _PLURALS:
                 raise InvalidInput(f"must hold nodes and pods, got {kind}")
@@ -60,9 +62,10 @@ def read_cluster(name: str) -> Cluster:
     except OSError as error:
         raise InvalidInput(f"--nodes: {name}: {error.strerror}") from error
     except InvalidInput as error:
-        raise InvalidInput(f"--nodes: {name}: {error}") from error
+        raise InvalidInput(f"--nodes: {where}: {error}") from error
     except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InvalidInput(f"--nodes: {name} is not what `kubectl get nodes -o yaml` prints: {error!r:.200}") from error
+        told = f"is not what `kubectl get nodes -o yaml` prints: {error!r:.200}"
+        raise InvalidInput(f"--nodes: {where} {told}") from error
     if not counts["Node"]:
         raise InvalidInput(f"--nodes: {name}: must hold nodes, got none")
     return Cluster(cache, owners, counts["Pod"])

@@ -56,7 +56,10 @@ def show_plan(
         shown = [found for one in planned for found in one.looks if isinstance(found, Outlook)]
         if not shown:
             return _refuse("--plot: nothing that would be accepted")
-        plot.write_text(picture(shown[0]), encoding="utf-8")
+        try:
+            plot.write_text(picture(shown[0]), encoding="utf-8")
+        except OSError as error:
+            return _refuse(f"--plot: {plot}: {error.strerror}")
     wished = all(_is_wished(found) for one in planned for found in one.looks)
     return 0 if wished else EXIT_NOT_AS_WISHED
 

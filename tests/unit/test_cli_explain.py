@@ -209,7 +209,10 @@ def test_json_of_kubectl_is_read_as_its_yaml_is_and_from_standard_input_too(tmp_
         ("kind: Node\nmetadata: 5", "is not what `kubectl get nodes -o yaml` prints"),
         ("kind: ConfigMap\nmetadata: {name: a}", "must hold nodes and pods, got ConfigMap"),
         ("kind: List\nitems: []", "must hold nodes, got none"),
-        ("kind: Node\nmetadata: {name: a}\nstatus: {allocatable: {cpu: many}}", "cpu must be a Kubernetes quantity"),
+        (
+            "kind: Node\nmetadata: {name: a}\nstatus: {allocatable: {cpu: many}}",
+            "object 1: cpu must be a Kubernetes quantity",
+        ),
     ],
 )
 def test_a_file_of_nodes_that_is_none_is_named(tmp_path: Path, text: str, words: str) -> None:
