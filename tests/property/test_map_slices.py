@@ -105,6 +105,14 @@ def test_layers_that_nothing_is_left_of_are_made_up_by_nobody(keep: slice) -> No
         map_of_mixed_slices([*old, *new])
 
 
+def test_an_edited_slice_that_begins_far_beyond_any_model_is_refused_at_once() -> None:
+    plain = ExpertMap(generation=3, num_logical_experts=2, slots_of_rank=(2,), logical_of_slot=((0, 1),) * 2)
+    other = plain.model_copy(update={"logical_of_slot": ((1, 0),) * 2})
+    far = [{**spec, "firstLayer": 10**15} for spec in written(other)]
+    with pytest.raises(InvalidInput, match="layer 2 is in no slice"):
+        map_of_mixed_slices([*written(plain), *far])
+
+
 @settings(max_examples=50, deadline=None)
 @given(maps())
 def test_what_goes_over_the_wire_is_the_same_map(expert_map: ExpertMap) -> None:

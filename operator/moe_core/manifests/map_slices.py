@@ -95,9 +95,9 @@ def map_of_mixed_slices(specs: Sequence[Mapping[str, Any]]) -> ExpertMap:
     for part in slices:
         if (part.num_logical_experts, part.slots_of_rank) == (newest.num_logical_experts, newest.slots_of_rank):
             layer_of.update(enumerate(part.layers, start=part.first_layer))
-    missing = [layer_idx for layer_idx in range(max(layer_of, default=0)) if layer_idx not in layer_of]
-    if missing:
-        raise InvalidInput(f"layer {missing[0]} is in no slice for slotsOfRank {list(newest.slots_of_rank)}")
+    missing = next((place for place, layer_idx in enumerate(sorted(layer_of)) if layer_idx != place), None)
+    if missing is not None:
+        raise InvalidInput(f"layer {missing} is in no slice for slotsOfRank {list(newest.slots_of_rank)}")
     layers = [layer_of[layer_idx] for layer_idx in sorted(layer_of)]
     shares = tuple(map(_shares, layers)) if any(layer.share_of_slot is not None for layer in layers) else ()
     glued = _built(newest, tuple(layer.logical_of_slot for layer in layers), shares)
