@@ -152,3 +152,11 @@ async def test_what_is_not_served_has_the_same_shape() -> None:
         for answer in (unknown, model, long):
             assert (await answer.json())["error"]["type"] == "invalid_request_error"
     assert face.counts.failed == 0, "what was never begun did not fail"
+
+
+async def test_a_gateway_that_no_request_can_reach_yet_is_not_ready() -> None:
+    async with gateway(letters) as (client, face, _):
+        face.is_open = False
+        assert (await client.get("/health")).status == 503
+        face.is_open = True
+        assert (await client.get("/health")).status == 200

@@ -69,6 +69,8 @@ class GatewayFace:
         self._started = int(time.time())
         self.metrics = GatewayMetrics()
         self.counts = Counts()
+        self.is_open = True
+        """Whether requests can reach this gateway: a port that gateways share is opened once there is who answers."""
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=_MAX_BODY_BYTES, middlewares=[_errors_in_openai_shape])
@@ -100,10 +102,10 @@ class GatewayFace:
             )
 
     async def _health(self, _: web.Request) -> web.Response:
-        """200 only while an active rank of a committed epoch can take a request."""
+        """200 only while requests reach this gateway and an active rank of a committed epoch can take them."""
         usable = self._directory.usable()
         body = {
-            "status": "ok" if usable and self._directory.epoch else "unavailable",
+            "status": "ok" if self.is_open and usable and self._directory.epoch else "unavailable",
             "epoch": self._directory.epoch,
             "ranks": sorted(k.rank for k in usable),
             "experts_covered": self._directory.covered,

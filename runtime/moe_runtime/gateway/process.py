@@ -132,6 +132,7 @@ async def serve_gateway(
     # A port that gateways of one machine share: whoever listens there gets requests, so a new one waits until it can
     # answer them. On a port of its own a gateway says at once that it lives; whether it is ready is another question.
     is_shared = is_loopback(env.pod_ip)
+    face.is_open = not is_shared
     tasks = []
     try:
         if env.health_port is not None:
@@ -147,6 +148,7 @@ async def serve_gateway(
             await asyncio.sleep(0.1)
         if is_shared:
             await _open(runner, listener, waiting)
+            face.is_open = True
         ready()
         await asyncio.gather(*tasks)
     finally:
