@@ -12,7 +12,7 @@ from moe_core.experts.bounds import bound_of_copies, bound_of_slots
 from moe_core.experts.checks import FloatArray
 from moe_core.experts.fleet import Fleet
 from moe_core.experts.pack import pack
-from moe_core.experts.split import best_shares, load_of_ranks
+from moe_core.experts.split import best_shares, level_of_ranks
 from planner_cases import copies_of
 
 NEAR = 1e-6
@@ -59,5 +59,5 @@ def test_the_best_plan_with_any_shares_is_between_the_bound_and_ours(problem: tu
     shelf = pack_anew(load, fleet)
     share_LRS = best_shares(load, shelf.logical_LRS, fleet)
     exact = exact_of_shares(load[0], fleet)
-    worst = load_of_ranks(load, shelf.logical_LRS, share_LRS, fleet).max()
+    worst = level_of_ranks(load, shelf.logical_LRS, share_LRS, fleet).max()
     assert is_ordered(bound_of_slots(load, fleet)[0], exact, worst)

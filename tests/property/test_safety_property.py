@@ -13,7 +13,7 @@ from moe_core.experts.fleet import Fleet
 from moe_core.experts.hosts import chances, hosts_of, smallest, thin_out
 from moe_core.experts.pack import pack
 from moe_core.experts.shelf import Shelf
-from moe_core.experts.split import best_shares, load_of_ranks
+from moe_core.experts.split import best_shares, level_of_ranks
 from moe_core.experts.survival import survival
 from planner_cases import copies_of, problems
 
@@ -34,7 +34,7 @@ def even_problems(draw: st.DrawFn, *, nodes: int = 1) -> tuple[FloatArray, int, 
 
 def heaviest(load: FloatArray, shelf: Shelf) -> FloatArray:
     share_LRS = best_shares(load, shelf.logical_LRS, shelf.fleet)
-    return np.asarray(load_of_ranks(load, shelf.logical_LRS, share_LRS, shelf.fleet).max(1))
+    return np.asarray(level_of_ranks(load, shelf.logical_LRS, share_LRS, shelf.fleet).max(1))
 
 
 def by_eplb(load: FloatArray, num_ranks: int, width: int, nodes: int) -> Shelf:

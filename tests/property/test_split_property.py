@@ -15,7 +15,7 @@ from moe_core.experts.split import (
     SHARE_PARTS,
     best_shares,
     even_shares,
-    load_of_ranks,
+    level_of_ranks,
     parts_on_ranks,
     rows_of_parts,
     shares_of,
@@ -34,7 +34,7 @@ def laid_out(draw: st.DrawFn) -> tuple[FloatArray, Shelf]:
 
 
 def worst_of(load: FloatArray, shelf: Shelf, share: FloatArray) -> FloatArray:
-    return np.asarray(load_of_ranks(load, shelf.logical_LRS, share, shelf.fleet).max(1))
+    return np.asarray(level_of_ranks(load, shelf.logical_LRS, share, shelf.fleet).max(1))
 
 
 def least_possible(load: FloatArray, shelf: Shelf) -> list[float]:

@@ -25,6 +25,10 @@ To understand the policy, read in this order; every module says at its top what 
                         crossing  the same, quickly                 replay    a trace through a policy
     beside it           assign    maps by named policy: linear; EPLB's with copies apart (eplb, copies)
 
+The operator (decide.assignment) calls groups.pack_groups for a first map, carry.carry_over for another number of ranks,
+and replan, or groups.replan_groups where several copies were promised. Read shelf before pack: it says what the ids E
+and E + 1 mean. Parts are whole numbers as a map has them, shares the same as fractions, weights anything in proportion.
+
 Arrays of a plan are named by their axes: L layers, E logical experts, R ranks, S slots of the widest rank, G failure
 domains; X is E and two columns more, for the empty slot and the slot that a narrow rank does not have (shelf).
 """

@@ -76,7 +76,7 @@ def align(anew_LRS: IntArray, start_LRS: IntArray, fleet: Fleet, num_experts: in
         left[np.argsort(kind_N[left], kind="stable")] for left in (left_rows, left_targets)
     )
     row_N[by_kind_targets] = by_kind_rows
-    aligned_LRS: IntArray = anew_LRS.reshape(len(kind_N), -1)[row_N].reshape(anew_LRS.shape)
+    aligned_LRS: IntArray = anew_LRS.reshape(len(kind_N), anew_LRS.shape[2])[row_N].reshape(anew_LRS.shape)
     return aligned_LRS
 
 
@@ -123,7 +123,7 @@ def _pairs(anew_LRS: IntArray, start_LRS: IntArray, kind_N: IntArray, num_expert
 
 def _held(logical_LRS: IntArray, kind_N: IntArray, num_experts: int) -> tuple[IntArray, IntArray]:
     """Each expert of each rank once: the rank, counted over all layers, and expert and kind as one number."""
-    logical_NS = np.sort(logical_LRS.reshape(len(kind_N), -1), axis=1)
+    logical_NS = np.sort(logical_LRS.reshape(len(kind_N), logical_LRS.shape[2]), axis=1)
     is_one_NS = logical_NS < num_experts
     is_one_NS[:, 1:] &= logical_NS[:, 1:] != logical_NS[:, :-1]
     rank_K, place_K = np.nonzero(is_one_NS)

@@ -22,7 +22,7 @@ from moe_core.experts.hosts import MOST_RANKS, chances, thin_out
 from moe_core.experts.mirror import filled, pack_mirrored
 from moe_core.experts.pack import pack, part, settle
 from moe_core.experts.shelf import Shelf
-from moe_core.experts.split import best_shares, load_of_ranks
+from moe_core.experts.split import best_shares, level_of_ranks
 
 AS_EVEN = 1e-3
 """So much more on the heaviest rank is given for a safer layout: what a window of half a million picks is sure of."""
@@ -35,7 +35,15 @@ _STEPS = 400
 
 
 def pack_anew(load_LE: FloatArray, fleet: Fleet, *, least_copies: int = 1) -> Shelf:
-    """The plan from scratch: in all slots that can be filled, at least `least_copies` of each expert where they fit."""
+    """The plan from scratch: in all slots that can be filled, at least `least_copies` of each expert where they fit.
+
+    The same load in another unit gives the same plan.
+    """
+    found = _pack_anew(load_LE / (float(load_LE.sum()) or 1.0), fleet, least_copies)
+    return Shelf.of(load_LE, found.copies_LE, fleet, found.logical_LRS)
+
+
+def _pack_anew(load_LE: FloatArray, fleet: Fleet, least_copies: int) -> Shelf:
     room = fleet.room_for(load_LE.shape[1])
     copies_LE = count_copies(load_LE, room, most=fleet.ranks_with_slots, least=least_copies)
     packed = pack(load_LE, copies_LE, fleet)
@@ -65,7 +73,7 @@ def _mirrored(load_LE: FloatArray, fleet: Fleet, least_copies: int) -> Iterator[
 def _heaviest(load_LE: FloatArray, shelf: Shelf) -> FloatArray:
     """[L] the largest load of a rank when copies divide their expert's load as well as they can."""
     share_LRS = best_shares(load_LE, shelf.logical_LRS, shelf.fleet)
-    return np.asarray(load_of_ranks(load_LE, shelf.logical_LRS, share_LRS, shelf.fleet).max(1))
+    return np.asarray(level_of_ranks(load_LE, shelf.logical_LRS, share_LRS, shelf.fleet).max(1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from moe_core.experts.shelf import rows_of
 def carry_over(
     expert_map: ExpertMap, load_LE: FloatArray, fleet: Fleet, *, least_copies: int = 1
 ) -> tuple[tuple[int, ...], ...]:
-    """logical_of_slot [L][slots of `fleet`]: packed anew for the load, and dealt to the ranks so that few experts move.
+    """logical_of_slot [L][slots of `fleet`]: packed for the load from scratch (groups.pack_groups),
+    and dealt to the ranks so that few experts move.
 
     Ranks keep their numbers; those that `fleet` does not have are gone, those that the map does not have hold nothing.
     """

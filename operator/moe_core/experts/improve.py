@@ -21,7 +21,7 @@ from moe_core.experts.align import copies_in
 from moe_core.experts.checks import FloatArray, IntArray
 from moe_core.experts.fleet import Fleet
 from moe_core.experts.shelf import BoolArray
-from moe_core.experts.split import best_shares, load_of_ranks, vessels, weight_of
+from moe_core.experts.split import best_shares, level_of_ranks, load_in_slots, vessels
 
 RECOPIES, EXCHANGES = 4, 2
 """Tried at each step."""
@@ -63,7 +63,7 @@ class _Layers:
     def of(cls, load_NE: FloatArray, logical_NRS: IntArray, share_NRS: FloatArray, fleet: Fleet) -> Self:
         num_layers, num_experts = load_NE.shape
         rows = np.arange(num_layers)
-        amount_NRS = share_NRS * weight_of(load_NE, logical_NRS)
+        amount_NRS = share_NRS * load_in_slots(load_NE, logical_NRS)
         carried_NR = amount_NRS.sum(2)
         heavy_N = (carried_NR / fleet.speed_R).argmax(1)
         vessel_NR = vessels(logical_NRS, amount_NRS)
@@ -133,7 +133,7 @@ def improve(
     """
     share_LRS = best_shares(load_LE, start_LRS, fleet)
     layouts, shares = [start_LRS], [share_LRS]
-    worst = [load_of_ranks(load_LE, start_LRS, share_LRS, fleet).max(1)]
+    worst = [level_of_ranks(load_LE, start_LRS, share_LRS, fleet).max(1)]
     speed = fleet.speed_R[fleet.slots_R > 0].sum()
     target_L = load_LE.sum(1) / speed * (1 + even_enough)
     is_open_L = worst[0] > target_L
@@ -161,7 +161,7 @@ def _step(layers: _Layers, load_NE: FloatArray, least_copies: int) -> tuple[IntA
     load, slots = np.tile(load_NE, (num_tries, 1)), tried_TNRS.reshape(-1, *logical_NRS.shape[1:])
     begin = np.where(tried_TNRS == logical_NRS, share_NRS, 0.0).reshape(slots.shape)
     share = best_shares(load, slots, fleet, rounds=_ROUNDS, start_LRS=begin)
-    worst_TN = load_of_ranks(load, slots, share, fleet).max(1).reshape(num_tries, -1)
+    worst_TN = level_of_ranks(load, slots, share, fleet).max(1).reshape(num_tries, -1)
     worst_N = layers.worst_N
     gain_TN = np.where(changed_TN > 0, (worst_N - worst_TN) / np.maximum(changed_TN, 1), -np.inf)
     best_N = gain_TN.argmax(0)

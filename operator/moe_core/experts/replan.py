@@ -36,7 +36,7 @@ from moe_core.experts.split import (
     best_shares,
     even_shares,
     follow,
-    load_of_ranks,
+    level_of_ranks,
     parts_on_ranks,
     rows_of_parts,
     shares_of,
@@ -110,9 +110,13 @@ class Replan:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """What is asked; `start` is where the slots are now, links_GG seconds per byte between domains."""
+    """What is asked; `start` is where the slots are now, links_GG seconds per byte between domains.
+
+    load_LE sums to 1, so that the same load in another unit gives the same plan; `picks` is what it stands for.
+    """
 
     load_LE: FloatArray
+    picks: float
     fleet: Fleet
     start_LRS: IntArray
     prices: Prices
@@ -126,6 +130,16 @@ class _Task:
         return int(self.load_LE.shape[1])
 
     @property
+    def seconds(self) -> float:
+        """Of all picks over the horizon, one after the other on a rank of speed 1: what costs are parts of."""
+        return self.picks * self.prices.seconds_per_pick * self.prices.horizon
+
+    @property
+    def sent_bytes(self) -> float:
+        """If every pick of a window were answered elsewhere."""
+        return self.picks * self.prices.bytes_per_pick
+
+    @property
     def move_s(self) -> float:
         return self.prices.bytes_per_expert / self.prices.bytes_per_s
 
@@ -135,17 +149,17 @@ class _Task:
 
 @dataclass(frozen=True, slots=True)
 class _Choices:
-    """Per layer the layouts to choose among, K of them; the first is to stay. seconds_KL is over the horizon."""
+    """Per layer the layouts to choose among, K of them; the first is to stay. cost_KL: parts of `_Task.seconds`."""
 
     logical_KLRS: IntArray
     part_KLRS: IntArray
     worst_KL: FloatArray
-    seconds_KL: FloatArray
+    cost_KL: FloatArray
     moves_KL: IntArray
 
-    def best(self, move_s: float) -> IntArray:
+    def best(self, move_cost: float) -> IntArray:
         """[L] the choice with the largest gain less cost; of equals the earliest, which moves least."""
-        value_KL = self.seconds_KL[0] * (1 - WORTH_CHANGING) - self.seconds_KL - self.moves_KL * move_s
+        value_KL = self.cost_KL[0] * (1 - WORTH_CHANGING) - self.cost_KL - self.moves_KL * move_cost
         value_KL[0] = 0.0
         return np.asarray(value_KL.argmax(0))
 
@@ -174,9 +188,10 @@ def replan(
         layer, expert = (int(i) for i in np.argwhere(copies_LE == 0)[0])
         raise InvalidInput(f"current[{layer}] must hold every expert, expert {expert} is in no slot")
     links_GG = None if links_RR is None else between_domains(links_RR, fleet)
-    task = _Task(load_LE, fleet, start_LRS, prices, least_copies, links_GG, together_LEE, from_LEG)
+    picks = float(load_LE.sum()) or 1.0
+    task = _Task(load_LE / picks, picks, fleet, start_LRS, prices, least_copies, links_GG, together_LEE, from_LEG)
     choices = _choices(task, parts_on_ranks(current_shares, start_LRS, fleet, load_LE.shape[1]))
-    return _replan(task, choices, _within(choices, task.move_s, prices.most_moves))
+    return _replan(task, choices, _within(choices, task.move_s / task.seconds, prices.most_moves))
 
 
 def _choices(task: _Task, start_part_LRS: IntArray) -> _Choices:
@@ -191,18 +206,18 @@ def _choices(task: _Task, start_part_LRS: IntArray) -> _Choices:
         *(whole_parts(share, slots, task.num_experts) for share, slots in zip(shares, layouts[1:], strict=True)),
     ]
     measured = [_measured(task, slots, part) for slots, part in zip(layouts, parts, strict=True)]
-    seconds_KL = np.stack([seconds for _, seconds in measured])
+    cost_KL = np.stack([cost for _, cost in measured])
     near_L = _too_near(task.load_LE, task.start_LRS, task.fleet)
     floor_LE = np.minimum(copies_in(task.start_LRS, task.num_experts), task.least_copies)
     for place, slots in enumerate(aligned, start=len(layouts) - len(aligned)):
         is_none_L = _too_near(task.load_LE, slots, task.fleet) > near_L
         is_none_L |= (copies_in(slots, task.num_experts) < floor_LE).any(1)
-        seconds_KL[place, is_none_L] = np.inf
+        cost_KL[place, is_none_L] = np.inf
     return _Choices(
         np.stack(layouts),
         np.stack(parts),
         np.stack([worst for worst, _ in measured]),
-        seconds_KL,
+        cost_KL,
         np.stack([arrivals(task.start_LRS, slots, task.num_experts).sum((1, 2)) for slots in layouts]),
     )
 
@@ -217,14 +232,14 @@ def _from_scratch(task: _Task) -> Iterator[Shelf]:
 
 
 def _measured(task: _Task, logical_LRS: IntArray, part_LRS: IntArray) -> tuple[FloatArray, FloatArray]:
-    """([L] load of the heaviest rank, [L] seconds over the horizon)"""
+    """([L] load of the heaviest rank, [L] its cost)"""
     share_LRS = shares_of(part_LRS, logical_LRS, task.num_experts)
-    worst_L = load_of_ranks(task.load_LE, logical_LRS, share_LRS, task.fleet).max(1)
-    seconds_L = worst_L * task.prices.seconds_per_pick
-    if task.links_GG is not None:
-        on_links_L = (task.across(logical_LRS, share_LRS) * task.links_GG).sum((1, 2))
-        seconds_L = seconds_L + on_links_L * task.prices.bytes_per_pick / task.fleet.ranks_with_slots
-    return worst_L, seconds_L * task.prices.horizon
+    worst_L = level_of_ranks(task.load_LE, logical_LRS, share_LRS, task.fleet).max(1)
+    if task.links_GG is None:
+        return worst_L, worst_L
+    on_links_L = (task.across(logical_LRS, share_LRS) * task.links_GG).sum((1, 2))
+    bytes_per_work_s = task.prices.bytes_per_pick / task.prices.seconds_per_pick
+    return worst_L, worst_L + on_links_L * bytes_per_work_s / task.fleet.ranks_with_slots
 
 
 def _too_near(load_LE: FloatArray, logical_LRS: IntArray, fleet: Fleet) -> IntArray:
@@ -233,17 +248,17 @@ def _too_near(load_LE: FloatArray, logical_LRS: IntArray, fleet: Fleet) -> IntAr
     return np.asarray((shelf.repeats_LRS() | shelf.crowded_LRS()).sum((1, 2)))
 
 
-def _within(choices: _Choices, move_s: float, most: int | None) -> IntArray:
+def _within(choices: _Choices, move_cost: float, most: int | None) -> IntArray:
     """The best choices whose moves fit the budget: a dearer move makes every layer choose fewer of them."""
     layers = np.arange(choices.moves_KL.shape[1])
 
     def moves(chosen_L: IntArray) -> int:
         return int(choices.moves_KL[chosen_L, layers].sum())
 
-    best_L = choices.best(move_s)
+    best_L = choices.best(move_cost)
     if most is None or moves(best_L) <= most:
         return best_L
-    low, high = move_s, max(float(choices.seconds_KL[0].max()), move_s) * 2 + 1e-12
+    low, high = move_cost, max(float(choices.cost_KL[0].max()), move_cost) * 2 + 1e-12
     for _ in range(50):
         middle = (low + high) / 2
         if moves(choices.best(middle)) <= most:
@@ -257,21 +272,21 @@ def _replan(task: _Task, choices: _Choices, chosen_L: IntArray) -> Replan:
     layers = np.arange(len(chosen_L))
     slots, parts = choices.logical_KLRS[chosen_L, layers], choices.part_KLRS[chosen_L, layers]
     moves = int(choices.moves_KL[chosen_L, layers].sum())
-    seconds_L = choices.seconds_KL[chosen_L, layers]
-    best_s = float((choices.seconds_KL[0] - choices.seconds_KL.min(0)).sum())
-    gain_s, cost_s = float((choices.seconds_KL[0] - seconds_L).sum()), moves * task.move_s
+    before_L, after_L, least_L = choices.cost_KL[0], choices.cost_KL[chosen_L, layers], choices.cost_KL.min(0)
+    best_s = float((before_L - least_L).sum()) * task.seconds
+    gain_s, cost_s = float((before_L - after_L).sum()) * task.seconds, moves * task.move_s
     kept = keep_places(slots, task.start_LRS, task.num_experts)
     kept_parts = np.where((chosen_L == 0)[:, None, None], parts, follow(parts, slots, kept, task.num_experts))
     crossed_before, crossed_after = (
-        leaving(task.across(logical, shares_of(part, logical, task.num_experts))) * task.prices.bytes_per_pick
+        leaving(task.across(logical, shares_of(part, logical, task.num_experts))) * task.sent_bytes
         for logical, part in ((task.start_LRS, choices.part_KLRS[0]), (kept, kept_parts))
     )
     return Replan(
         logical_of_slot=rows_of(kept, task.fleet, task.num_experts),
         share_of_slot=_said(kept_parts, kept, task),
         moves=moves,
-        worst_before=tuple(choices.worst_KL[0].tolist()),
-        worst_after=tuple(choices.worst_KL[chosen_L, layers].tolist()),
+        worst_before=tuple((choices.worst_KL[0] * task.picks).tolist()),
+        worst_after=tuple((choices.worst_KL[chosen_L, layers] * task.picks).tolist()),
         crossed_before=crossed_before,
         crossed_after=crossed_after,
         gain_s=gain_s,

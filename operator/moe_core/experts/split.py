@@ -76,15 +76,15 @@ def shares_of(weight_LRS: FloatArray | IntArray, logical_LRS: IntArray, num_expe
     return np.where(is_filled_LRS, share_LRS, 0.0)
 
 
-def weight_of(load_LE: FloatArray, logical_LRS: IntArray) -> FloatArray:
+def load_in_slots(load_LE: FloatArray, logical_LRS: IntArray) -> FloatArray:
     """[L, R, S] the whole load of the expert in each slot."""
     load_LX = np.concatenate([load_LE, np.zeros((len(load_LE), 2))], axis=1)
     return np.take_along_axis(load_LX[:, None, :], logical_LRS, axis=2)
 
 
-def load_of_ranks(load_LE: FloatArray, logical_LRS: IntArray, share_LRS: FloatArray, fleet: Fleet) -> FloatArray:
+def level_of_ranks(load_LE: FloatArray, logical_LRS: IntArray, share_LRS: FloatArray, fleet: Fleet) -> FloatArray:
     """[L, R] load over speed."""
-    return np.asarray((weight_of(load_LE, logical_LRS) * share_LRS).sum(2) / fleet.speed_R)
+    return np.asarray((load_in_slots(load_LE, logical_LRS) * share_LRS).sum(2) / fleet.speed_R)
 
 
 def best_shares(
@@ -98,7 +98,7 @@ def best_shares(
     """[L, R, S] of the rounds the best; an expert without load evenly. start_LRS: any weights to begin from."""
     even_LRS = even_shares(logical_LRS, load_LE.shape[1])
     found = even_LRS if start_LRS is None else shares_of(start_LRS, logical_LRS, load_LE.shape[1])
-    load_LRS = weight_of(load_LE, logical_LRS)
+    load_LRS = load_in_slots(load_LE, logical_LRS)
     copies = _Copies.of(logical_LRS, (even_LRS < 1) & (load_LRS > 0))
     if len(copies.flat_C):
         load_C = load_LRS.reshape(-1)[copies.flat_C]
