@@ -160,6 +160,8 @@ def _cells(found: Outlook | Refusal, no_size: str) -> dict[str, str]:
         cells["bytes and memory"] = f"not known: {no_size}"
     if found.planned is not None:
         cells["planned for this load"] = f"balancedness {found.planned_balance:.3f}; {found.planned.reason}"
+        if found.planned.moves:
+            cells["moves are paid back in"] = f"{found.planned.payback:.1%} of the horizon"
     if found.crossings is not None:
         cells["other nodes a token meets"] = "; ".join(
             f"{way} {one.nodes:.2f} at balancedness {one.balancedness:.3f}"
@@ -240,6 +242,7 @@ def _plan_as_json(found: Outlook | Refusal) -> dict[str, Any]:
             "moves": found.planned.moves,
             "gainSeconds": found.planned.gain_s,
             "costSeconds": found.planned.cost_s,
+            "paybackOfHorizon": found.planned.payback if found.planned.gain_s > 0 else None,
             "reason": found.planned.reason,
             "crossDomainBytes": {"before": found.planned.crossed_before, "after": found.planned.crossed_after},
             "logicalOfSlot": found.planned.logical_of_slot,

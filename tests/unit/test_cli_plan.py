@@ -103,6 +103,8 @@ def test_a_load_shows_what_a_plan_for_it_would_win(tmp_path: Path) -> None:
     assert plan["balancedness"] < plan["planned"]["balancedness"] <= plan["bestBalancedness"] + 1e-9
     assert plan["planned"]["moves"] > 0
     assert plan["planned"]["gainSeconds"] >= plan["planned"]["costSeconds"]
+    payback = plan["planned"]["costSeconds"] / plan["planned"]["gainSeconds"]
+    assert plan["planned"]["paybackOfHorizon"] == pytest.approx(payback) and payback > 0
 
 
 def test_nodes_and_a_trace_show_how_far_tokens_have_to_go(tmp_path: Path) -> None:
