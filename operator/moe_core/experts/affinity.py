@@ -17,7 +17,7 @@ import numpy as np
 from moe_core.experts.checks import FloatArray, IntArray
 from moe_core.experts.copies import proportional_shares
 from moe_core.experts.fleet import Fleet
-from moe_core.experts.pack import even, pack, part
+from moe_core.experts.pack import deal, even, pack, part
 from moe_core.experts.shelf import Shelf
 from moe_core.outcome import InvalidInput
 
@@ -50,16 +50,17 @@ def pack_together(
             for load, copies, together, source in zip(load_LE, copies_LE, together_LEE, from_LEG, strict=True)
         ]
     )
-    per_copy_LE = load_LE / copies_LE
+    held_LE = held_LEG.sum(2)
     for domain in range(fleet.num_domains):
         ranks = np.flatnonzero((fleet.domain_R == domain) & (fleet.slots_R > 0))
         if ranks.size == 0:
             continue
         own = Fleet(tuple(fleet.slots_R[ranks].tolist()), tuple(fleet.speed_R[ranks].tolist()))
-        held_LE = held_LEG[:, :, domain]
-        inside = pack(per_copy_LE * held_LE, held_LE, own).logical_LRS
+        here_LE = held_LEG[:, :, domain]
+        lay = pack if own.is_uniform else deal  # on uneven ranks the copies of one domain alone may not fit apart
+        inside = lay(load_LE / held_LE * here_LE, here_LE, own).logical_LRS
         logical_LRS[:, ranks, : inside.shape[2]] = inside
-    shelf = Shelf.of(load_LE, copies_LE, fleet, logical_LRS)
+    shelf = Shelf.of(load_LE, held_LE, fleet, logical_LRS)
     part(shelf)
     even(shelf, rounds=_ROUNDS, even_enough=_UNEVEN)
     return shelf
@@ -77,7 +78,7 @@ def _homes(load_E: FloatArray, together_EE: FloatArray, from_EG: FloatArray, roo
     for expert in np.argsort(-load_E, kind="stable").tolist():
         fits = seats_G > 0
         light = fits & (load_G + load_E[expert] <= limit_G)
-        keys = (load_G / room_G, -near_EG[expert], ~light, ~fits)
+        keys = (load_G / np.maximum(room_G, 1), -near_EG[expert], ~light, ~fits)
         home = int(np.lexsort(keys)[0])
         home_E[expert] = home
         seats_G[home] -= 1
@@ -131,6 +132,11 @@ def _copies_of_domains(
     further = np.repeat(np.arange(len(load_E)), copies_E - 1)
     for expert in further[np.argsort(-per_copy_E[further], kind="stable")].tolist():
         is_full = (free_G <= 0) | (held_EG[expert] >= ranks_G)
+        if is_full.all():
+            if not _make_room(expert, held_EG, free_G, ranks_G, per_copy_E):
+                continue
+            load_G = per_copy_E @ held_EG
+            is_full = (free_G <= 0) | (held_EG[expert] >= ranks_G)
         is_heavy = load_G + per_copy_E[expert] > limit_G
         keys = (load_G / np.maximum(room_G, 1), -from_EG[expert], is_heavy, held_EG[expert], is_full)
         domain = int(np.lexsort(keys)[0])
@@ -138,3 +144,31 @@ def _copies_of_domains(
         load_G[domain] += per_copy_E[expert]
         free_G[domain] -= 1
     return held_EG
+
+
+def _make_room(expert: int, held_EG: IntArray, free_G: IntArray, ranks_G: IntArray, per_copy_E: FloatArray) -> bool:
+    """Every free slot is where `expert` is already: copies of others go there, and leave a slot where it may enter.
+
+    The shortest augmenting path of a flow from experts to domains. False where there is none: on very uneven ranks so
+    many copies do not fit apart, and this one has no place.
+    """
+    to_look_at = np.flatnonzero(held_EG[expert] < ranks_G).tolist()
+    left_by: dict[int, tuple[int, int]] = {}
+    for domain in to_look_at:
+        if free_G[domain] > 0:
+            break
+        for other in sorted({*range(len(free_G))} - {*to_look_at}):
+            may_go = np.flatnonzero((held_EG[:, domain] > 0) & (held_EG[:, other] < ranks_G[other]))
+            if may_go.size:
+                left_by[other] = domain, int(may_go[per_copy_E[may_go].argmin()])
+                to_look_at.append(other)
+    else:
+        return False
+    free_G[domain] -= 1
+    while domain in left_by:
+        source, moved = left_by[domain]
+        held_EG[moved, domain] += 1
+        held_EG[moved, source] -= 1
+        domain = source
+    free_G[domain] += 1
+    return True
