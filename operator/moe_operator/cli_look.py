@@ -14,7 +14,7 @@ import yaml
 from moe_core.decide.times import seconds_of
 from moe_core.spec.kinds import KINDS, Column, ResourceKind
 from moe_core.spec.load import Document
-from moe_operator.cli_files import EXIT_MISSING, read_files
+from moe_operator.cli_files import EXIT_INVALID, EXIT_MISSING, read_files
 from moe_operator.cli_run import condition, outcome_of
 from moe_operator.cluster.local_runs import is_living, living_runs
 
@@ -102,6 +102,12 @@ def run_drill(names: Sequence[str], *, run: Path | None) -> int:
         command = [_need_kubectl(), "apply", "-f", "-"]
         if code := subprocess.run(command, input=_as_text(documents), text=True, check=False).returncode:
             return code
+    elif over := [document.name for document in documents if outcome_of(_drill_of_run(folder, document)) is not None]:
+        typer.echo(
+            f"MoEDrill/{over[0]} is over already; `moerator delete drill {over[0]}` or another name lets it run again",
+            err=True,
+        )
+        return EXIT_INVALID
     elif not _apply_to_run(folder, documents):
         return EXIT_MISSING
     told: dict[str, str] = {}

@@ -72,6 +72,23 @@ def test_status_prints_conditions_and_numbers_but_not_the_brains_notes(run_folde
     assert (code, "AllActive" in said, "active: 4" in said, "secret" in said) == (0, True, True, False)
 
 
+def test_a_drill_that_is_over_is_not_told_again_as_if_it_had_run(run_folder: Path, tmp_path: Path) -> None:
+    target = {"kind": "MoEService", "name": "tiny", "rank": 2}
+    drill = {"apiVersion": "moerator.dev/v1alpha1", "kind": "MoEDrill", "metadata": {"name": "ouch"}}
+    drill["spec"] = {"target": target, "fault": {"type": "KillRank"}}
+    store = ObjectStore(run_folder / "objects", clock=lambda: 0.0)
+    thing, _ = store.put_resource(drill)
+    passed = {"type": "Complete", "status": "True", "reason": "DrillPassed", "message": "restored after 17 s"}
+    thing["status"] = {"verdict": "Passed", "conditions": [passed]}
+    store.touch(thing)
+    store.write_mirror()
+    file = tmp_path / "drill.yaml"
+    file.write_text(json.dumps(drill))
+    code, said = run("drill", "-f", str(file), "--run", str(run_folder))
+    assert code == 2
+    assert "MoEDrill/ouch is over already; `moerator delete drill ouch`" in said
+
+
 def test_a_missing_object_and_a_wrong_kind_are_refused_in_words(run_folder: Path) -> None:
     missing = run("status", "moesvc", "nobody", "--run", str(run_folder))
     wrong = run("get", "gateways", "--run", str(run_folder))
