@@ -23,7 +23,8 @@ app = typer.Typer(
 )
 
 Files = Annotated[
-    list[str], typer.Option("--filename", "-f", metavar="FILE", help="File of resources, - for standard input.")
+    list[str],
+    typer.Option("--filename", "-f", metavar="FILE", help="File of resources, - for standard input; may be repeated."),
 ]
 Run = Annotated[Path | None, typer.Option("--run", metavar="FOLDER", help="Run folder; by default the newest run.")]
 Namespace = Annotated[str, typer.Option("--namespace", "-n", help="Namespace of the object.")]
@@ -57,7 +58,8 @@ def plan(  # noqa: PLR0917  typer's way
     nodes: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="Nodes to place on, and pods there: what `kubectl get nodes,pods -A -o yaml` prints."
+            metavar="FILE",
+            help="Nodes to place on, and pods there: what `kubectl get nodes,pods -A -o yaml` prints; - for stdin.",
         ),
     ] = None,
     load: Annotated[

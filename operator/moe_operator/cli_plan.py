@@ -38,6 +38,8 @@ def show_plan(
     names: Sequence[str], *, nodes: str | None, load: str | None, ranks: str | None, as_json: bool, plot: Path | None
 ) -> int:
     """0 when everything would be accepted and placed, 1 when something would not be, 2 for bad input."""
+    if plot is not None and plot.suffix != ".svg":
+        return _refuse(f"--plot: the picture is an SVG and its file must end in .svg, got {plot}")
     try:
         documents, topologies = read_planned(names)
         counts = read_counts(ranks)
@@ -60,6 +62,9 @@ def show_plan(
             plot.write_text(picture(shown[0]), encoding="utf-8")
         except OSError as error:
             return _refuse(f"--plot: {plot}: {error.strerror}")
+        typer.echo(
+            f"{plot}: the slots of {documents[0].kind}/{documents[0].name} on {shown[0].num_ranks} ranks", err=True
+        )
     wished = all(_is_wished(found) for one in planned for found in one.looks)
     return 0 if wished else EXIT_NOT_AS_WISHED
 
@@ -132,9 +137,9 @@ def _print(console: Console, planned: _Planned) -> None:
     table = Table(title=f"{doc.kind}/{doc.name}", title_justify="left", show_lines=len(looks) > 1)
     table.add_column("")
     for found in looks:
-        table.add_column("refused" if isinstance(found, Refusal) else f"{found.num_ranks} ranks")
+        table.add_column("refused" if isinstance(found, Refusal) else f"{found.num_ranks} ranks", overflow="fold")
     rows = [_cells(found, planned.no_size) for found in looks]
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
     for name in names:
         table.add_row(name, *(row.get(name, "") for row in rows))
     console.print(table)
@@ -154,8 +159,12 @@ def _cells(found: Outlook | Refusal, no_size: str) -> dict[str, str]:
     if found.size is not None:
         cells["parameters per rank"] = _bytes(max(found.size.rank_bytes(found.expert_map)))
     if found.traffic is not None:
-        by_scope = ", ".join(f"{scope} {_bytes(count)}" for scope, count in found.bytes_by_scope.items())
-        cells["bytes of a step"] = f"{_bytes(found.traffic.sent_bytes)} sent ({by_scope}); {_way(found.step)}"
+        scopes = dict(found.bytes_by_scope)
+        stays = _bytes(scopes.pop("rank"))
+        sent = ", ".join(f"{scope} {_bytes(count)}" for scope, count in scopes.items())
+        cells["bytes of a step"] = (
+            f"{_bytes(found.traffic.sent_bytes)} sent ({sent}), {stays} stay on their rank; {_way(found.step)}"
+        )
     if no_size:
         cells["bytes and memory"] = f"not known: {no_size}"
     if found.planned is not None:

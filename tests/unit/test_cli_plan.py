@@ -190,7 +190,8 @@ def test_the_picture_has_a_square_for_every_slot(tmp_path: Path) -> None:
         (("--nodes", JOB), "must hold nodes and pods, got MoEJob"),
         (("--nodes", EXAMPLES.parent / "LICENSE"), "is not what `kubectl get nodes -o yaml` prints"),
         (("--load", JOB), "line 1: not JSON"),
-        (("--plot", EXAMPLES), "examples: Is a directory"),
+        (("--plot", "plan.png"), "must end in .svg, got plan.png"),
+        (("--plot", EXAMPLES / "gone" / "plan.svg"), "plan.svg: No such file"),
     ],
 )
 def test_bad_arguments_are_named(arguments: tuple[object, ...], words: str) -> None:
