@@ -115,7 +115,9 @@ def _look(
     try:
         if isinstance(doc.spec, MoEJobSpec):
             size = size_of_shape(doc.spec.model.shape)
-        elif checkpoint is not None and not checkpoint.fact.problem:
+        elif checkpoint is None:
+            no_size = f"no checkpoint can be read at {doc.raw['spec']['model']['path']} from here"
+        elif not checkpoint.fact.problem:
             size = size_of_config(checkpoint.config)
     except InvalidInput as error:
         no_size = str(error)

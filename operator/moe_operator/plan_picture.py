@@ -13,7 +13,7 @@ MOST_SLOTS = 400
 
 
 def picture(found: Outlook) -> str:
-    """The whole document. A hot slot is red, a cold one blue; the bar behind a row is the rank's share of the load."""
+    """The whole document. A hot slot is red, a cold one blue; the bar ends a row with the rank's share of the load."""
     expert_map = found.expert_map
     widest = max(1, *expert_map.slots_of_rank)
     num_layers = min(expert_map.num_layers, max(1, MOST_SLOTS // widest))
@@ -24,6 +24,7 @@ def picture(found: Outlook) -> str:
     for layer in range(num_layers):
         left = MARGIN + LABEL + layer * (widest * (SQUARE + GAP) + MARGIN)
         parts.append(_text(left, MARGIN + 8, f"layer {layer}"))
+    parts.append(_text(width - BAR - MARGIN, MARGIN + 8, "load of the rank"))
     most = max(found.load_of_rank, default=0.0) or 1.0
     for rank in range(expert_map.num_ranks):
         top = MARGIN * 2 + rank * (SQUARE + GAP)

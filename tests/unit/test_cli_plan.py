@@ -229,3 +229,9 @@ def test_a_config_of_which_the_size_cannot_be_told_costs_the_plan_its_bytes_only
 
 def test_files_without_a_job_or_a_service_are_refused() -> None:
     assert run("-f", EXAMPLES / "drill-tiny.yaml") == (2, "-f: no MoEJob and no MoEService in these files\n")
+
+
+def test_a_checkpoint_that_only_the_pods_can_reach_costs_the_plan_its_bytes_and_it_says_so() -> None:
+    (service,) = json.loads(run("-f", EXAMPLES / "cluster" / "service-tiny.yaml", "--json")[1])
+    assert service["sizeUnknown"] == "no checkpoint can be read at /models/tiny from here"
+    assert service["plans"][0]["accepted"]
