@@ -22,9 +22,8 @@ def slots_on_ranks(logical_of_slot: Sequence[Sequence[int]], fleet: Fleet, *, nu
     flat = np.asarray(logical_of_slot, dtype=np.int64).reshape(len(logical_of_slot), fleet.num_slots)
     if flat.size and not (flat.min() >= EMPTY_SLOT and flat.max() < num_experts):
         raise InvalidInput(f"current must name experts -1..{num_experts - 1}, got {flat.min()}..{flat.max()}")
-    exists_RS = np.arange(int(fleet.slots_R.max()))[None, :] < fleet.slots_R[:, None]
-    found = np.full((len(flat), *exists_RS.shape), num_experts + 1, dtype=np.int64)
-    found[:, exists_RS] = np.where(flat == EMPTY_SLOT, num_experts, flat)
+    found = np.full((len(flat), *fleet.exists_RS.shape), num_experts + 1, dtype=np.int64)
+    found[:, fleet.exists_RS] = np.where(flat == EMPTY_SLOT, num_experts, flat)
     return found
 
 

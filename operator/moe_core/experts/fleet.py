@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moe_core.experts.checks import FloatArray, IntArray
 from moe_core.outcome import InvalidInput
@@ -74,6 +75,11 @@ class Fleet:
     @cached_property
     def slots_R(self) -> IntArray:
         return np.asarray(self.slots_of_rank, dtype=np.int64)
+
+    @cached_property
+    def exists_RS(self) -> NDArray[np.bool_]:
+        """Whether the rank has so many slots, up to the widest rank's."""
+        return np.asarray(np.arange(int(self.slots_R.max()))[None, :] < self.slots_R[:, None])
 
     @cached_property
     def speed_R(self) -> FloatArray:

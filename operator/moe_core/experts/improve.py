@@ -20,7 +20,7 @@ import numpy as np
 from moe_core.experts.align import copies_in
 from moe_core.experts.checks import FloatArray, IntArray
 from moe_core.experts.fleet import Fleet
-from moe_core.experts.shelf import BoolArray
+from moe_core.experts.shelf import BoolArray, copies_in_domains
 from moe_core.experts.split import best_shares, level_of_ranks, load_in_slots, vessels
 
 RECOPIES, EXCHANGES = 4, 2
@@ -90,25 +90,12 @@ class _Layers:
             size[flat],
             vessel_NR != vessel_NR[rows, heavy_N][:, None],
             holds_NRX,
-            _in_domains(logical_NRS, num_experts, fleet),
+            copies_in_domains(logical_NRS, num_experts, fleet),
         )
 
     @property
     def num_experts(self) -> int:
         return int(self.copies_NX.shape[1]) - 2
-
-
-def _in_domains(logical_NRS: IntArray, num_experts: int, fleet: Fleet) -> IntArray | None:
-    """[N, E + 2, G] copies in each domain; None where each rank is one and the rule for ranks says it all."""
-    if fleet.num_domains == fleet.num_ranks:
-        return None
-    width = num_experts + 2
-    rows = np.arange(len(logical_NRS))[:, None, None]
-    flat = (rows * width + logical_NRS) * fleet.num_domains + fleet.domain_R[None, :, None]
-    counts = np.bincount(flat.reshape(-1), minlength=len(logical_NRS) * width * fleet.num_domains)
-    found = counts.reshape(len(logical_NRS), width, fleet.num_domains)
-    found[:, -2:] = 0
-    return found
 
 
 @dataclass(frozen=True, slots=True)

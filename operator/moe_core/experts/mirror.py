@@ -75,7 +75,7 @@ def pack_mirrored(load_LE: FloatArray, fleet: Fleet, size: int) -> Shelf | None:
         held_LS = by_group.logical_LRS[:, index, : wide.slots_of_rank[index]]
         mirrored = _mirrored(held_LS, by_group.per_copy_LX, _only(fleet, group), size)
         logical_LRS[:, list(group), : mirrored.shape[2]] = mirrored
-    logical_LRS[:, np.arange(logical_LRS.shape[2])[None, :] >= fleet.slots_R[:, None]] = num_experts + 1
+    logical_LRS[:, ~fleet.exists_RS] = num_experts + 1
     return filled(load_LE, fleet, logical_LRS)
 
 

@@ -41,11 +41,7 @@ class Shelf:
         cap_LE = -(-copies_LE // fleet.domains_with_slots)
         shelf = cls(fleet, copies_LE, per_copy_LX, logical_LRS, np.empty(0), cap_LE, None)
         shelf.load_LR = shelf.weight_LRS().sum(2) / fleet.speed_R
-        if fleet.num_domains < fleet.num_ranks:
-            shelf.in_domain_LXG = np.zeros((*per_copy_LX.shape, fleet.num_domains), dtype=np.int64)
-            layer_idx = np.arange(len(load_LE))[:, None, None]
-            np.add.at(shelf.in_domain_LXG, (layer_idx, logical_LRS, fleet.domain_R[None, :, None]), 1)
-            shelf.in_domain_LXG[:, -2:] = 0
+        shelf.in_domain_LXG = copies_in_domains(logical_LRS, shelf.num_experts, fleet)
         return shelf
 
     @property
@@ -115,8 +111,20 @@ class Shelf:
         return rows_of(self.logical_LRS, self.fleet, self.num_experts)
 
 
+def copies_in_domains(logical_LRS: IntArray, num_experts: int, fleet: Fleet) -> IntArray | None:
+    """[L, E + 2, G] copies in each domain; None where every rank is one and the rank rule says it all."""
+    if fleet.num_domains == fleet.num_ranks:
+        return None
+    width = num_experts + 2
+    rows = np.arange(len(logical_LRS))[:, None, None]
+    flat = (rows * width + logical_LRS) * fleet.num_domains + fleet.domain_R[None, :, None]
+    counts = np.bincount(flat.reshape(-1), minlength=len(logical_LRS) * width * fleet.num_domains)
+    found = counts.reshape(len(logical_LRS), width, fleet.num_domains)
+    found[:, -2:] = 0
+    return found
+
+
 def rows_of(logical_LRS: IntArray, fleet: Fleet, num_experts: int) -> tuple[tuple[int, ...], ...]:
     """logical_of_slot of an ExpertMap: per layer, ranks one after the other."""
-    exists_RS = np.arange(logical_LRS.shape[2])[None, :] < fleet.slots_R[:, None]
-    flat_LS = logical_LRS[:, exists_RS]
+    flat_LS = logical_LRS[:, fleet.exists_RS]
     return tuple(tuple(row) for row in np.where(flat_LS < num_experts, flat_LS, EMPTY_SLOT).tolist())

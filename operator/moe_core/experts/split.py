@@ -184,7 +184,6 @@ def parts_on_ranks(
     share_of_slot: Sequence[Sequence[int]], logical_LRS: IntArray, fleet: Fleet, num_experts: int
 ) -> IntArray:
     """share_of_slot of an ExpertMap as parts [L, R, S]; nothing at all means evenly. Raises InvalidInput."""
-    exists_RS = np.arange(logical_LRS.shape[2])[None, :] < fleet.slots_R[:, None]
     found = (logical_LRS < num_experts).astype(np.int64)
     if not share_of_slot:
         return found
@@ -197,7 +196,7 @@ def parts_on_ranks(
     flat = np.asarray(share_of_slot, dtype=np.int64)
     if flat.min() < 0:
         raise InvalidInput(f"shares must not be negative, got {flat.min()}")
-    found[:, exists_RS] = flat
+    found[:, fleet.exists_RS] = flat
     return found
 
 
@@ -210,5 +209,4 @@ def follow(part_LRS: IntArray, logical_LRS: IntArray, kept_LRS: IntArray, num_ex
 
 def rows_of_parts(part_LRS: IntArray, fleet: Fleet) -> tuple[tuple[int, ...], ...]:
     """share_of_slot of an ExpertMap."""
-    exists_RS = np.arange(part_LRS.shape[2])[None, :] < fleet.slots_R[:, None]
-    return tuple(tuple(row) for row in part_LRS[:, exists_RS].tolist())
+    return tuple(tuple(row) for row in part_LRS[:, fleet.exists_RS].tolist())
