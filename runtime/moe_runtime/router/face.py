@@ -1,0 +1,91 @@
+"""What a router is given and what it answers; the face that a router of the user's own has, too.
+
+A router scores the tokens of one rank in one MoE layer. It runs in float32 whatever the model's precision, and draws
+from the generator it is given only, so that a step that is run again takes the same way.
+
+Suffixes: T tokens, D model, E logical experts, K picks of a token, P rows that Soft MoE mixes for the experts.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import torch
+
+NO_EXPERT = -1
+"""In `expert_TK`: this pick is taken by nobody (dropped, or the token takes fewer than K)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The tokens of one forward on this rank, without padding.
+
+    x_TD        what the experts will get
+    logits_TE   float32, x times the gate's weight; None for a layer whose gate has none
+    ids_T       token ids, where known (hash routing)
+    sequence_T  which row of the batch each token belongs to, where known (losses per sequence)
+    class_T     small integers, e.g. modality; all 0 where nobody says
+    """
+
+    x_TD: torch.Tensor
+    logits_TE: torch.Tensor
+    ids_T: torch.Tensor | None = None
+    sequence_T: torch.Tensor | None = None
+    class_T: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """When: `progress` runs from 0 to 1 over a training run and is 1 when serving."""
+
+    is_training: bool = False
+    step: int = 0
+    progress: float = 1.0
+    generator: torch.Generator | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SoftRows:
+    """Soft MoE: experts get mixtures of tokens, P = E * rows per expert, ordered by expert.
+
+    rows = mix_TP^T x, output of token t = sum over P of share_TP[t, p] * expert(row p).
+    """
+
+    mix_TP: torch.Tensor
+    share_TP: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """The answer.
+
+    expert_TK, weight_TK   picks, NO_EXPERT where there is none (its weight is 0); weights float32 with a gradient
+    probability_TE         what the balance losses look at: float32, with a gradient; None: no loss applies
+    losses                 further terms of this layer by name, each a scalar already scaled by its coefficient
+    counts                 plain numbers to report by name, e.g. picks dropped for capacity
+    soft                   set by Soft MoE instead of picks (expert_TK is then empty, [T, 0])
+    """
+
+    expert_TK: torch.Tensor
+    weight_TK: torch.Tensor
+    probability_TE: torch.Tensor | None = None
+    losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    soft: SoftRows | None = None
+
+
+class Router(Protocol):
+    """One MoE layer's router: a torch.nn.Module whose parameters are trained as dense ones.
+
+    looks_ahead   True when a token's picks depend on other tokens of the batch: such a router leaks the future when a
+                  whole text is scored at once, and is not fit for decoding as it is.
+    """
+
+    looks_ahead: ClassVar[bool]
+
+    def __call__(self, tokens: Tokens, moment: Moment) -> Routing:
+        """Raises InvalidInput when the tokens lack what this router needs."""
+
+    def after_step(self, load_E: torch.Tensor) -> None:
+        """The step is committed; load_E [E] int64: picks of all ranks' tokens in this layer. For state that no gradient
+        moves (the bias of auxiliary-loss-free balancing): a buffer, the same on all ranks afterwards.
+        """
