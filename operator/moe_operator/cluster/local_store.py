@@ -11,7 +11,6 @@ from typing import Any
 
 import yaml
 
-from moe_core.contract.names import LABEL_OWNER_KIND, LABEL_OWNER_NAME
 from moe_core.decide.times import rfc3339
 from moe_operator.cluster.protocol import Foreign, Key
 
@@ -134,12 +133,4 @@ def owner_uid_of(thing: Mapping[str, Any]) -> str | None:
     for reference in thing["metadata"].get("ownerReferences", ()):
         if reference.get("controller"):
             return str(reference["uid"])
-    return None
-
-
-def owner_key_of(thing: Mapping[str, Any]) -> tuple[str, str] | None:
-    """(kind, name) from the labels every child carries."""
-    labels = thing["metadata"].get("labels", {})
-    if LABEL_OWNER_KIND in labels:
-        return labels[LABEL_OWNER_KIND], labels[LABEL_OWNER_NAME]
     return None
