@@ -87,7 +87,7 @@ node: $(VENV)/.dev  ## pods that really run: a real kubelet and containerd (need
 
 .PHONY: bench
 bench: $(VENV)/.dev  ## measure against raw limits, as ratios in one run (figures, no verdicts)
-	for bench in recovery planner topology growth; do PYTHONPATH=tests $(BIN)/python tests/bench/$$bench.py || exit 1; done
+	for bench in recovery planner topology growth families; do PYTHONPATH=tests $(BIN)/python tests/bench/$$bench.py || exit 1; done
 
 .PHONY: crds
 crds: $(VENV)/.dev  ## write crds/ and the chart's copy from the models

@@ -172,6 +172,10 @@ def test_the_operator_knows_without_transformers_which_families_run_and_how_many
         assert why_refused(family), family
 
 
+def test_sixty_families_or_more_are_held_equal() -> None:
+    assert len(EQUAL) >= 60
+
+
 @pytest.mark.parametrize("family", sorted(SERVED - NEEDS_CHECKPOINT - {"zaya"}))
 def test_a_shape_suffices_for_every_family_whose_jobs_are_accepted(family: str) -> None:
     facts = read_facts(ModelSource(shape=SHAPE.model_copy(update={"family": family})))
