@@ -31,8 +31,9 @@ def test_the_tables_name_every_type_and_only_options_that_exist() -> None:
 
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_a_default_is_a_value_that_could_be_given(name: str) -> None:
-    field = RouterConfig.model_fields[name]
-    assert TypeAdapter(field.annotation).validate_python(DEFAULTS[name], strict=True) == DEFAULTS[name]
+    annotation = RouterConfig.model_fields[name].annotation
+    assert annotation is not None
+    assert TypeAdapter(annotation).validate_python(DEFAULTS[name], strict=True) == DEFAULTS[name]
 
 
 def test_options_of_a_known_model_go_together_and_survive_the_wire() -> None:
