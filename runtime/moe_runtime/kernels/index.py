@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from moe_core.outcome import InvalidInput
+from moe_runtime.kernels.choose import runs_triton
 
 NO_SLOT = -1
 """Slot of a pick that nobody takes here, row of such a pick, and slot of an unused block."""
@@ -44,12 +45,25 @@ def most_blocks(num_picks: int, *, num_slots: int, block_rows: int) -> int:
 
 
 def index_rows(slot_N: torch.Tensor, *, num_slots: int, block_rows: int) -> SlotRows:
-    """The plain torch reference. slot_N [N] of integers, each NO_SLOT or below `num_slots`; N may be 0.
+    """slot_N [N] of integers, each NO_SLOT or below `num_slots`; N may be 0.
 
     Raises InvalidInput when `num_slots` or `block_rows` is not positive.
     """
+    check_index(num_slots, block_rows)
+    if runs_triton(slot_N):
+        from moe_runtime.kernels.index_triton import index_rows_triton
+
+        return index_rows_triton(slot_N, num_slots=num_slots, block_rows=block_rows)
+    return index_rows_reference(slot_N, num_slots=num_slots, block_rows=block_rows)
+
+
+def check_index(num_slots: int, block_rows: int) -> None:
     if num_slots < 1 or block_rows < 1:
         raise InvalidInput(f"num_slots and block_rows must be positive, not {num_slots} and {block_rows}")
+
+
+def index_rows_reference(slot_N: torch.Tensor, *, num_slots: int, block_rows: int) -> SlotRows:
+    """The same in plain torch, whatever the device."""
     num_picks, device = slot_N.numel(), slot_N.device
     num_blocks = most_blocks(num_picks, num_slots=num_slots, block_rows=block_rows)
     # picks without a slot sort behind all others, as if they were slot S's
