@@ -19,7 +19,7 @@ SCALE_BYTES: dict[Precision, int] = {"Float8": 4, "Int8": 4, "Int4": 2}
 DEFAULT_GROUPS: dict[Precision, int] = {"Int4": 64}
 MAX_GROUP = 1 << 16
 
-CONFIG_KEY, METHOD, VERSION = "quantization_config", "moerator", 1
+CONFIG_KEY = "quantization_config"
 """Where config.json says that experts are packed. The key is transformers' own, which refuses the unknown method."""
 
 
@@ -76,7 +76,7 @@ FULL = Packing(precision="Float32")
 class PackedConfig(WireModel):
     """The entry of config.json under CONFIG_KEY. calibration: how the scales and codes were chosen, for people."""
 
-    quant_method: Literal["moerator"] = METHOD
-    version: Literal[1] = VERSION
+    quant_method: Literal["moerator"] = "moerator"
+    version: Literal[1] = 1
     experts: Packing
     calibration: str = ""

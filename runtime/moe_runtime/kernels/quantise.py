@@ -145,7 +145,7 @@ def grouped(values_XNM: torch.Tensor, packing: Packing) -> torch.Tensor:
     padding = packing.num_groups(num_columns) * size - num_columns
     if padding:
         values_XNM = torch.nn.functional.pad(values_XNM, (0, padding))
-    return values_XNM.unflatten(-1, (-1, size))
+    return values_XNM.reshape(*values_XNM.shape[:-1], -1, size)
 
 
 def per_column(scales_XNG: torch.Tensor, packing: Packing, *, num_columns: int) -> torch.Tensor:
