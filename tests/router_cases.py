@@ -1,0 +1,68 @@
+"""Tokens and moments that the routers' tests share, and plain loops in numpy to hold routers against."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_core.contract.router import RouterConfig
+from moe_runtime.router.check import checked
+from moe_runtime.router.face import Moment, Routing, Tokens
+from moe_runtime.router.layer import LayerRouter
+from moe_runtime.router.registry import build_router
+
+DIM = 16
+
+
+def make_tokens(num_tokens: int, num_experts: int, *, seed: int = 0, skew: float = 0.0, rows: int = 2) -> Tokens:
+    """`skew` makes the logits of low experts higher, by so much from one to the next."""
+    generator = torch.Generator().manual_seed(seed)
+    x_TD = torch.randn(num_tokens, DIM, generator=generator)
+    logits_TE = torch.randn(num_tokens, num_experts, generator=generator)
+    length = max(1, -(-num_tokens // rows))
+    return Tokens(
+        x_TD=x_TD,
+        logits_TE=logits_TE - skew * torch.arange(num_experts),
+        ids_T=torch.randint(0, 64, (num_tokens,), generator=generator),
+        sequence_T=torch.arange(num_tokens) // length,
+        position_T=torch.arange(num_tokens) % length,
+        class_T=torch.arange(num_tokens) % 2,
+    )
+
+
+def training(*, seed: int = 0, progress: float = 0.0, **more: Any) -> Moment:
+    return Moment(is_training=True, progress=progress, generator=torch.Generator().manual_seed(seed), **more)
+
+
+SERVING = Moment()
+WHOLE_TEXTS = Moment(scores_whole_texts=True)
+
+
+def make_router(num_experts: int, top_k: int, *, layer_idx: int = 0, **options: Any) -> LayerRouter:
+    counts_V = torch.arange(64, 0, -1)
+    return build_router(
+        RouterConfig(**options),
+        num_experts=num_experts,
+        top_k=top_k,
+        dim=DIM,
+        layer_idx=layer_idx,
+        vocab_size=64,
+        token_counts_V=counts_V if options.get("hash_table") == "Balanced" else None,
+    )
+
+
+def route(router: LayerRouter, tokens: Tokens, moment: Moment = SERVING) -> Routing:
+    """The answer, checked."""
+    assert tokens.logits_TE is not None
+    return checked(router(tokens, moment), tokens, num_experts=tokens.logits_TE.shape[1])
+
+
+def softmax(row: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    power = np.exp(row - row.max())
+    return np.asarray(power / power.sum())
+
+
+def dense(routing: Routing, num_experts: int) -> torch.Tensor:
+    """[T, E] weights, whatever the order of picks."""
+    weight_TE = torch.zeros(routing.expert_TK.shape[0], num_experts)
+    return weight_TE.scatter_add(1, routing.expert_TK.clamp_min(0), routing.weight_TK.detach())
