@@ -57,7 +57,7 @@ def _block_and_column(num_blocks, num_columns, IN_TURN: tl.constexpr):
     return turn * IN_TURN + within % blocks, within // blocks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_picks", "top_k", "num_blocks"])
 def _gate_up_kernel(
     x_ptr,
     gate_up,
@@ -100,7 +100,7 @@ def _gate_up_kernel(
             kept.store(at, sums.reshape(ROWS, 2, COLUMNS).to(kept.dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_picks", "top_k", "num_blocks"])
 def _rows_kernel(
     a,
     weight,
@@ -145,7 +145,7 @@ def _rows_kernel(
         out.store([block * ROWS, column * COLUMNS], sums.to(out.dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_picks", "top_k"])
 def _weights_gradient_kernel(
     left,
     right,
@@ -188,7 +188,7 @@ def _weights_gradient_kernel(
     out.store([slot, m * M_TILE, n * N_TILE], sums.reshape(1, M_TILE, N_TILE).to(out.dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_picks"])
 def _swiglu_backward_kernel(
     d_hidden_ptr,
     kept_ptr,
