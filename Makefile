@@ -43,7 +43,7 @@ demo: $(VENV)/.run  ## train, serve, kill a rank, watch it heal; on this machine
 .PHONY: test
 test: $(VENV)/.dev  ## everything that CI checks
 	@rm -rf .moerator/reports
-	@failed=; for tier in lint types contracts fast integration cluster node; do \
+	@failed=; for tier in lint types contracts fast integration cluster node gpu; do \
 	  $(MAKE) --no-print-directory $$tier || failed="$$failed $$tier"; done; \
 	  $(BIN)/python tests/summary.py || failed="$$failed tests"; \
 	  if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
@@ -84,6 +84,10 @@ cluster-up: control-plane  ## start that control plane and print its kubeconfig;
 .PHONY: node
 node: $(VENV)/.dev  ## pods that really run: a real kubelet and containerd (needs root)
 	$(PYTEST) tests/node --junitxml=.moerator/reports/node.xml
+
+.PHONY: gpu
+gpu: $(VENV)/.dev  ## kernels on a real GPU, equal to plain torch (skipped without one)
+	TRITON_INTERPRET=0 $(PYTEST) tests/gpu --junitxml=.moerator/reports/gpu.xml
 
 .PHONY: bench
 bench: $(VENV)/.dev  ## measure against raw limits, as ratios in one run (figures, no verdicts)

@@ -2,7 +2,7 @@
 
 Rows that serve no pick are zero in every result, rows of unused blocks too.
 
-Suffixes: T tokens, D model, F expert hidden, S slots, K picks of a token, P padded rows; M, N the sides of any matrix.
+Suffixes: F expert hidden, S slots, P padded rows; M, N the sides of any matrix.
 """
 
 from collections.abc import Iterator
@@ -17,12 +17,6 @@ def rows_of_slots(rows: SlotRows) -> Iterator[tuple[int, slice]]:
     """Each slot with its rows, without the padding. Waits for the device."""
     for slot, (start, count) in enumerate(zip(rows.start_S1.tolist()[:-1], rows.count_S.tolist(), strict=True)):
         yield slot, slice(start, start + count)
-
-
-def gather_rows(x_TD: torch.Tensor, rows: SlotRows, *, top_k: int) -> torch.Tensor:
-    """[P, D] of each row's token, zero where a row serves no pick."""
-    padded_TD = torch.nn.functional.pad(x_TD, (0, 0, 0, 1))  # padding's pick N is token T
-    return padded_TD[(rows.pick_P // top_k).long()]
 
 
 def rows_times_weights(a_PM: torch.Tensor, weight_SNM: torch.Tensor, rows: SlotRows) -> torch.Tensor:

@@ -77,22 +77,25 @@ class _Mixture(torch.autograd.Function):
         rows: SlotRows,
     ) -> torch.Tensor:
         from moe_runtime.kernels import grouped_triton
+        from moe_runtime.kernels.permute_triton import combine_rows
 
         keep = any(ctx.needs_input_grad)
-        top_k = weight_TK.shape[1]
+        num_tokens, top_k = weight_TK.shape
         hidden_PF, kept_P2F = grouped_triton.gate_up(x_TD, gate_up_S2FD, rows, top_k=top_k, keep=keep)
         out_PD = grouped_triton.rows_times_weights(hidden_PF, down_SDF, rows, transposed=True)
         if keep:
             ctx.save_for_backward(x_TD, weight_TK, gate_up_S2FD, down_SDF, kept_P2F)
             ctx.rows = rows
-        return combine(out_PD, rows, weight_TK)
+        return combine_rows(out_PD, weight_TK, rows, num_tokens=num_tokens, top_k=top_k)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         from moe_runtime.kernels import grouped_triton as triton_
+        from moe_runtime.kernels.permute_triton import combine_rows
 
         x_TD, weight_TK, gate_up_S2FD, down_SDF, kept_P2F = ctx.saved_tensors
-        rows, top_k, d_out_TD = ctx.rows, weight_TK.shape[1], grads[0].contiguous()
+        rows, d_out_TD = ctx.rows, grads[0].contiguous()
+        num_tokens, top_k = weight_TK.shape
         needs_x, needs_weight, needs_gate_up, needs_down, _ = ctx.needs_input_grad
         d_hidden_PF = triton_.rows_times_weights(d_out_TD, down_SDF, rows, transposed=False, gather_top_k=top_k)
         d_gate_up_P2F, weighted_PF, d_weight_N = triton_.swiglu_backward(
@@ -106,15 +109,6 @@ class _Mixture(torch.autograd.Function):
             d_down_SDF = triton_.weights_gradient(d_out_TD, weighted_PF, rows, top_k=top_k, gather_left=True)
         if needs_x:
             d_x_PD = triton_.rows_times_weights(d_gate_up_P2F, gate_up_S2FD, rows, transposed=False)
-            d_x_TD = combine(d_x_PD, rows, torch.ones_like(weight_TK))
+            d_x_TD = combine_rows(d_x_PD, None, rows, num_tokens=num_tokens, top_k=top_k)
         d_weight_TK = d_weight_N.view_as(weight_TK).to(weight_TK.dtype) if needs_weight else None
         return d_x_TD, d_weight_TK, d_gate_up_S2FD, d_down_SDF, None
-
-
-def combine(out_PD: torch.Tensor, rows: SlotRows, weight_TK: torch.Tensor) -> torch.Tensor:
-    """[T, D] sum over a token's picks of weight * the row of the pick, summed in float32."""
-    num_tokens, top_k = weight_TK.shape
-    has_row_N = rows.row_N >= 0
-    picked_ND = out_PD[torch.where(has_row_N, rows.row_N, 0).long()].float()
-    picked_ND = torch.where(has_row_N.unsqueeze(-1), picked_ND, 0.0) * weight_TK.reshape(-1, 1).float()
-    return picked_ND.view(num_tokens, top_k, -1).sum(dim=1).to(out_PD.dtype)
