@@ -12,9 +12,9 @@ import torch
 from gloo_ranks import join_group
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.runtime_config import ModelSource
+from moe_runtime.dispatch import mixture
 from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.errors import GroupFault
-from moe_runtime.experts import slots
 from moe_runtime.membership.group import EpochGroup
 from numerics_families import tiny_model
 
@@ -195,7 +195,7 @@ def serve(
     A fault is met as the step loop does: roll back, build a group of the living, bind, run the same step again.
     """
     if by_pick:
-        vars(slots)["SMALL_STEP_TOKENS"] = -1
+        vars(mixture)["SMALL_STEP_TOKENS"] = -1
     epm = load(folder, expert_map, rank)
     group: Any = join_group(store_path, ranks=range(world), rank=rank, timeout_ms=timeout_ms)
     if fault is not None and fault.victim == rank:

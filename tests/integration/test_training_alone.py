@@ -9,6 +9,7 @@ import torch
 
 import train_tasks
 from gloo_ranks import run_ranks
+from moe_runtime.dispatch.group_face import Posted
 from moe_runtime.errors import GroupFault
 from moe_runtime.train.checkpoint import SUMMARY, read_summary
 from moe_runtime.train.evaluate import evaluate_checkpoint, parse_lost
@@ -59,6 +60,9 @@ class OtherRank:
         raise NotImplementedError
 
     def all_to_all(self, rows: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> torch.Tensor:
+        raise NotImplementedError
+
+    def post_all_to_all(self, rows: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Posted:
         raise NotImplementedError
 
 

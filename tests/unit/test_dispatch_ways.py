@@ -1,12 +1,11 @@
 """Both ways over a group equal the one-rank reference, for any layout: threads stand for ranks here."""
 
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from memory_group import MemoryGroup, together
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.experts.choice import WAYS
 from moe_runtime.dispatch.all_to_all import run_by_pick, run_by_token
@@ -14,37 +13,6 @@ from moe_runtime.dispatch.plan import LOST, DispatchPlan, make_plan
 from moe_runtime.dispatch.reference import run_local
 
 DIM, NUM_EXPERTS, TOP_K = 6, 5, 3
-
-
-class Board:
-    """Where the threads of one test leave rows for each other."""
-
-    def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size, timeout=10)
-        self.sent: list[tuple[torch.Tensor, ...]] = [()] * size
-
-
-class ThreadGroup:
-    def __init__(self, board: Board, ranks: Sequence[int], position: int) -> None:
-        self._board, self.ranks, self.position, self.size = board, tuple(ranks), position, len(ranks)
-        self.domains = None
-        self.exchanges = 0
-
-    def all_to_all(self, rows: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> torch.Tensor:
-        self.exchanges += 1
-        self._board.sent[self.position] = torch.split(rows.detach(), list(send_counts))
-        self._board.barrier.wait()
-        parts = [sent[self.position] for sent in self._board.sent]
-        assert [len(part) for part in parts] == list(receive_counts)
-        received = torch.cat(parts)
-        self._board.barrier.wait()
-        return received
-
-    def all_gather_ints(self, row: Sequence[int], *, timeout_ms: int | None = None) -> list[list[int]]:
-        raise AssertionError("dispatch asks for no control exchange")
-
-    def all_reduce_sum(self, tensor: torch.Tensor) -> None:
-        raise AssertionError("dispatch reduces nothing")
 
 
 MATRIX_EDD = torch.randn(NUM_EXPERTS, DIM, DIM, generator=torch.Generator().manual_seed(0))
@@ -63,7 +31,7 @@ def tokens_of(rank: int, uneven: bool) -> int:
 
 
 def one_rank(
-    group: ThreadGroup, plan: DispatchPlan, logical_of_slot: Sequence[int], way: str, uneven: bool
+    group: MemoryGroup, plan: DispatchPlan, logical_of_slot: Sequence[int], way: str, uneven: bool
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Ours, the reference, and the gradients of ours (inputs, weights)."""
     rank = group.position
@@ -108,28 +76,20 @@ def test_both_ways_equal_the_reference_and_its_gradients(layout: str, way: str, 
     slots_of_rank, row = LAYOUTS[layout]
     emap = ExpertMap(generation=0, num_logical_experts=NUM_EXPERTS, slots_of_rank=slots_of_rank, logical_of_slot=(row,))
     ranks = range(emap.num_ranks)
-    board = Board(emap.num_ranks)
-    groups = [ThreadGroup(board, ranks, rank) for rank in ranks]
-    with ThreadPoolExecutor(len(groups)) as pool:
-        jobs = [
-            pool.submit(
-                one_rank,
-                groups[rank],
-                make_plan(emap, ranks, rank=rank),
-                [row[slot] for slot in emap.slot_range(rank)],
-                way,
-                uneven,
-            )
-            for rank in ranks
-        ]
-        results = [job.result(timeout=10) for job in jobs]
 
-    for ours, reference, gradients in results:
+    def run(group: MemoryGroup) -> tuple[tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]], int]:
+        rank = group.position
+        held = [row[slot] for slot in emap.slot_range(rank)]
+        return one_rank(group, make_plan(emap, ranks, rank=rank), held, way, uneven), group.num_exchanges
+
+    results = together(run, emap.num_ranks)
+
+    for (ours, reference, gradients), _ in results:
         assert torch.allclose(ours, reference, atol=1e-5)
         for mine, theirs in zip(gradients[:2], gradients[2:], strict=True):
             assert torch.allclose(mine, torch.zeros_like(mine) if theirs is None else theirs, atol=1e-4)
     # forward: counts, rows, results; backward: results, rows. By token: there and back.
-    assert {group.exchanges for group in groups} == {5 if way == "by_pick" else 2}
+    assert {exchanges for _, exchanges in results} == {5 if way == "by_pick" else 2}
 
 
 @pytest.mark.parametrize("way", ["by_pick", "by_token"])
@@ -143,12 +103,12 @@ def test_rows_that_arrive_at_the_copies_are_as_many_as_their_shares_say(way: str
         share_of_slot=((5, 2, 0, 1, 0),),
     )
     ranks = range(emap.num_ranks)
-    board = Board(emap.num_ranks)
     tokens = [2 * WAYS] * emap.num_ranks
     rows_of_slot = torch.zeros(5, dtype=torch.long)
 
-    def run(rank: int) -> None:
-        group, plan = ThreadGroup(board, ranks, rank), make_plan(emap, ranks, rank=rank)
+    def run(group: MemoryGroup) -> None:
+        rank = group.position
+        plan = make_plan(emap, ranks, rank=rank)
         address_TK = plan.layers[0].addresses(torch.tensor([[0, 1]] * tokens[rank]))
         x_TD, weight_TK = torch.ones(tokens[rank], DIM), torch.ones(tokens[rank], 2)
 
@@ -171,7 +131,5 @@ def test_rows_that_arrive_at_the_copies_are_as_many_as_their_shares_say(way: str
                     tokens_of_position=tokens,
                 )
 
-    with ThreadPoolExecutor(emap.num_ranks) as pool:
-        for job in [pool.submit(run, rank) for rank in ranks]:
-            job.result(timeout=10)
+    together(run, emap.num_ranks)
     assert rows_of_slot.tolist() == [60, 24, 48, 12, 48]

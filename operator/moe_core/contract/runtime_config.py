@@ -9,6 +9,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from moe_core.contract.base import WireModel
+from moe_core.contract.dispatch import Hierarchy, Wire
 
 # Environment of every pod's entry point (`moe-pod`), the same in a container and in the local shell.
 ENV_ROLE = "MOERATOR_ROLE"  # coordinator | rank | gateway
@@ -85,6 +86,14 @@ class ServingConfig(WireModel):
     """Port of the OpenAI face; in the local shell gateways share it (SO_REUSEPORT)."""
 
 
+class DispatchConfig(WireModel):
+    """How tokens travel to their experts and back."""
+
+    wire: Wire = "Float32"
+    combine_wire: Wire = "Float32"
+    hierarchy: Hierarchy = "Auto"
+
+
 class TraceConfig(WireModel):
     """Every rank writes which experts its tokens chose into a file of its own (moe_core.contract.trace)."""
 
@@ -112,6 +121,7 @@ class RuntimeConfig(WireModel):
     training: TrainingConfig | None = None
     serving: ServingConfig | None = None
     trace: TraceConfig | None = None
+    dispatch: DispatchConfig = DispatchConfig()
 
     @model_validator(mode="after")
     def _mode_matches(self) -> Self:

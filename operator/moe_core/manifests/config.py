@@ -5,6 +5,7 @@ from typing import Literal
 
 from moe_core.contract.names import COORDINATOR_PORT, RAY_PORT, child_name
 from moe_core.contract.runtime_config import (
+    DispatchConfig,
     ModelShape,
     ModelSource,
     RuntimeConfig,
@@ -14,6 +15,7 @@ from moe_core.contract.runtime_config import (
 )
 from moe_core.facts import Facts, Wish
 from moe_core.spec.common import PodTemplate, RoutingTrace
+from moe_core.spec.dispatch import Dispatch
 from moe_core.spec.job import MoEJobSpec
 from moe_core.spec.service import MoEServiceSpec
 
@@ -37,6 +39,7 @@ def job_config(wish: Wish, spec: MoEJobSpec, facts: Facts) -> RuntimeConfig:
         faults_enabled=spec.drills == "Allowed",
         device=_device(spec.template),
         trace=_trace(spec.trace),
+        dispatch=_dispatch(spec.dispatch),
         training=TrainingConfig(
             data="stdlib" if data.path is None else data.path,
             sequence_length=training.sequence_length,
@@ -72,6 +75,7 @@ def service_config(wish: Wish, spec: MoEServiceSpec, facts: Facts) -> RuntimeCon
         faults_enabled=spec.drills == "Allowed",
         device=_device(spec.template),
         trace=_trace(spec.trace),
+        dispatch=_dispatch(spec.dispatch),
         serving=ServingConfig(
             max_sequences=spec.serving.max_sequences,
             max_context=spec.serving.max_context,
@@ -102,6 +106,10 @@ def _trace(trace: RoutingTrace | None) -> TraceConfig | None:
     if trace is None:
         return None
     return TraceConfig(folder=trace.path, every_steps=trace.every_steps, max_bytes=trace.max_megabytes * 1_000_000)
+
+
+def _dispatch(dispatch: Dispatch) -> DispatchConfig:
+    return DispatchConfig(wire=dispatch.wire, combine_wire=dispatch.way_back, hierarchy=dispatch.hierarchy)
 
 
 def _device(template: PodTemplate) -> Literal["cpu", "cuda"]:

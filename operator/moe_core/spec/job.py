@@ -17,6 +17,7 @@ from moe_core.spec.common import (
     RoutingTrace,
     TopologyConstraint,
 )
+from moe_core.spec.dispatch import Dispatch
 
 
 class JobModel(SpecModel):
@@ -96,6 +97,7 @@ class MoEJobSpec(SpecModel):
     training: Training
     output: JobOutput
     parallelism: Parallelism
+    dispatch: Dispatch = Dispatch()
     topology_constraint: TopologyConstraint | None = None
     failure_policy: FailurePolicy = FailurePolicy()
     active_deadline_seconds: int | None = Field(default=None, ge=1)
@@ -118,6 +120,7 @@ class MoEJobSpec(SpecModel):
                 "training",
                 "output",
                 "parallelism",
+                "dispatch",
                 "topologyConstraint",
                 "drills",
                 "trace",

@@ -15,6 +15,7 @@ from moe_core.spec.common import (
     RoutingTrace,
     TopologyConstraint,
 )
+from moe_core.spec.dispatch import Dispatch
 
 
 class ServiceModel(SpecModel):
@@ -111,6 +112,7 @@ class MoEServiceSpec(SpecModel):
     experts: Experts = Experts()
     serving: Serving = Serving()
     gateway: Gateway = Gateway()
+    dispatch: Dispatch = Dispatch()
     topology_constraint: TopologyConstraint | None = None
     spares: Spares = Spares()
     failure_policy: FailurePolicy = FailurePolicy()
@@ -131,7 +133,7 @@ class MoEServiceSpec(SpecModel):
         WHOLE_NODES,
         *(
             unchangeable(field, lever="create another MoEService")
-            for field in ("model", "serving", "topologyConstraint", "drills", "trace", "template")
+            for field in ("model", "serving", "dispatch", "topologyConstraint", "drills", "trace", "template")
         ),
         TRACE_IS_WRITABLE,
         Rule(

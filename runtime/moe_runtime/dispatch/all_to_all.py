@@ -18,6 +18,7 @@ from moe_runtime.dispatch.exchange import exchange_rows
 from moe_runtime.dispatch.group_face import Group
 from moe_runtime.dispatch.plan import LOST, DispatchPlan
 from moe_runtime.dispatch.reference import RunSlots
+from moe_runtime.dispatch.wire import PLAIN, Legs
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,13 @@ class DispatchState:
 
 
 def dispatch_picks(
-    x_TD: torch.Tensor, address_TK: torch.Tensor, weight_TK: torch.Tensor, plan: DispatchPlan, group: Group
+    x_TD: torch.Tensor,
+    address_TK: torch.Tensor,
+    weight_TK: torch.Tensor,
+    *,
+    plan: DispatchPlan,
+    group: Group,
+    legs: Legs = PLAIN,
 ) -> tuple[torch.Tensor, torch.Tensor, DispatchState]:
     """Picks to their slots: (rows_RD, local_slot_R, state). LOST picks stay at home."""
     size, stride, top_k = plan.size, plan.slots_stride, address_TK.shape[1]
@@ -45,15 +52,15 @@ def dispatch_picks(
     send_counts, receive_counts = (tuple(c) for c in torch.stack([counts_GS.sum(1), received_GS.sum(1)]).tolist())
     num_lost = address_N.numel() - sum(send_counts)
     sent_P = torch.argsort(address_N, stable=True)[num_lost:]  # LOST sorts before every address
-    rows_RD = exchange_rows(group, x_TD[sent_P // top_k], send_counts, receive_counts)
+    rows_RD = exchange_rows(group, x_TD[sent_P // top_k], send_counts, receive_counts, legs.there)
     slot_GS = torch.arange(stride, device=x_TD.device).repeat(size)
     slot_R = slot_GS.repeat_interleave(received_GS.reshape(-1), output_size=sum(receive_counts))
     return rows_RD, slot_R, DispatchState(sent_P, weight_TK, send_counts, receive_counts)
 
 
-def combine_picks(outputs_RD: torch.Tensor, state: DispatchState, group: Group) -> torch.Tensor:
+def combine_picks(outputs_RD: torch.Tensor, state: DispatchState, group: Group, legs: Legs) -> torch.Tensor:
     """Results home, weighted and summed per token by the sender: [T, D]."""
-    home_PD = exchange_rows(group, outputs_RD, state.receive_counts, state.send_counts)
+    home_PD = exchange_rows(group, outputs_RD, state.receive_counts, state.send_counts, legs.back)
     num_tokens, top_k = state.weight_TK.shape
     # rows of LOST picks stay zero
     output_ND = home_PD.new_zeros(num_tokens * top_k, home_PD.shape[-1]).index_copy(0, state.sent_P, home_PD)
@@ -68,12 +75,13 @@ def run_by_pick(
     plan: DispatchPlan,
     group: Group,
     run_slots: RunSlots,
+    legs: Legs = PLAIN,
 ) -> torch.Tensor:
     """[T, D] like `reference.run_local`, over the group, differentiable. Raises GroupFault."""
-    rows_RD, slot_R, state = dispatch_picks(x_TD, address_TK, weight_TK, plan, group)
+    rows_RD, slot_R, state = dispatch_picks(x_TD, address_TK, weight_TK, plan=plan, group=group, legs=legs)
     # Rows of no one stay part of the graph, so that this rank runs the exchanges of backward too.
     outputs_RD = run_slots(rows_RD, slot_R) if rows_RD.shape[0] else rows_RD
-    return combine_picks(outputs_RD, state, group).to(x_TD.dtype)
+    return combine_picks(outputs_RD, state, group, legs).to(x_TD.dtype)
 
 
 def run_by_token(
@@ -84,6 +92,7 @@ def run_by_token(
     plan: DispatchPlan,
     group: Group,
     run_slots: RunSlots,
+    legs: Legs = PLAIN,
     tokens_of_position: Sequence[int],
 ) -> torch.Tensor:
     """[T, D] like `reference.run_local`, over the group, without gradients. Raises GroupFault.
@@ -92,27 +101,19 @@ def run_by_token(
     """
     size, dim, top_k = plan.size, x_TD.shape[1], address_TK.shape[1]
     mine = x_TD.shape[0]
-    # One payload of bytes: floats, addresses and weights in a single exchange.
-    payload_TB = torch.cat(
-        [
-            x_TD.contiguous().view(torch.uint8),
-            address_TK.to(torch.int32).view(torch.uint8),
-            weight_TK.to(torch.float32).contiguous().view(torch.uint8),
-        ],
-        dim=1,
-    )
+    # One payload of bytes: numbers, weights and addresses in a single exchange.
+    payload_TB = legs.there.pack(x_TD, weight_TK.float(), address_TK.to(torch.int32))
     received_RB = group.all_to_all(payload_TB.repeat(size, 1), (mine,) * size, tokens_of_position)
-    row_bytes = dim * x_TD.element_size()
-    x_RD = received_RB[:, :row_bytes].contiguous().view(x_TD.dtype)
-    address_RK = received_RB[:, row_bytes : row_bytes + 4 * top_k].contiguous().view(torch.int32).long()
-    weight_RK = received_RB[:, row_bytes + 4 * top_k :].contiguous().view(torch.float32)
+    x_RD, weight_RK, address_RK = legs.there.unpack(
+        received_RB, dtype=x_TD.dtype, beside=((torch.float32, top_k), (torch.int32, top_k))
+    )
 
-    slot_RK = address_RK - plan.position * plan.slots_stride
+    slot_RK = address_RK.long() - plan.position * plan.slots_stride
     is_mine_RK = (address_RK != LOST) & (slot_RK >= 0) & (slot_RK < plan.slots_stride)
     row_P, pick_P = torch.nonzero(is_mine_RK, as_tuple=True)  # device sync: sizes the experts' batch
     partial_RD = torch.zeros_like(x_RD)
     if row_P.numel():
         outputs_PD = run_slots(x_RD[row_P], slot_RK[row_P, pick_P])
         partial_RD.index_add_(0, row_P, (outputs_PD * weight_RK[row_P, pick_P].unsqueeze(-1)).to(x_RD.dtype))
-    home_GTD = group.all_to_all(partial_RD, tokens_of_position, (mine,) * size).view(size, mine, dim)
-    return home_GTD.sum(dim=0)
+    home_RB = group.all_to_all(legs.back.pack(partial_RD), tokens_of_position, (mine,) * size)
+    return legs.back.unpack(home_RB, dtype=x_TD.dtype)[0].view(size, mine, dim).sum(dim=0)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from moe_runtime.dispatch.group_face import Group
+from moe_runtime.dispatch.wire import Leg
 
 
 class _Exchange(torch.autograd.Function):
@@ -22,22 +23,34 @@ class _Exchange(torch.autograd.Function):
         group: Group,
         send_counts: Sequence[int],
         receive_counts: Sequence[int],
+        leg: Leg,
     ) -> torch.Tensor:
-        ctx.group, ctx.send_counts, ctx.receive_counts = group, send_counts, receive_counts
-        return group.all_to_all(rows.contiguous(), send_counts, receive_counts)
+        ctx.group, ctx.send_counts, ctx.receive_counts, ctx.leg = group, send_counts, receive_counts, leg
+        return _carry(group, rows, send_counts, receive_counts, leg)
 
     @staticmethod
     def backward(ctx: Any, grad_rows: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        home = ctx.group.all_to_all(grad_rows.contiguous(), ctx.receive_counts, ctx.send_counts)
-        return home, None, None, None, None
+        home = _carry(ctx.group, grad_rows, ctx.receive_counts, ctx.send_counts, ctx.leg.of_gradient)
+        return home, None, None, None, None, None
+
+
+def _carry(
+    group: Group, rows: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], leg: Leg
+) -> torch.Tensor:
+    if leg.wire == "Float32":
+        return group.all_to_all(rows.contiguous(), send_counts, receive_counts)
+    received = group.all_to_all(leg.pack(rows), send_counts, receive_counts)
+    return leg.unpack(received, dtype=rows.dtype)[0]
 
 
 def exchange_rows(
-    group: Group, rows: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
+    group: Group, rows: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], leg: Leg
 ) -> torch.Tensor:
-    """Rows to their positions, [sum(send_counts), D] -> [sum(receive_counts), D], differentiable. Raises GroupFault."""
+    """Rows to their positions, [sum(send_counts), D] -> [sum(receive_counts), D], differentiable, as `leg` has them on
+    the wire. Raises GroupFault.
+    """
     if not torch.is_grad_enabled():
-        return group.all_to_all(rows.contiguous(), send_counts, receive_counts)
+        return _carry(group, rows, send_counts, receive_counts, leg)
     anchor = torch.empty(0, device=rows.device, requires_grad=True)
-    received: torch.Tensor = _Exchange.apply(rows, anchor, group, send_counts, receive_counts)
+    received: torch.Tensor = _Exchange.apply(rows, anchor, group, send_counts, receive_counts, leg)
     return received

@@ -11,6 +11,13 @@ from typing import Protocol
 import torch
 
 
+class Posted(Protocol):
+    """An exchange that has begun."""
+
+    def wait(self) -> torch.Tensor:
+        """The rows received. Raises GroupFault."""
+
+
 class Group(Protocol):
     """One epoch's collectives. All members call the same operations in the same order."""
 
@@ -35,6 +42,9 @@ class Group(Protocol):
 
         Returns the `sum(receive_counts)` rows received, in order of positions. No autograd. Raises GroupFault.
         """
+
+    def post_all_to_all(self, rows: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Posted:
+        """The same, begun and not waited for: this rank computes meanwhile. `rows` must stay as they are until then."""
 
     def all_gather_ints(self, row: Sequence[int], *, timeout_ms: int | None = None) -> list[list[int]]:
         """Every rank's row of equally many integers, by position. Raises GroupFault."""

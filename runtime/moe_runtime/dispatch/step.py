@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from moe_core.contract.dispatch import Hierarchy
 from moe_core.experts.choice import WAYS
+from moe_runtime.dispatch.by_node import Relay
 from moe_runtime.dispatch.group_face import Group
 from moe_runtime.dispatch.plan import DispatchPlan
 from moe_runtime.dispatch.stopwatch import Stopwatch
+from moe_runtime.dispatch.wire import Legs
 
 
 @dataclass(slots=True)
@@ -25,6 +28,8 @@ class StepContext:
     first_way            of the next forward's first token: steps of few tokens go on where the last one ended
     experts_off          the routed experts give zeros and exchange nothing
     stopwatch            time that this rank's experts take, over all steps
+    legs                 what rows are while they travel
+    hierarchy, relay     what was asked for, and who passes tokens on in this epoch; None: nobody does
     """
 
     plan: DispatchPlan
@@ -39,6 +44,9 @@ class StepContext:
     first_way: int = 0
     experts_off: bool = False
     stopwatch: Stopwatch = field(default_factory=lambda: Stopwatch("cpu"))
+    legs: Legs = field(default_factory=Legs)
+    hierarchy: Hierarchy = "Auto"
+    relay: Relay | None = None
 
     def count(self, layer_idx: int, expert_TK: torch.Tensor) -> None:
         self.pending_LE[layer_idx] += torch.bincount(expert_TK.reshape(-1), minlength=self.num_experts)

@@ -19,10 +19,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from moe_core.contract.dispatch import goes_by_node
 from moe_core.contract.expert_map import EMPTY_SLOT, ExpertMap
-from moe_core.contract.runtime_config import ModelSource
+from moe_core.contract.runtime_config import DispatchConfig, ModelSource
 from moe_core.experts.degrade import Answer, degrade
 from moe_core.outcome import InvalidInput
+from moe_runtime.dispatch.by_node import Relay
 from moe_runtime.dispatch.group_face import Group
 from moe_runtime.dispatch.plan import LOST, DispatchPlan, logical_of_local_slot, make_plan
 from moe_runtime.dispatch.step import StepContext
@@ -102,6 +104,7 @@ class ExpertParallelModel:
         device: str = "cpu",
         seed: int = 0,
         fallback: Fallback = "Generalist",
+        dispatch: DispatchConfig | None = None,
     ) -> "ExpertParallelModel":
         """Build the model with the dense weights and this rank's slots only, in float32.
 
@@ -109,7 +112,9 @@ class ExpertParallelModel:
         depend on the layout. Raises UnsupportedModel (family and why), InvalidInput (map and model disagree), OSError.
         Generalists are read from the checkpoint's folder when they lie there. Bound to no group: `bind` comes next.
         """
-        built = build(source, expert_map=expert_map, rank=rank, device=device, seed=seed)
+        built = build(
+            source, expert_map=expert_map, rank=rank, device=device, seed=seed, dispatch=dispatch or DispatchConfig()
+        )
         return cls(built, source=source, rank=rank, seed=seed, fallback=fallback)
 
     @property
@@ -146,6 +151,9 @@ class ExpertParallelModel:
         plan = make_plan(new_map, ranks, rank=self.rank, domains=domains, device=self._device)
         self._context.plan = self._set_answers(plan)
         self._context.group = group if group is not None and group.size > 1 else None
+        self._context.relay = None
+        if domains is not None and goes_by_node(self._context.hierarchy, domains, top_k=self.top_k):
+            self._context.relay = Relay.of(domains, position=plan.position, device=self._device)
         self.rollback()
 
     def use_generalists(self, generalists: Generalists | None) -> None:
@@ -262,6 +270,10 @@ class ExpertParallelModel:
     def expert_work(self) -> tuple[float, int]:
         """(seconds, rows) of this rank's experts in all steps so far, committed or not."""
         return self._context.stopwatch.read()
+
+    def wire_error(self) -> dict[str, float]:
+        """By leg (dispatch, combine, gradient) the relative error of what this rank sent since it was last asked."""
+        return self._context.legs.error.take()
 
     def expert_bytes(self) -> int:
         """Of one physical expert of one layer; layers are alike."""

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from moe_core.contract.expert_map import ExpertMap
-from moe_core.contract.runtime_config import ModelSource
+from moe_core.contract.runtime_config import DispatchConfig, ModelSource
 from moe_runtime.dispatch.plan import logical_of_local_slot, make_plan
 from moe_runtime.dispatch.step import StepContext
 from moe_runtime.dispatch.stopwatch import Stopwatch
+from moe_runtime.dispatch.wire import Legs
 from moe_runtime.experts.families import (
     ModelFacts,
     UnsupportedModel,
@@ -39,7 +40,9 @@ def open_weights(source: ModelSource, model: torch.nn.Module, *, seed: int) -> W
     return SeedWeights(seed, model)
 
 
-def build(source: ModelSource, *, expert_map: ExpertMap, rank: int, device: str, seed: int) -> BuiltModel:
+def build(
+    source: ModelSource, *, expert_map: ExpertMap, rank: int, device: str, seed: int, dispatch: DispatchConfig
+) -> BuiltModel:
     """Raises UnsupportedModel, InvalidInput (map and model disagree), OSError."""
     model, entries, facts = describe(source)
     check_map(expert_map, facts)
@@ -56,6 +59,8 @@ def build(source: ModelSource, *, expert_map: ExpertMap, rank: int, device: str,
         num_experts=facts.num_experts,
         pending_LE=pending_LE,
         stopwatch=Stopwatch(device),
+        legs=Legs.of(dispatch=dispatch.wire, combine=dispatch.combine_wire),
+        hierarchy=dispatch.hierarchy,
     )
     layers = tuple(
         SlottedExperts(entry, layer_idx, context, shared_expert_of(model, entry))

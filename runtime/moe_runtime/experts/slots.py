@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 
-from moe_core.contract.dispatch import SMALL_STEP_TOKENS
 from moe_core.contract.expert_map import EMPTY_SLOT
-from moe_runtime.dispatch.all_to_all import run_by_pick, run_by_token
-from moe_runtime.dispatch.reference import run_local
+from moe_runtime.dispatch.mixture import mix
 from moe_runtime.dispatch.step import StepContext
 from moe_runtime.experts.families import ExpertsModule
 from moe_runtime.experts.ladder import LayerLadder, SharedExpert
@@ -83,29 +81,11 @@ class SlottedExperts:
     def _mixture(self, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         context = self._context
         context.count(self.layer_idx, expert_TK)
-        plan, group = context.plan, context.group
-        layer = plan.layers[self.layer_idx]
+        layer = context.plan.layers[self.layer_idx]
         address_TK = layer.addresses(expert_TK, first_way=context.first_way)
         local_TD: torch.Tensor | None = None
         if layer.lost:
             context.mark_degraded(self.layer_idx, expert_TK)
             weight_TK, local_TD = self.ladder.answer(x_TD, expert_TK, address_TK, weight_TK)
-        if group is None:
-            mixed_TD = run_local(x_TD, address_TK, weight_TK, self.run_slots)
-        elif (
-            (tokens := context.tokens_of_position) is not None
-            and max(tokens) <= SMALL_STEP_TOKENS
-            and not torch.is_grad_enabled()
-        ):
-            mixed_TD = run_by_token(
-                x_TD,
-                address_TK,
-                weight_TK,
-                plan=plan,
-                group=group,
-                run_slots=self.run_slots,
-                tokens_of_position=tokens,
-            )
-        else:
-            mixed_TD = run_by_pick(x_TD, address_TK, weight_TK, plan=plan, group=group, run_slots=self.run_slots)
+        mixed_TD = mix(x_TD, address_TK, weight_TK, context=context, run_slots=self.run_slots)
         return mixed_TD if local_TD is None else mixed_TD + local_TD

@@ -139,6 +139,39 @@ class EpochGroup:
         )
         self._count(rows, in_splits)
 
+    def post_all_to_all(
+        self,
+        rows: torch.Tensor,
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        *,
+        timeout_ms: int | None = None,
+    ) -> "Posted":
+        """`all_to_all`, begun and not waited for; operations end in the order in which they began.
+
+        Its deadline counts from now: what is computed before `wait` must take less.
+        """
+        self._check("all_to_all")
+        received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
+        if self._backend is None:
+            self.all_to_all_single(received, rows.detach(), receive_counts, send_counts)
+            return Posted(lambda: received)
+        options = c10d.AllToAllOptions()
+        options.timeout = _timedelta(timeout_ms or self._timeout_ms)
+        source, outs, ins = rows.detach().contiguous(), list(receive_counts), list(send_counts)
+        try:
+            work = self._backend.all_to_all_single(received, source, outs, ins, options)
+        except RuntimeError as error:
+            self._broken = f"all_to_all: {_first_line(error)}"
+            raise GroupFault(self._broken) from None
+        self._count(rows, send_counts)
+
+        def wait() -> torch.Tensor:
+            self._run("all_to_all", lambda: work, options, timeout_ms)
+            return received
+
+        return Posted(wait)
+
     def _count(self, rows: torch.Tensor, in_splits: Sequence[int]) -> None:
         row_bytes = rows.element_size() * math.prod(rows.shape[1:])
         for position, count in enumerate(in_splits):
@@ -210,6 +243,13 @@ class EpochGroup:
         except RuntimeError as error:
             return _first_line(error)
         return ""
+
+
+class Posted:
+    """An exchange that has begun; `wait` once."""
+
+    def __init__(self, wait: Callable[[], torch.Tensor]) -> None:
+        self.wait = wait
 
 
 def _first_line(error: BaseException) -> str:

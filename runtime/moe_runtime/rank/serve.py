@@ -45,6 +45,7 @@ class ServeWork:
                 rank=self._rank,
                 device=self._config.device,
                 fallback=self._serving.fallback,
+                dispatch=self._config.dispatch,
             )
             self.epm.module.eval()
             rows, length = self._serving.max_sequences, self._serving.max_context

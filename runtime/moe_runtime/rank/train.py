@@ -50,6 +50,7 @@ class TrainWork:
                 rank=self._rank,
                 device=self._config.device,
                 seed=self._training.seed,
+                dispatch=self._config.dispatch,
             )
         with loading("the training run"):
             self._trainer = Trainer(self._training, self.epm, run_id=self._config.uid)

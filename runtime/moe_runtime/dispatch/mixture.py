@@ -1,0 +1,66 @@
+"""Which way a layer's tokens go in a step: the one place that knows all dispatchers. All ranks come to the same answer.
+
+alone      no group: no bytes
+by node    where the epoch's relay says so (moe_core.contract.dispatch.goes_by_node); under Auto, not small steps
+by token   a step without gradients and of few tokens
+by pick    everything else
+"""
+
+from collections.abc import Generator
+from typing import TypeVar
+
+import torch
+
+from moe_core.contract.dispatch import SMALL_STEP_TOKENS
+from moe_runtime.dispatch.all_to_all import run_by_pick, run_by_token
+from moe_runtime.dispatch.by_node import run_by_node
+from moe_runtime.dispatch.reference import RunSlots, run_local
+from moe_runtime.dispatch.step import StepContext
+
+T = TypeVar("T")
+
+
+def mix(
+    x_TD: torch.Tensor, address_TK: torch.Tensor, weight_TK: torch.Tensor, *, context: StepContext, run_slots: RunSlots
+) -> torch.Tensor:
+    """[T, D] the weighted sum over each token's picks. Raises GroupFault."""
+    plan, group, legs = context.plan, context.group, context.legs
+    if group is None:
+        return run_local(x_TD, address_TK, weight_TK, run_slots)
+    tokens = context.tokens_of_position
+    is_small = tokens is not None and max(tokens) <= SMALL_STEP_TOKENS and not torch.is_grad_enabled()
+    if context.relay is not None and not (is_small and context.hierarchy == "Auto"):
+        return finish(
+            run_by_node(
+                x_TD,
+                address_TK,
+                weight_TK,
+                plan=plan,
+                group=group,
+                relay=context.relay,
+                run_slots=run_slots,
+                legs=legs,
+            )
+        )
+    if is_small and tokens is not None:
+        return run_by_token(
+            x_TD,
+            address_TK,
+            weight_TK,
+            plan=plan,
+            group=group,
+            run_slots=run_slots,
+            legs=legs,
+            tokens_of_position=tokens,
+        )
+    return run_by_pick(x_TD, address_TK, weight_TK, plan=plan, group=group, run_slots=run_slots, legs=legs)
+
+
+def finish(way: Generator[None, None, T]) -> T:
+    """What a dispatcher that stops on its way comes to when nothing else is done meanwhile."""
+    while True:
+        try:
+            next(way)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
