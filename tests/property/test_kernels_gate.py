@@ -6,11 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_runtime.kernels import gate as face
-from moe_runtime.kernels.gate import GateRule, gate_reference
+from moe_runtime.kernels.gate import GateRule, ScoreFunction, gate_reference
 from moe_runtime.kernels.gate_triton import Launch, gate_backward, gate_forward
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
+WEIGHTS: list[tuple[ScoreFunction, bool, bool]] = [
+    ("Softmax", False, False),
+    ("Softmax", True, False),
+    ("Softmax", False, True),
+    ("Sigmoid", False, False),
+    ("Sigmoid", False, True),
+]
 GROUPINGS = [(1, 1, 1), (4, 2, 2), (3, 2, 1), (8, 8, 2), (6, 1, 2)]
 
 
@@ -19,17 +26,7 @@ def rules(draw: st.DrawFn) -> tuple[GateRule, int]:
     """(rule, E)."""
     num_groups, group_topk, group_best = draw(st.sampled_from(GROUPINGS))
     of_group = draw(st.integers(2, 7))
-    function, over_chosen, renormalise = draw(
-        st.sampled_from(
-            [
-                ("Softmax", False, False),
-                ("Softmax", True, False),
-                ("Softmax", False, True),
-                ("Sigmoid", False, False),
-                ("Sigmoid", False, True),
-            ]
-        )
-    )
+    function, over_chosen, renormalise = draw(st.sampled_from(WEIGHTS))
     rule = GateRule(
         draw(st.integers(1, group_topk * of_group)),
         function,

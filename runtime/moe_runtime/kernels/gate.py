@@ -18,6 +18,8 @@ import torch
 from moe_core.outcome import InvalidInput
 from moe_runtime.kernels.choose import runs_triton
 
+ScoreFunction = Literal["Softmax", "Sigmoid"]
+
 TINY = 1e-20
 """Added to the sum that weights are divided by: scores that all underflowed give zeros."""
 
@@ -36,13 +38,13 @@ class GateRule:
     """
 
     top_k: int
-    function: Literal["Softmax", "Sigmoid"] = "Softmax"
+    function: ScoreFunction = "Softmax"
     over_chosen: bool = False
     renormalise: bool = False
     scale: float = 1.0
     num_groups: int = 1
     group_topk: int = 1
-    group_best: Literal[1, 2] = 2
+    group_best: int = 2
 
     def check(self, num_experts: int) -> None:
         """Raises InvalidInput when a layer of so many experts cannot have this rule."""
@@ -57,8 +59,8 @@ class GateRule:
                 f"top_k must be one of 1..{self.group_topk * of_group}, the experts of {self.group_topk} of "
                 f"{self.num_groups} groups (got {self.top_k})"
             )
-        if self.is_grouped and self.group_best > of_group:
-            raise InvalidInput(f"group_best {self.group_best} exceeds a group's {of_group} experts")
+        if self.is_grouped and not 1 <= self.group_best <= min(2, of_group):
+            raise InvalidInput(f"group_best must be 1 or 2 of a group's {of_group} experts (got {self.group_best})")
         if self.over_chosen and (self.function != "Softmax" or self.renormalise):
             raise InvalidInput("over_chosen is of Softmax and sums to one already: not with Sigmoid or renormalise")
 
@@ -94,7 +96,7 @@ def gate_reference(
             logits_TE if bias_E is None and not rule.is_grouped else score_TE + (0 if bias_E is None else bias_E)
         )
         if rule.is_grouped:
-            choice_TGJ = choice_TE.unflatten(1, (rule.num_groups, -1))
+            choice_TGJ = choice_TE.view(len(choice_TE), rule.num_groups, -1)
             group_TG = choice_TGJ.topk(rule.group_best, dim=-1).values.sum(dim=-1)
             is_out_TG = torch.ones_like(group_TG, dtype=torch.bool).scatter_(1, _best(group_TG, rule.group_topk), False)
             choice_TE = choice_TGJ.masked_fill(is_out_TG.unsqueeze(-1), float("-inf")).flatten(1)
