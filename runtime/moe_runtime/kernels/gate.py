@@ -96,7 +96,7 @@ def gate_reference(
             logits_TE if bias_E is None and not rule.is_grouped else score_TE + (0 if bias_E is None else bias_E)
         )
         if rule.is_grouped:
-            choice_TGJ = choice_TE.view(len(choice_TE), rule.num_groups, -1)
+            choice_TGJ = torch.stack(choice_TE.chunk(rule.num_groups, dim=1), dim=1)
             group_TG = choice_TGJ.topk(rule.group_best, dim=-1).values.sum(dim=-1)
             is_out_TG = torch.ones_like(group_TG, dtype=torch.bool).scatter_(1, _best(group_TG, rule.group_topk), False)
             choice_TE = choice_TGJ.masked_fill(is_out_TG.unsqueeze(-1), float("-inf")).flatten(1)
