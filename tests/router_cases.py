@@ -1,13 +1,13 @@
 """Tokens and moments that the routers' tests share, and plain loops in numpy to hold routers against."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from moe_core.contract.router import RouterConfig
 from moe_runtime.router.check import checked
-from moe_runtime.router.face import Moment, Routing, Tokens
+from moe_runtime.router.face import Moment, Routing, SoftRows, Tokens
 from moe_runtime.router.layer import LayerRouter
 from moe_runtime.router.registry import build_router
 
@@ -40,7 +40,7 @@ WHOLE_TEXTS = Moment(scores_whole_texts=True)
 
 def make_router(num_experts: int, top_k: int, *, layer_idx: int = 0, **options: Any) -> LayerRouter:
     counts_V = torch.arange(64, 0, -1)
-    return build_router(
+    router = build_router(
         RouterConfig(**options),
         num_experts=num_experts,
         top_k=top_k,
@@ -49,6 +49,8 @@ def make_router(num_experts: int, top_k: int, *, layer_idx: int = 0, **options: 
         vocab_size=64,
         token_counts_V=counts_V if options.get("hash_table") == "Balanced" else None,
     )
+    assert isinstance(router, LayerRouter)
+    return router
 
 
 def route(router: LayerRouter, tokens: Tokens, moment: Moment = SERVING) -> Routing:
@@ -66,3 +68,37 @@ def dense(routing: Routing, num_experts: int) -> torch.Tensor:
     """[T, E] weights, whatever the order of picks."""
     weight_TE = torch.zeros(routing.expert_TK.shape[0], num_experts)
     return weight_TE.scatter_add(1, routing.expert_TK.clamp_min(0), routing.weight_TK.detach())
+
+
+class Mine(torch.nn.Module):
+    """A user's router: everybody takes the expert that the options name; `wrong` spoils the answer."""
+
+    looks_ahead = False
+    seen: ClassVar[list[torch.Tensor]] = []
+
+    def __init__(self, *, num_experts: int, top_k: int, dim: int, layer_idx: int, options: dict[str, str]) -> None:
+        super().__init__()
+        self.expert, self.wrong = int(options["expert"]), options.get("wrong", "")
+
+    def forward(self, tokens: Tokens, moment: Moment) -> Any:
+        num_tokens = tokens.x_TD.shape[0]
+        expert_TK, weight_TK = torch.full((num_tokens, 1), self.expert), torch.ones(num_tokens, 1)
+        wrongs: dict[str, Any] = {
+            "": lambda: Routing(expert_TK, weight_TK),
+            "type": lambda: (expert_TK, weight_TK),
+            "shape": lambda: Routing(expert_TK, weight_TK[1:]),
+            "dtype": lambda: Routing(expert_TK.int(), weight_TK),
+            "nan": lambda: Routing(expert_TK, weight_TK * float("nan")),
+            "twice": lambda: Routing(expert_TK.repeat(1, 2), weight_TK.repeat(1, 2)),
+            "nobody": lambda: Routing(expert_TK * 0 - 1, weight_TK),
+            "loss": lambda: Routing(expert_TK, weight_TK, losses={"mine": torch.ones(2)}),
+            "soft": lambda: Routing(expert_TK, weight_TK, soft=SoftRows(torch.ones(4, 8), torch.ones(4, 8))),
+        }
+        return wrongs[self.wrong]()
+
+    def after_step(self, load_E: torch.Tensor) -> None:
+        self.seen.append(load_E)
+
+
+class NoRouter:
+    def __init__(self, **_: Any) -> None: ...

@@ -92,7 +92,7 @@ DEFAULTS: Mapping[str, Any] = {
     "load_balancing_type": "AuxLoss",
     "aux_loss_adapt_rate": 0.02,
 }
-"""What an option is that nobody gave. An option that is not here is off, or says in its description what it is."""
+"""What an option is that nobody gave. An option that is not here is off, or is what its description says."""
 
 
 REQUIRED_BY: Mapping[RouterType, tuple[str, ...]] = {

@@ -34,7 +34,7 @@ class Tokens:
     """
 
     x_TD: torch.Tensor
-    logits_TE: torch.Tensor
+    logits_TE: torch.Tensor | None
     ids_T: torch.Tensor | None = None
     sequence_T: torch.Tensor | None = None
     position_T: torch.Tensor | None = None

@@ -28,3 +28,8 @@ def jitter(x_TD: torch.Tensor, eps: float, moment: Moment) -> torch.Tensor:
     """x times a factor uniform in [1 - eps, 1 + eps) per element (Switch Transformer, 2101.03961)."""
     factor_TD = 1.0 - eps + 2.0 * eps * uniform(moment, *x_TD.shape, device=x_TD.device)
     return (x_TD.float() * factor_TD).to(x_TD.dtype)
+
+
+def seeded(seed: int, layer_idx: int) -> torch.Generator:
+    """For what is drawn once: the same on all ranks, another in each layer."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + layer_idx)

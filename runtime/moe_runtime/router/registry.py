@@ -9,12 +9,23 @@ import torch
 from moe_core.contract.router import RouterConfig, why_misfit
 from moe_core.contract.router_rules import DEFAULTS, RouterType
 from moe_core.outcome import InvalidInput
+from moe_runtime.router.assignment import Base
+from moe_runtime.router.cached import Cached
 from moe_runtime.router.capacity import Capacity
+from moe_runtime.router.custom import CustomRouter
+from moe_runtime.router.dynamic import AnnealedTopK, TopP
+from moe_runtime.router.expert_choice import ExpertChoice
+from moe_runtime.router.fixed import ByClass, Frozen
 from moe_runtime.router.groups import GroupLimit
+from moe_runtime.router.hierarchical import Hierarchical
 from moe_runtime.router.layer import LayerRouter, LossTerms
 from moe_runtime.router.locality import Locality
+from moe_runtime.router.noisy import GumbelTopK, NoisyTopK
 from moe_runtime.router.picks import Kind
 from moe_runtime.router.scores import Scores
+from moe_runtime.router.sinkhorn import Sinkhorn
+from moe_runtime.router.soft import SoftMoE
+from moe_runtime.router.table import ByPosition, Hash, balanced_table, random_table
 from moe_runtime.router.topk import TopK
 
 LOSSES = {
@@ -41,6 +52,13 @@ class Recipe:
     def option(self, name: str) -> Any:
         value = getattr(self.config, name)
         return DEFAULTS.get(name) if value is None else value
+
+    @property
+    def ids(self) -> int:
+        """The number of token ids. Raises InvalidInput where nobody said it."""
+        if self.vocab_size is None:
+            raise InvalidInput(f"router {self.config.type}: routes by token id need vocab_size (got None)")
+        return self.vocab_size
 
     @property
     def scores(self) -> Scores:
@@ -87,10 +105,98 @@ def _switch(recipe: Recipe) -> Kind:
     )
 
 
+def _hierarchical(recipe: Recipe) -> Kind:
+    num_groups, group_topk = recipe.config.num_groups, recipe.config.group_topk
+    assert num_groups is not None and group_topk is not None, "the config's rules ask for both"
+    return Hierarchical(
+        num_experts=recipe.num_experts,
+        top_k=recipe.top_k,
+        dim=recipe.dim,
+        num_groups=num_groups,
+        group_topk=group_topk,
+        group_loss_coeff=recipe.option("group_aux_loss_coeff") or 0.0,
+        layer_idx=recipe.layer_idx,
+    )
+
+
+def _hash(recipe: Recipe) -> Kind:
+    vocab_size, count_V = recipe.ids, recipe.token_counts_V
+    seed, layer_idx = recipe.option("seed"), recipe.layer_idx
+    num_experts, top_k = recipe.num_experts, recipe.top_k
+    table_VK = None
+    if recipe.option("hash_table") == "Random":
+        table_VK = random_table(
+            num_experts=num_experts, top_k=top_k, vocab_size=vocab_size, seed=seed, layer_idx=layer_idx
+        )
+    elif count_V is not None:
+        if count_V.shape[0] != vocab_size:
+            raise InvalidInput(f"token counts are one per id, {vocab_size} (got {count_V.shape[0]})")
+        table_VK = balanced_table(count_V, num_experts=num_experts, top_k=top_k, seed=seed, layer_idx=layer_idx)
+    return Hash(num_experts=num_experts, top_k=top_k, vocab_size=vocab_size, table_VK=table_VK)
+
+
+def _heuristic(recipe: Recipe) -> Kind:
+    if recipe.config.heuristic == "Position":
+        return ByPosition(num_experts=recipe.num_experts, top_k=recipe.top_k)
+    return ByClass(num_experts=recipe.num_experts, top_k=recipe.top_k, num_classes=recipe.option("num_classes"))
+
+
 KINDS: dict[RouterType, Callable[[Recipe], Kind]] = {
     "TopK": _top_k,
     "Switch": _switch,
+    "NoisyTopK": lambda r: NoisyTopK(
+        num_experts=r.num_experts, top_k=r.top_k, dim=r.dim, load_loss_coeff=r.option("load_loss_coeff") or 0.0
+    ),
+    "GumbelTopK": lambda r: GumbelTopK(num_experts=r.num_experts, top_k=r.top_k, noise_scale=r.option("gumbel_scale")),
+    "TopP": lambda r: TopP(
+        num_experts=r.num_experts, top_p=r.option("top_p"), max_k=r.option("max_k") or r.num_experts
+    ),
+    "AnnealedTopK": lambda r: AnnealedTopK(
+        num_experts=r.num_experts,
+        top_k=r.top_k,
+        start_k=r.option("start_k") or r.num_experts,
+        until=r.option("anneal_until_percent") / 100,
+        scores=r.scores,
+    ),
+    "Hierarchical": _hierarchical,
+    "ExpertChoice": lambda r: ExpertChoice(
+        num_experts=r.num_experts, top_k=r.top_k, factor=r.option("expert_capacity_factor") or 1.0
+    ),
+    "SoftMoE": lambda r: SoftMoE(
+        num_experts=r.num_experts,
+        dim=r.dim,
+        rows=r.option("rows_per_expert"),
+        normalised=r.option("soft_normalize"),
+        layer_idx=r.layer_idx,
+    ),
+    "Sinkhorn": lambda r: Sinkhorn(
+        num_experts=r.num_experts,
+        top_k=r.top_k,
+        tolerance=r.option("sinkhorn_tolerance"),
+        iterations=r.option("sinkhorn_iterations"),
+    ),
+    "Base": lambda r: Base(num_experts=r.num_experts),
+    "Hash": _hash,
+    "Heuristic": _heuristic,
+    "Frozen": lambda r: Frozen(
+        num_experts=r.num_experts,
+        top_k=r.top_k,
+        dim=r.dim,
+        scores=r.scores,
+        seed=r.option("seed") if r.option("frozen_gate") == "Random" else None,
+        layer_idx=r.layer_idx,
+    ),
+    "Cached": lambda r: Cached(
+        num_experts=r.num_experts,
+        top_k=r.top_k,
+        vocab_size=r.ids,
+        width=r.option("cached_dim"),
+        since=r.option("cached_from_percent") / 100,
+        distill_coeff=r.option("distill_loss_coeff"),
+        layer_idx=r.layer_idx,
+    ),
 }
+"""Every type but Custom, which is no kind: its class answers with a whole routing."""
 
 
 def build_router(
@@ -102,7 +208,7 @@ def build_router(
     layer_idx: int,
     vocab_size: int | None = None,
     token_counts_V: torch.Tensor | None = None,
-) -> LayerRouter:
+) -> LayerRouter | CustomRouter:
     """The router of MoE layer `layer_idx`: `top_k` of `num_experts` per token, tokens of width `dim`.
 
     What is drawn at random comes from the config's seed and the layer alone, so that all ranks build the same.
@@ -111,6 +217,15 @@ def build_router(
     """
     if problems := why_misfit(config, num_experts=num_experts, top_k=top_k):
         raise InvalidInput(f"router {config.type}: {'; '.join(problems)}")
+    if config.class_path is not None:
+        return CustomRouter(
+            config.class_path,
+            num_experts=num_experts,
+            top_k=top_k,
+            dim=dim,
+            layer_idx=layer_idx,
+            options=config.options or {},
+        )
     recipe = Recipe(config, num_experts, top_k, dim, layer_idx, vocab_size, token_counts_V)
     capacity = None
     if config.expert_capacity_factor is not None and config.type != "ExpertChoice":

@@ -1,0 +1,60 @@
+"""Routes learned first, then kept: a token's id alone decides, so that routes no longer move (StableMoE, 2204.08396).
+
+In the first part of the training tokens are routed by the gate, and a small router of token ids (an embedding of the id
+against one per expert) learns the gate's first choice by cross-entropy. After it the small router chooses and is not
+trained any more; the gate's probability of the chosen experts still weighs, and learns. The paper weighs K = 1 by a
+sigmoid; so is it here, and by a softmax over the chosen for more.
+"""
+
+import torch
+
+from moe_core.outcome import InvalidInput
+from moe_runtime.router.face import Moment, Tokens
+from moe_runtime.router.noise import seeded
+from moe_runtime.router.picks import Kind, Picks, logits_of
+from moe_runtime.router.scores import Scores
+from moe_runtime.router.topk import best
+
+
+class Cached(Kind):
+    """since: part of the training after which routes are kept; a server has them kept."""
+
+    def __init__(
+        self,
+        *,
+        num_experts: int,
+        top_k: int,
+        vocab_size: int,
+        width: int,
+        since: float,
+        distill_coeff: float,
+        layer_idx: int,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.top_k, self.since, self.distill_coeff = num_experts, top_k, since, distill_coeff
+        self.scores = Scores("Sigmoid", renormalise=False) if top_k == 1 else Scores()
+        generator = seeded(0, layer_idx)
+        self.word_VC = torch.nn.Parameter(torch.randn(vocab_size, width, generator=generator) / width**0.5)
+        self.centroid_EC = torch.nn.Parameter(torch.randn(num_experts, width, generator=generator))
+
+    def forward(self, tokens: Tokens, moment: Moment) -> Picks:
+        if tokens.ids_T is None:
+            raise InvalidInput("a route by token id needs ids_T (got None)")
+        logits_TE = logits_of(tokens, self.num_experts)
+        score_TE = self.scores.score(logits_TE)
+        by_id_TE = self.word_VC[tokens.ids_T].float() @ self.centroid_EC.float().T
+        losses: dict[str, torch.Tensor] = {}
+        compete_TE = by_id_TE.detach()
+        if moment.progress < self.since:
+            compete_TE = logits_TE.detach()
+            if moment.is_training and self.distill_coeff:
+                gap = torch.nn.functional.cross_entropy(by_id_TE, compete_TE.argmax(dim=-1), reduction="sum")
+                losses["distill"] = self.distill_coeff * gap / max(1, by_id_TE.shape[0])
+        return Picks(
+            expert_TK=best(compete_TE, self.top_k),
+            score_TE=compete_TE,
+            weigh=self.scores.weigher(logits_TE, score_TE),
+            probability_TE=self.scores.probability(score_TE),
+            logits_TE=logits_TE,
+            losses=losses,
+        )
