@@ -14,6 +14,39 @@ from moe_runtime.router.registry import build_router
 DIM = 16
 
 
+LOSSES: dict[str, Any] = {"aux_loss_coeff": 0.01, "z_loss_coeff": 0.001}
+CASES: list[dict[str, Any]] = [
+    {"type": "TopK", **LOSSES, "importance_loss_coeff": 0.1, "load_balancing_type": "SeqAuxLoss"},
+    {"type": "TopK", "num_groups": 4, "group_topk": 2, "score_function": "Sigmoid", "enable_expert_bias": True},
+    {"type": "TopK", "expert_capacity_factor": 1.0, "overflow": "Reroute", "adaptive_capacity_decay": 0.9},
+    {"type": "TopK", "expert_capacity_factor": 1.0, "overflow": "Queue", "class_capacity_percents": (70, 30)},
+    {"type": "TopK", "expert_dropout": 0.3, "input_jitter_eps": 0.01, "locality_bias": 1.0},
+    {"type": "Switch", **LOSSES, "expert_capacity_factor": 1.25},
+    {"type": "NoisyTopK", "load_loss_coeff": 0.1, **LOSSES, "expert_capacity_factor": 1.0},
+    {"type": "GumbelTopK", "expert_capacity_factor": 1.0, "overflow": "Reroute"},
+    {"type": "TopP", "entropy_loss_coeff": 0.01, "expert_capacity_factor": 1.0, "overflow": "Reroute"},
+    {"type": "AnnealedTopK", **LOSSES, "expert_capacity_factor": 1.0},
+    {"type": "Hierarchical", "num_groups": 4, "group_topk": 2, "group_aux_loss_coeff": 0.1, **LOSSES},
+    {
+        **{"type": "Hierarchical", "num_groups": 4, "group_topk": 1, "expert_capacity_factor": 0.7},
+        "overflow": "Reroute",
+    },
+    {"type": "ExpertChoice", "z_loss_coeff": 0.1},
+    {"type": "SoftMoE"},
+    {"type": "Sinkhorn", "expert_capacity_factor": 1.0},
+    {"type": "Base", "z_loss_coeff": 0.1},
+    {"type": "Hash", "expert_capacity_factor": 1.0, "overflow": "Reroute"},
+    {"type": "Hash", "hash_table": "Balanced"},
+    {"type": "Heuristic", "heuristic": "Position", "expert_capacity_factor": 0.5},
+    {"type": "Heuristic", "heuristic": "Class", **LOSSES, "expert_capacity_factor": 1.0, "overflow": "Reroute"},
+    {"type": "Frozen"},
+    {"type": "Frozen", "frozen_gate": "Model", "pre_softmax": True},
+    {"type": "Cached", **LOSSES},
+]
+CASE_NAMES = [f"{case['type']}-{number}" for number, case in enumerate(CASES)]
+"""Options that every kind of router is tried with, capacity and losses among them."""
+
+
 def make_tokens(num_tokens: int, num_experts: int, *, seed: int = 0, skew: float = 0.0, rows: int = 2) -> Tokens:
     """`skew` makes the logits of low experts higher, by so much from one to the next."""
     generator = torch.Generator().manual_seed(seed)
@@ -66,7 +99,7 @@ def softmax(row: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def dense(routing: Routing, num_experts: int) -> torch.Tensor:
     """[T, E] weights, whatever the order of picks."""
-    weight_TE = torch.zeros(routing.expert_TK.shape[0], num_experts)
+    weight_TE = routing.weight_TK.new_zeros(routing.expert_TK.shape[0], num_experts)
     return weight_TE.scatter_add(1, routing.expert_TK.clamp_min(0), routing.weight_TK.detach())
 
 

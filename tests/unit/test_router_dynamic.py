@@ -78,7 +78,7 @@ def test_two_tiers_weigh_by_group_times_expert() -> None:
 
 def test_probabilities_of_two_tiers_sum_to_one_and_a_token_stays_in_its_groups() -> None:
     router, tokens = make_router(12, 4, type="Hierarchical", num_groups=4, group_topk=2), make_tokens(50, 12)
-    routing = route(router, tokens)
+    routing = route(router, tokens, training())
     assert routing.probability_TE is not None
     torch.testing.assert_close(routing.probability_TE.sum(dim=-1), torch.ones(50))
     assert all(len(set(row)) == 2 for row in (routing.expert_TK // 3).tolist())

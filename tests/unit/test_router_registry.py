@@ -13,38 +13,7 @@ from moe_core.outcome import InvalidInput
 from moe_runtime.router.check import checked
 from moe_runtime.router.face import Routing, Tokens
 from moe_runtime.router.registry import KINDS, build_router
-from router_cases import DIM, SERVING, WHOLE_TEXTS, Mine, make_router, make_tokens, route, training
-
-LOSSES: dict[str, Any] = {"aux_loss_coeff": 0.01, "z_loss_coeff": 0.001}
-CASES: list[dict[str, Any]] = [
-    {"type": "TopK", **LOSSES, "importance_loss_coeff": 0.1, "load_balancing_type": "SeqAuxLoss"},
-    {"type": "TopK", "num_groups": 4, "group_topk": 2, "score_function": "Sigmoid", "enable_expert_bias": True},
-    {"type": "TopK", "expert_capacity_factor": 1.0, "overflow": "Reroute", "adaptive_capacity_decay": 0.9},
-    {"type": "TopK", "expert_capacity_factor": 1.0, "overflow": "Queue", "class_capacity_percents": (70, 30)},
-    {"type": "TopK", "expert_dropout": 0.3, "input_jitter_eps": 0.01, "locality_bias": 1.0},
-    {"type": "Switch", **LOSSES, "expert_capacity_factor": 1.25},
-    {"type": "NoisyTopK", "load_loss_coeff": 0.1, **LOSSES, "expert_capacity_factor": 1.0},
-    {"type": "GumbelTopK", "expert_capacity_factor": 1.0, "overflow": "Reroute"},
-    {"type": "TopP", "entropy_loss_coeff": 0.01, "expert_capacity_factor": 1.0, "overflow": "Reroute"},
-    {"type": "AnnealedTopK", **LOSSES, "expert_capacity_factor": 1.0},
-    {"type": "Hierarchical", "num_groups": 4, "group_topk": 2, "group_aux_loss_coeff": 0.1, **LOSSES},
-    {
-        **{"type": "Hierarchical", "num_groups": 4, "group_topk": 1, "expert_capacity_factor": 0.7},
-        "overflow": "Reroute",
-    },
-    {"type": "ExpertChoice", "z_loss_coeff": 0.1},
-    {"type": "SoftMoE"},
-    {"type": "Sinkhorn", "expert_capacity_factor": 1.0},
-    {"type": "Base", "z_loss_coeff": 0.1},
-    {"type": "Hash", "expert_capacity_factor": 1.0, "overflow": "Reroute"},
-    {"type": "Hash", "hash_table": "Balanced"},
-    {"type": "Heuristic", "heuristic": "Position", "expert_capacity_factor": 0.5},
-    {"type": "Heuristic", "heuristic": "Class", **LOSSES, "expert_capacity_factor": 1.0, "overflow": "Reroute"},
-    {"type": "Frozen"},
-    {"type": "Frozen", "frozen_gate": "Model", "pre_softmax": True},
-    {"type": "Cached", **LOSSES},
-]
-NAMES = [f"{case['type']}-{number}" for number, case in enumerate(CASES)]
+from router_cases import CASE_NAMES, CASES, DIM, SERVING, WHOLE_TEXTS, Mine, make_router, make_tokens, route, training
 
 
 def test_every_type_can_be_built_and_is_tried_here() -> None:
@@ -53,7 +22,7 @@ def test_every_type_can_be_built_and_is_tried_here() -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 37])
-@pytest.mark.parametrize("options", CASES, ids=NAMES)
+@pytest.mark.parametrize("options", CASES, ids=CASE_NAMES)
 def test_it_answers_with_a_routing_and_passes_a_gradient_on(options: dict[str, Any], num_tokens: int) -> None:
     router, tokens = make_router(8, 2, **options), make_tokens(num_tokens, 8, skew=0.5)
     assert tokens.logits_TE is not None
@@ -70,7 +39,7 @@ def test_it_answers_with_a_routing_and_passes_a_gradient_on(options: dict[str, A
         router.after_step(torch.bincount(routing.expert_TK[routing.expert_TK >= 0], minlength=8))
 
 
-@pytest.mark.parametrize("options", CASES, ids=NAMES)
+@pytest.mark.parametrize("options", CASES, ids=CASE_NAMES)
 def test_a_step_that_is_run_again_takes_the_same_way(options: dict[str, Any]) -> None:
     router, tokens = make_router(8, 2, **options), make_tokens(20, 8)
     first, again = (route(router, tokens, training(seed=3, progress=0.05)) for _ in range(2))
@@ -78,14 +47,14 @@ def test_a_step_that_is_run_again_takes_the_same_way(options: dict[str, Any]) ->
     assert torch.equal(first.weight_TK, again.weight_TK)
 
 
-@pytest.mark.parametrize("options", CASES, ids=NAMES)
+@pytest.mark.parametrize("options", CASES, ids=CASE_NAMES)
 def test_two_ranks_build_the_same_router_and_can_save_it(options: dict[str, Any]) -> None:
     mine, theirs = (make_router(8, 2, layer_idx=3, **options).state_dict() for _ in range(2))
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-@pytest.mark.parametrize("options", CASES, ids=NAMES)
+@pytest.mark.parametrize("options", CASES, ids=CASE_NAMES)
 def test_who_does_not_look_ahead_routes_the_start_of_a_text_without_the_rest(options: dict[str, Any]) -> None:
     router, tokens = make_router(8, 2, **options), make_tokens(30, 8, rows=1)
     start = Tokens(**{name: getattr(tokens, name)[:12] for name in Tokens.__dataclass_fields__})
@@ -95,7 +64,7 @@ def test_who_does_not_look_ahead_routes_the_start_of_a_text_without_the_rest(opt
         torch.testing.assert_close(whole.weight_TK[:12], part.weight_TK)
 
 
-@pytest.mark.parametrize("options", CASES, ids=NAMES)
+@pytest.mark.parametrize("options", CASES, ids=CASE_NAMES)
 def test_a_server_routes_every_token_as_if_it_were_alone(options: dict[str, Any]) -> None:
     router, tokens = make_router(8, 2, **options), make_tokens(6, 8)
     together = route(router, tokens, SERVING)

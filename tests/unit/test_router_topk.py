@@ -9,8 +9,10 @@ import torch
 
 from moe_core.contract.router import RouterConfig
 from moe_core.outcome import InvalidInput
+from moe_runtime.kernels.gate import gate_reference
 from moe_runtime.router.face import NO_EXPERT, Layout, Moment, Tokens
 from moe_runtime.router.registry import build_router
+from moe_runtime.router.topk import TopK
 from router_cases import DIM, SERVING, dense, make_router, make_tokens, route, softmax, training
 
 SHAPES = [(1, 4, 2), (33, 8, 2), (7, 5, 5), (0, 8, 2), (64, 60, 4)]
@@ -212,6 +214,41 @@ def test_scores_are_float32_whatever_the_models_precision() -> None:
 def test_logits_of_another_number_of_experts_are_refused() -> None:
     with pytest.raises(InvalidInput, match=r"logits must be \[3 tokens, 8 experts\] \(got \[3, 4\]\)"):
         make_router(8, 2, type="TopK")(make_tokens(3, 4), SERVING)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"pre_softmax": True},
+        {"pre_softmax": True, "norm_topk_prob": True},
+        {"score_function": "Sigmoid", "topk_scaling_factor": 2.5, "enable_expert_bias": True},
+        {"score_function": "Sigmoid", "norm_topk_prob": False, "num_groups": 8, "group_topk": 3},
+        {"num_groups": 4, "group_topk": 2, "group_score": "Max", "enable_expert_bias": True},
+        {"num_groups": 2, "group_topk": 2},
+    ],
+)
+def test_what_the_kernel_is_told_is_what_the_router_does(options: dict[str, Any]) -> None:
+    tokens = make_tokens(40, 8)
+    assert tokens.logits_TE is not None
+    router = make_router(8, 3, type="TopK", **options)
+    bias_E = None
+    if options.get("enable_expert_bias"):
+        bias_E = router.get_buffer("kind.bias_E").copy_(torch.linspace(-0.3, 0.3, 8))
+    assert isinstance(router.kind, TopK)
+    rule = router.kind.rule()
+    assert rule is not None
+    rule.check(8)
+    expert_TK, weight_TK, _ = gate_reference(tokens.logits_TE, rule, bias_E)
+    routing = route(router, tokens)
+    assert torch.equal(routing.expert_TK, expert_TK)
+    torch.testing.assert_close(routing.weight_TK, weight_TK)
+
+
+@pytest.mark.parametrize("options", [{"locality_bias": 1.0}, {"group_by": "Device", "group_topk": 1}])
+def test_what_the_kernel_does_not_do_it_is_not_told(options: dict[str, Any]) -> None:
+    router = make_router(8, 3, type="TopK", **options)
+    assert isinstance(router.kind, TopK) and router.kind.rule() is None
 
 
 def test_a_router_that_does_not_fit_is_not_built() -> None:

@@ -55,7 +55,7 @@ class LayerRouter(torch.nn.Module):
         return Routing(
             expert_TK=placed.expert_TK,
             weight_TK=placed.weight_TK,
-            probability_TE=picks.probability_TE,
+            probability_TE=picks.probability_TE if moment.is_training else None,
             losses=picks.losses | (self._losses(picks, tokens, moment) if moment.is_training else {}),
             counts=picks.counts | placed.counts,
             soft=picks.soft,

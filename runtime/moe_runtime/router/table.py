@@ -76,15 +76,13 @@ def balanced_table(count_V: torch.Tensor, *, num_experts: int, top_k: int, seed:
 
     Raises InvalidInput for counts that are none.
     """
-    if count_V.ndim != 1 or count_V.is_floating_point() or bool((count_V < 0).any()):
-        raise InvalidInput(
-            f"token counts are whole numbers >= 0, one per id (got {count_V.dtype} {list(count_V.shape)})"
-        )
+    if count_V.ndim != 1 or not bool((count_V >= 0).all()):
+        raise InvalidInput(f"token counts are numbers >= 0, one per id (got {count_V.dtype} {list(count_V.shape)})")
     generator = seeded(seed, layer_idx)
     rank_E = torch.randperm(num_experts, generator=generator).tolist()
     order_V = torch.randperm(count_V.numel(), generator=generator)
     order_V = order_V[count_V.cpu()[order_V].argsort(stable=True, descending=True)]
-    line = [(0, 0, rank_E[expert], expert) for expert in range(num_experts)]  # tokens, ids, draw
+    line = [(0.0, 0, rank_E[expert], expert) for expert in range(num_experts)]  # tokens, ids, draw
     heapq.heapify(line)
     table: list[list[int]] = [[]] * count_V.numel()
     for token_id, count in zip(order_V.tolist(), count_V.cpu()[order_V].tolist(), strict=True):

@@ -9,6 +9,8 @@ after each step moves by a fixed rate up for experts below the mean load and dow
 
 import torch
 
+from moe_runtime.kernels.choose import runs_triton
+from moe_runtime.kernels.gate import GateRule, gate
 from moe_runtime.router.face import NO_EXPERT, Layout, Moment, Tokens
 from moe_runtime.router.groups import GroupLimit
 from moe_runtime.router.locality import Locality
@@ -46,8 +48,30 @@ class TopK(Kind):
         self.bias_E: torch.Tensor | None
         self.register_buffer("bias_E", torch.zeros(num_experts) if bias_update_rate else None)
 
+    def rule(self) -> GateRule | None:
+        """What the kernel is to do; None: this router does what the kernel does not."""
+        grouped = self.groups is not None and not self.groups.by_device
+        if self.locality is not None or (self.groups is not None and not grouped):
+            return None
+        num_groups = self.groups.holds_GE.shape[0] if self.groups is not None else 1
+        over_chosen = self.scores.function == "Softmax" and (self.scores.renormalise or not self.scores.before)
+        return GateRule(
+            top_k=self.top_k,
+            function=self.scores.function,
+            over_chosen=over_chosen,
+            renormalise=self.scores.renormalise and not over_chosen,
+            scale=self.scores.scale,
+            num_groups=num_groups,
+            group_topk=min(num_groups, self.groups.group_topk) if self.groups is not None else 1,
+            group_best=min(self.groups.best, self.num_experts // num_groups) if self.groups is not None else 1,
+        )
+
     def forward(self, tokens: Tokens, moment: Moment) -> Picks:
         logits_TE = logits_of(tokens, self.num_experts)
+        rule = self.rule() if runs_triton(logits_TE) and not moment.looks_at_batch else None
+        if rule is not None:  # nobody asks for scores of the others here, so one pass over the logits does it
+            expert_TK, weight_TK, _ = gate(logits_TE, rule, self.bias_E)
+            return Picks(expert_TK, logits_TE.detach(), lambda _: weight_TK)
         score_TE = self.scores.score(logits_TE)
         with torch.no_grad():
             compete_TE = score_TE if self.bias_E is None else score_TE + self.bias_E
