@@ -10,10 +10,12 @@ import torch
 
 from gloo_ranks import join_group
 from moe_core.contract.expert_map import ExpertMap
+from moe_core.contract.router import RouterConfig
 from moe_core.contract.runtime_config import ModelShape, ModelSource, TrainingConfig
 from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.errors import GroupFault
 from moe_runtime.train import loop
+from moe_runtime.train.data import asked_router
 from moe_runtime.train.loop import Trainer
 from moe_runtime.train.snapshot import SnapshotReader, step_folder
 
@@ -78,9 +80,13 @@ def even_map(num_ranks: int, *, redundant: int = 0) -> ExpertMap:
     )
 
 
-def trainer_for(config: TrainingConfig, expert_map: ExpertMap, rank: int) -> Trainer:
+def trainer_for(
+    config: TrainingConfig, expert_map: ExpertMap, rank: int, *, router: dict[str, Any] | None = None
+) -> Trainer:
+    """`router`: options of a RouterConfig."""
     source = ModelSource(shape=SHAPE)
-    epm = ExpertParallelModel.load(source, expert_map=expert_map, rank=rank, seed=config.seed)
+    asked = None if router is None else asked_router(RouterConfig(**router), data=config.data)
+    epm = ExpertParallelModel.load(source, expert_map=expert_map, rank=rank, seed=config.seed, router=asked)
     return Trainer(config, epm, run_id="test")
 
 
@@ -99,15 +105,28 @@ def everything(output: Path, step: int) -> dict[str, torch.Tensor]:
 def live_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Copies of everything a step may change on this rank."""
     tensors = {name: p.detach().clone() for name, p in trainer.epm.module.named_parameters()}
+    if trainer.epm.routed is not None:
+        tensors.update({name: tensor.clone() for name, tensor in trainer.epm.routed.tensors().items()})
     for name, moments in trainer._optimizer.state.items():
         tensors.update({f"{name}#{moment}": tensor.clone() for moment, tensor in moments.items()})
     return tensors
 
 
-def train(rank: int, store_path: str, *, size: int, output: str, text: str, redundant: int, steps: int) -> Any:
+def train(
+    rank: int,
+    store_path: str,
+    *,
+    size: int,
+    output: str,
+    text: str,
+    redundant: int,
+    steps: int,
+    router: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Any:
     """Losses of `steps` steps; the last step is left as a snapshot."""
-    config = config_for(Path(output), Path(text), num_ranks=size)
-    trainer = trainer_for(config, even_map(size, redundant=redundant), rank)
+    config = config_for(Path(output), Path(text), num_ranks=size, **changes)
+    trainer = trainer_for(config, even_map(size, redundant=redundant), rank, router=router)
     with join_group(store_path, ranks=range(size), rank=rank) as group:
         trainer.epm.bind(group)
         trainer.bind(group)
@@ -117,10 +136,12 @@ def train(rank: int, store_path: str, *, size: int, output: str, text: str, redu
     return [report.loss_bits for report in reports], [report.gradient_norm for report in reports]
 
 
-def train_to_the_end(rank: int, store_path: str, *, size: int, output: str, text: str) -> Any:
+def train_to_the_end(
+    rank: int, store_path: str, *, size: int, output: str, text: str, router: dict[str, Any] | None = None
+) -> Any:
     """A whole run up to the checkpoint: (held-out figure, summary of the one that wrote it)."""
     config = config_for(Path(output), Path(text), num_ranks=size, aux_loss_coefficient=0.01)
-    trainer = trainer_for(config, even_map(size), rank)
+    trainer = trainer_for(config, even_map(size), rank, router=router)
     with join_group(store_path, ranks=range(size), rank=rank) as group:
         trainer.epm.bind(group)
         trainer.bind(group)
@@ -135,13 +156,22 @@ def train_to_the_end(rank: int, store_path: str, *, size: int, output: str, text
     return bits, summary, again
 
 
-def lose_a_rank(process: int, store_path: str, *, output: str, text: str, at_step: int, where: str) -> Any:
+def lose_a_rank(
+    process: int,
+    store_path: str,
+    *,
+    output: str,
+    text: str,
+    at_step: int,
+    where: str,
+    router: dict[str, Any] | None = None,
+) -> Any:
     """Rank 1 kills itself inside a step; process number 2 takes its place. Steps seen by each, by epoch."""
     num_ranks = 2
     is_replacement = process == num_ranks
     rank = 1 if is_replacement else process
     config = config_for(Path(output), Path(text), num_ranks=num_ranks, aux_loss_coefficient=0.01)
-    trainer = trainer_for(config, even_map(num_ranks), rank)
+    trainer = trainer_for(config, even_map(num_ranks), rank, router=router)
     untouched = None
     if not is_replacement:
         with join_group(store_path, ranks=range(num_ranks), rank=rank) as group:
@@ -169,6 +199,21 @@ def lose_a_rank(process: int, store_path: str, *, output: str, text: str, at_ste
     return untouched, restored, losses
 
 
+def serve_like_trained(rank: int, store_path: str, *, size: int, output: str, texts: list[list[int]]) -> Any:
+    """Logits of the last token of each row, read from a checkpoint in two parts over the serving path."""
+    epm = ExpertParallelModel.load(ModelSource(path=output), expert_map=even_map(size), rank=rank)
+    ids_BQ = torch.tensor(texts)
+    places_BQ = torch.arange(ids_BQ.shape[1]).expand_as(ids_BQ)
+    with join_group(store_path, ranks=range(size), rank=rank) as group:
+        epm.bind(group)
+        cache = epm.new_cache(num_rows=len(texts), max_length=ids_BQ.shape[1])
+        for part in (slice(0, -1), slice(-1, None)):
+            ids, places = (ids_BQ[:, part], places_BQ[:, part]) if rank == 0 else (None, None)
+            logits_BV = epm.forward_tokens(ids, places, range(len(ids_BQ)) if rank == 0 else (), cache)
+            epm.commit()
+    return logits_BV.tolist()
+
+
 def _die_in(trainer: Trainer, where: str) -> None:
     def die(*_: Any, **__: Any) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -187,10 +232,12 @@ def _die_in(trainer: Trainer, where: str) -> None:
         vars(loop)["complete_gradients"] = after
 
 
-def train_undisturbed(rank: int, store_path: str, *, size: int, output: str, text: str) -> list[float]:
+def train_undisturbed(
+    rank: int, store_path: str, *, size: int, output: str, text: str, router: dict[str, Any] | None = None
+) -> list[float]:
     """What `lose_a_rank` is compared with: the same run in which nobody dies."""
     config = config_for(Path(output), Path(text), num_ranks=size, aux_loss_coefficient=0.01)
-    trainer = trainer_for(config, even_map(size), rank)
+    trainer = trainer_for(config, even_map(size), rank, router=router)
     losses = []
     with join_group(store_path, ranks=range(size), rank=rank) as group:
         trainer.epm.bind(group)

@@ -104,6 +104,12 @@ class Broken:
 
 
 SHAPE = "spec.model.shape"
+ROUTER = "spec.model.router"
+COEFFICIENT_TWICE = {
+    **JOB["spec"],
+    "model": {**JOB["spec"]["model"], "router": {"type": "TopK"}},
+    "training": {**JOB["spec"]["training"], "auxLossCoefficient": "0.01"},
+}
 TEMPLATE = "spec.template.spec"
 READ_ONLY_TRACE = {
     "model": {"path": "/models/tiny"},
@@ -142,6 +148,29 @@ BROKEN: tuple[Broken, ...] = (
     Broken("MoEJob", "spec.training.learningRate", "-3e-3", ("learningRate",)),
     Broken("MoEJob", "spec.training.learnRate", "3e-3", ("learnRate",)),
     Broken("MoEJob", "spec.training.sequenceLength", 4, ("sequenceLength", "8")),
+    Broken("MoEJob", "spec.training.maxExpertGradientNorm", "0", ("maxExpertGradientNorm must be > 0",)),
+    Broken("MoEJob", ROUTER, {}, ("type",)),
+    Broken("MoEJob", ROUTER, {"type": "Random"}, ("type", "ExpertChoice")),
+    Broken("MoEJob", ROUTER, {"type": "TopK", "top_p": "0.5"}, ("top_p",)),
+    Broken("MoEJob", ROUTER, {"type": "TopP", "topP": 0.5}, ("topP", "string")),
+    Broken("MoEJob", ROUTER, {"type": "TopP", "topP": "1.5"}, ("topP must be > 0 and <= 1",)),
+    Broken("MoEJob", ROUTER, {"type": "TopP", "maxK": 0}, ("maxK", "1")),
+    Broken("MoEJob", ROUTER, {"type": "TopK", "topP": "0.5"}, ("topP is used by type TopP only",)),
+    Broken("MoEJob", ROUTER, {"type": "SoftMoE", "enableExpertBias": True}, ("enableExpertBias is used by type TopK",)),
+    Broken("MoEJob", ROUTER, {"type": "TopK", "biasUpdateRate": "0.1"}, ("needs enableExpertBias true",)),
+    Broken("MoEJob", ROUTER, {"type": "TopK", "overflow": "Drop"}, ("overflow needs expertCapacityFactor",)),
+    Broken("MoEJob", ROUTER, {"type": "TopK", "groupTopk": 2}, ("groupTopk needs numGroups or groupBy Device",)),
+    Broken("MoEJob", ROUTER, {"type": "Custom"}, ("type Custom needs classPath",)),
+    Broken("MoEJob", ROUTER, {"type": "Custom", "classPath": "a b"}, ("classPath",)),
+    Broken(
+        *("MoEJob", ROUTER, {"type": "TopK", "scoreFunction": "Sigmoid", "preSoftmax": True}),
+        ("preSoftmax means nothing with scoreFunction Sigmoid",),
+    ),
+    Broken(
+        *("MoEJob", ROUTER, {"type": "TopK", "expertCapacityFactor": "1", "classCapacityPercents": [50, 40]}),
+        ("classCapacityPercents must sum to 100",),
+    ),
+    Broken("MoEJob", "spec", COEFFICIENT_TWICE, ("give model.router.auxLossCoeff",)),
     Broken("MoEJob", "spec.output", REMOVED, ("output",)),
     Broken("MoEJob", "spec.output.path", "", ("path",)),
     Broken("MoEJob", "spec.parallelism", REMOVED, ("parallelism",)),

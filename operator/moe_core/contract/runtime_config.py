@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from moe_core.contract.base import WireModel
 from moe_core.contract.dispatch import Hierarchy, Wire
+from moe_core.contract.router import RouterConfig
 
 # Environment of every pod's entry point (`moe-pod`), the same in a container and in the local shell.
 ENV_ROLE = "MOERATOR_ROLE"  # coordinator | rank | gateway
@@ -73,6 +74,8 @@ class TrainingConfig(WireModel):
     output_path: str
     optimizer: Literal["AdamW", "Muon"] = "AdamW"
     matmul_precision: Literal["Highest", "Medium"] = "Highest"
+    max_expert_gradient_norm: float | None = None
+    """Of each logical expert of a layer; None: only the norm of all gradients together is bounded."""
 
 
 class ServingConfig(WireModel):
@@ -110,6 +113,8 @@ class RuntimeConfig(WireModel):
     uid: str
     mode: Literal["train", "serve"]
     model: ModelSource
+    router: RouterConfig | None = None
+    """Of a model that is trained; a checkpoint brings its own. None: the family's."""
     num_ranks: int = Field(ge=1)
     coordinator_host: str
     """Name or address of the coordinator's Service; 127.0.0.1 in the local shell."""

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 from moe_core.contract.families import why_refused
+from moe_core.contract.router import why_misfit
 from moe_core.decide.refusals import foreign_names
 from moe_core.experts.assign import even_slots
 from moe_core.facts import Facts, Wish
@@ -14,6 +15,7 @@ from moe_core.spec.common import PodTemplate, TopologyConstraint
 from moe_core.spec.job import MoEJobSpec
 from moe_core.spec.kinds import MAX_NAME, NAME_PATTERN
 from moe_core.spec.load import parse_spec
+from moe_core.spec.router import wire_words
 from moe_core.spec.service import MoEServiceSpec
 from moe_core.topology.quantity import request_of
 from moe_core.topology.room import Needs, Tolerated
@@ -85,6 +87,11 @@ def _experts_of(spec: MoEJobSpec | MoEServiceSpec, facts: Facts) -> tuple[int, i
         refused = why_refused(spec.model.shape.family, from_shape=True)
         if refused is not None:
             return Refusal(Reason.MODEL_NOT_SUPPORTED, f"spec.model.shape.family: {refused}")
+        router, shape = spec.model.router, spec.model.shape
+        if router is not None:
+            misfits = why_misfit(router.config(), num_experts=shape.num_experts, top_k=shape.num_experts_per_tok)
+            if misfits:
+                return Refusal(Reason.INVALID_SPEC, f"spec.model.router: {wire_words('; '.join(misfits))}")
         if facts.model is not None:
             return facts.model.num_experts, facts.model.num_moe_layers
         return spec.model.shape.num_experts, spec.model.shape.num_hidden_layers

@@ -20,10 +20,13 @@ from moe_core.spec.job import MoEJobSpec
 from moe_core.spec.service import MoEServiceSpec
 
 LOOPBACK = "127.0.0.1"
+AUX_LOSS_COEFFICIENT = "0.01"
+"""Where a job gives none."""
 
 
 def job_config(wish: Wish, spec: MoEJobSpec, facts: Facts) -> RuntimeConfig:
     training, data = spec.training, spec.training.data
+    max_norm = training.max_expert_gradient_norm
     where = _where(wish, facts)
     return RuntimeConfig(
         owner_kind="MoEJob",
@@ -35,6 +38,7 @@ def job_config(wish: Wish, spec: MoEJobSpec, facts: Facts) -> RuntimeConfig:
         ray_port=where.ray_port,
         mode="train",
         model=ModelSource(shape=ModelShape(**spec.model.shape.model_dump())),
+        router=None if spec.model.router is None else spec.model.router.config(),
         num_ranks=spec.parallelism.expert,
         faults_enabled=spec.drills == "Allowed",
         device=_device(spec.template),
@@ -49,12 +53,13 @@ def job_config(wish: Wish, spec: MoEJobSpec, facts: Facts) -> RuntimeConfig:
             learning_rate=float(training.learning_rate),
             warmup_steps=training.warmup_steps,
             weight_decay=float(training.weight_decay),
-            aux_loss_coefficient=float(training.aux_loss_coefficient),
+            aux_loss_coefficient=float(training.aux_loss_coefficient or AUX_LOSS_COEFFICIENT),
             seed=training.seed,
             snapshot_every_steps=training.snapshot_every_steps,
             output_path=spec.output.path,
             optimizer=training.optimizer,
             matmul_precision=training.matmul_precision,
+            max_expert_gradient_norm=None if max_norm is None else float(max_norm),
         ),
     )
 

@@ -18,10 +18,12 @@ from moe_core.spec.common import (
     TopologyConstraint,
 )
 from moe_core.spec.dispatch import Dispatch
+from moe_core.spec.router import RouterSpec
 
 
 class JobModel(SpecModel):
     shape: ModelShapeSpec = Field(description="Build the model from this shape.")
+    router: RouterSpec | None = Field(default=None, description="How tokens are routed; by default as the family does.")
 
 
 class TrainingData(SpecModel):
@@ -61,7 +63,16 @@ class Training(SpecModel):
     learning_rate: Decimal = "3e-3"
     warmup_steps: int = Field(default=20, ge=0, le=1000000)
     weight_decay: Decimal = "0.1"
-    aux_loss_coefficient: Decimal = "0.01"
+    aux_loss_coefficient: Decimal | None = Field(
+        default=None,
+        description="Of the load-balancing loss where the model's family routes; 0.01 by default. model.router has "
+        "losses of its own.",
+    )
+    max_expert_gradient_norm: Decimal | None = Field(
+        default=None,
+        description="The gradient of each expert of a layer is scaled down to this norm. Without it only the norm of "
+        "all gradients together is bounded.",
+    )
     seed: int = Field(default=0, ge=0, le=2147483647)
     matmul_precision: Literal["Highest", "Medium"] = Field(
         default="Highest",
@@ -76,6 +87,11 @@ class Training(SpecModel):
             "has(self.maxSteps) || has(self.maxSeconds)",
             "give maxSteps, maxSeconds or both",
             lambda training: training.max_steps is not None or training.max_seconds is not None,
+        ),
+        Rule(
+            "!has(self.maxExpertGradientNorm) || double(self.maxExpertGradientNorm) > 0.0",
+            "maxExpertGradientNorm must be > 0",
+            lambda training: training.max_expert_gradient_norm is None or float(training.max_expert_gradient_norm) > 0,
         ),
     )
 
@@ -113,6 +129,11 @@ class MoEJobSpec(SpecModel):
     rules: ClassVar[tuple[Rule, ...]] = (
         TRACE_IS_WRITABLE,
         WHOLE_NODES,
+        Rule(
+            "!has(self.model.router) || !has(self.training.auxLossCoefficient)",
+            "training.auxLossCoefficient means nothing with model.router; give model.router.auxLossCoeff",
+            lambda spec: spec.model.router is None or spec.training.aux_loss_coefficient is None,
+        ),
         *(
             unchangeable(field, lever="create another MoEJob")
             for field in (

@@ -21,15 +21,24 @@ T = TypeVar("T")
 
 
 def mix(
-    x_TD: torch.Tensor, address_TK: torch.Tensor, weight_TK: torch.Tensor, *, context: StepContext, run_slots: RunSlots
+    x_TD: torch.Tensor,
+    address_TK: torch.Tensor,
+    weight_TK: torch.Tensor,
+    *,
+    context: StepContext,
+    run_slots: RunSlots,
+    only_by_pick: bool = False,
 ) -> torch.Tensor:
-    """[T, D] the weighted sum over each token's picks. Raises GroupFault."""
+    """[T, D] the weighted sum over each token's picks. Raises GroupFault.
+
+    only_by_pick: K or the number of rows may differ from what the other ranks expect, which only this way allows.
+    """
     plan, group, legs = context.plan, context.group, context.legs
     if group is None:
         return run_local(x_TD, address_TK, weight_TK, run_slots)
     tokens = context.tokens_of_position
     is_small = tokens is not None and max(tokens) <= SMALL_STEP_TOKENS and not torch.is_grad_enabled()
-    if context.relay is not None and not (is_small and context.hierarchy == "Auto"):
+    if context.relay is not None and not only_by_pick and not (is_small and context.hierarchy == "Auto"):
         return finish(
             run_by_node(
                 x_TD,
@@ -42,7 +51,7 @@ def mix(
                 legs=legs,
             )
         )
-    if is_small and tokens is not None:
+    if is_small and tokens is not None and not only_by_pick:
         return run_by_token(
             x_TD,
             address_TK,

@@ -48,15 +48,21 @@ class StepContext:
     hierarchy: Hierarchy = "Auto"
     relay: Relay | None = None
 
-    def count(self, layer_idx: int, expert_TK: torch.Tensor) -> None:
-        self.pending_LE[layer_idx] += torch.bincount(expert_TK.reshape(-1), minlength=self.num_experts)
+    def count(self, layer_idx: int, expert_TK: torch.Tensor, *, may_be_nobody: bool = False) -> None:
+        """`may_be_nobody`: negative ids stand among the picks, and count for none."""
+        picks_N = expert_TK.reshape(-1)
+        counted_N = picks_N[picks_N >= 0] if may_be_nobody else picks_N
+        self.pending_LE[layer_idx] += torch.bincount(counted_N, minlength=self.num_experts)
         if self.routed is not None:
             self.routed.append((layer_idx, expert_TK))
 
-    def mark_degraded(self, layer_idx: int, expert_TK: torch.Tensor) -> None:
+    def mark_degraded(self, layer_idx: int, expert_TK: torch.Tensor, *, of_tokens: bool = True) -> None:
+        """`of_tokens`: a row of picks is a token's; else every token has a share in every row."""
         lost_E = torch.zeros(self.num_experts, dtype=torch.bool, device=expert_TK.device)
         lost_E[list(self.plan.layers[layer_idx].lost)] = True
-        hit_V = lost_E[expert_TK].any(dim=-1)
+        hit_V = (lost_E[expert_TK] & (expert_TK >= 0)).any(dim=-1)
+        if not of_tokens:
+            hit_V = hit_V.any().expand(self.num_tokens if self.valid_V is None else len(self.valid_V))
         if self.valid_V is None:
             hit_T = hit_V
         else:

@@ -34,6 +34,8 @@ from moe_runtime.experts.build import BuiltModel, build, open_weights
 from moe_runtime.experts.digest import slot_digests
 from moe_runtime.experts.families import ModelFacts, check_map
 from moe_runtime.experts.generalists import Generalists, read_generalists
+from moe_runtime.experts.layout import layouts
+from moe_runtime.experts.routed import RouterRequest
 
 Fallback = Literal["Generalist", "Drop", "Refuse"]
 TakeRouted = Callable[[Sequence[tuple[int, torch.Tensor]]], None]
@@ -70,6 +72,7 @@ class ExpertParallelModel:
     module            the transformers model; dense parameters are whole, experts' parameters hold this rank's slots
     facts             family, num_layers (MoE layers, L), num_experts (E), top_k (K), vocab_size (V)
     expert_map        the map in force
+    routed            routers of ours, None where the family's own route
     degraded_rows     whether each row of the last `forward_tokens` met a lost expert
     """
 
@@ -77,6 +80,7 @@ class ExpertParallelModel:
         self.module: Any = built.module
         self.facts: ModelFacts = built.facts
         self.expert_map: ExpertMap = built.expert_map
+        self.routed = built.routed
         self.rank = rank
         self.degraded_rows: list[bool] = []
         self._layers = built.layers
@@ -105,15 +109,23 @@ class ExpertParallelModel:
         seed: int = 0,
         fallback: Fallback = "Generalist",
         dispatch: DispatchConfig | None = None,
+        router: RouterRequest | None = None,
     ) -> "ExpertParallelModel":
         """Build the model with the dense weights and this rank's slots only, in float32.
 
         A shape is initialised from `seed`: dense weights are identical on all ranks and an expert's weights do not
         depend on the layout. Raises UnsupportedModel (family and why), InvalidInput (map and model disagree), OSError.
-        Generalists are read from the checkpoint's folder when they lie there. Bound to no group: `bind` comes next.
+        Generalists and routers are read from the checkpoint's folder when they lie there; `router` is for a model that
+        has none. Bound to no group: `bind` comes next.
         """
         built = build(
-            source, expert_map=expert_map, rank=rank, device=device, seed=seed, dispatch=dispatch or DispatchConfig()
+            source,
+            expert_map=expert_map,
+            rank=rank,
+            device=device,
+            seed=seed,
+            dispatch=dispatch or DispatchConfig(),
+            router=router,
         )
         return cls(built, source=source, rank=rank, seed=seed, fallback=fallback)
 
@@ -154,6 +166,8 @@ class ExpertParallelModel:
         self._context.relay = None
         if domains is not None and goes_by_node(self._context.hierarchy, domains, top_k=self.top_k):
             self._context.relay = Relay.of(domains, position=plan.position, device=self._device)
+        if self.routed is not None:
+            self.routed.use_layouts(layouts(new_map, plan, domains))
         self.rollback()
 
     def use_generalists(self, generalists: Generalists | None) -> None:
@@ -249,6 +263,8 @@ class ExpertParallelModel:
 
     def _forget(self) -> None:
         self._last_cache = None
+        if self.routed is not None:
+            self.routed.forget()
         self._context.degraded_T = None
         self._context.routed = None if self._take_routed is None else []
         self._context.pending_LE = torch.zeros(
@@ -259,6 +275,10 @@ class ExpertParallelModel:
         """From now on `take` gets what each committed step has routed on this rank."""
         self._take_routed = take
         self._forget()
+
+    def pending_load(self) -> torch.Tensor:
+        """[L, E] int64: picks of this rank's own tokens since the last commit or rollback."""
+        return self._context.pending_LE
 
     def load_window(self, *, reset: bool = False) -> list[list[int]]:
         """[L][E] committed picks of this rank's own tokens per logical expert since the last reset."""
@@ -292,7 +312,21 @@ class ExpertParallelModel:
 
     def dense_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Parameters every rank holds whole (gradients want an all-reduce)."""
-        return ((n, p) for n, p in self.module.named_parameters() if n not in self._expert_names)
+        yield from ((n, p) for n, p in self.module.named_parameters() if n not in self._expert_names)
+        if self.routed is not None:
+            yield from self.routed.named_parameters()
+
+    def zero_grad(self) -> None:
+        self.module.zero_grad(set_to_none=True)
+        if self.routed is not None:
+            self.routed.zero_grad()
+
+    def dense_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Buffers that a checkpoint holds; every rank has them whole."""
+        saved = self.module.state_dict()
+        yield from ((name, buffer) for name, buffer in self.module.named_buffers() if name in saved)
+        if self.routed is not None:
+            yield from self.routed.named_buffers()
 
     def expert_parameters(self) -> list[ExpertParameter]:
         """This rank's stacked slots. Gradients of a slot are complete but for other copies of the same expert."""

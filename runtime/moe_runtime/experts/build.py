@@ -1,5 +1,6 @@
 """From a source and a map to a model in memory: dense weights whole, experts as this rank's slots."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,17 +9,22 @@ import torch
 
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.runtime_config import DispatchConfig, ModelSource
+from moe_core.outcome import InvalidInput
 from moe_runtime.dispatch.plan import logical_of_local_slot, make_plan
 from moe_runtime.dispatch.step import StepContext
 from moe_runtime.dispatch.stopwatch import Stopwatch
 from moe_runtime.dispatch.wire import Legs
 from moe_runtime.experts.families import (
+    ExpertsModule,
     ModelFacts,
     UnsupportedModel,
     check_map,
     describe,
     shared_expert_of,
 )
+from moe_runtime.experts.gates import check_gates
+from moe_runtime.experts.routed import Routed, RouterRequest, make_routed, restored
+from moe_runtime.experts.router_files import read_router
 from moe_runtime.experts.slots import SlottedExperts
 from moe_runtime.experts.weights import CheckpointWeights, SeedWeights, WeightSource
 
@@ -31,6 +37,8 @@ class BuiltModel:
     layers: tuple[SlottedExperts, ...]
     context: StepContext
     device: str
+    routed: Routed | None
+    """Routers of ours; None: the family's own."""
 
 
 def open_weights(source: ModelSource, model: torch.nn.Module, *, seed: int) -> WeightSource:
@@ -41,9 +49,19 @@ def open_weights(source: ModelSource, model: torch.nn.Module, *, seed: int) -> W
 
 
 def build(
-    source: ModelSource, *, expert_map: ExpertMap, rank: int, device: str, seed: int, dispatch: DispatchConfig
+    source: ModelSource,
+    *,
+    expert_map: ExpertMap,
+    rank: int,
+    device: str,
+    seed: int,
+    dispatch: DispatchConfig,
+    router: RouterRequest | None = None,
 ) -> BuiltModel:
-    """Raises UnsupportedModel, InvalidInput (map and model disagree), OSError."""
+    """A checkpoint's own routers come with it; `router` is for a model that has none.
+
+    Raises UnsupportedModel, InvalidInput (map, router and model disagree), OSError.
+    """
     model, entries, facts = describe(source)
     check_map(expert_map, facts)
     expert_names = frozenset(f"{entry.name}.{name}" for entry in entries for name in entry.parameter_names)
@@ -66,13 +84,39 @@ def build(
         SlottedExperts(entry, layer_idx, context, shared_expert_of(model, entry))
         for layer_idx, entry in enumerate(entries)
     )
+    routed = _routers(source, model, entries, router, facts=facts, seed=seed)
+    for layer, layer_router in zip(layers, routed.layers if routed is not None else (), strict=False):
+        layer.router = layer_router
     for layer in layers:
         logical_of_slot = logical_of_local_slot(expert_map, rank, layer.layer_idx)
         layer.install(layer.read(weights, logical_of_slot), logical_of_slot, device)
     model.to(device)
     model.eval()
     _check_mixture(facts, layers)
-    return BuiltModel(model, facts, expert_map, layers, context, device)
+    if routed is not None:
+        routed.to(device)
+        with context.without_experts():
+            check_gates(model, entries, [layer.gate for layer in routed.layers])
+    return BuiltModel(model, facts, expert_map, layers, context, device, routed)
+
+
+def _routers(
+    source: ModelSource,
+    model: torch.nn.Module,
+    entries: Sequence[ExpertsModule],
+    asked: RouterRequest | None,
+    *,
+    facts: ModelFacts,
+    seed: int,
+) -> Routed | None:
+    saved = None if source.path is None else read_router(Path(source.path))
+    if saved is None:
+        if asked is None:
+            return None
+        return make_routed(model, entries, asked, facts=facts, seed=seed)
+    if asked is not None and asked.config != saved.config:
+        raise InvalidInput(f"{source.path} was trained with another router: {saved.config.canonical()}")
+    return restored(model, entries, saved, facts=facts)
 
 
 def _materialise_dense(model: torch.nn.Module, expert_names: frozenset[str]) -> None:

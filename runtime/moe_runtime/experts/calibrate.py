@@ -16,16 +16,18 @@ N picks of one expert, D model, A = D + 1 (x and a one for the intercept), E log
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moe_runtime.experts.families import ExpertsModule, find_experts, shared_expert_of
+from moe_runtime.experts.families import ExpertsModule, facts_of, find_experts, shared_expert_of
 from moe_runtime.experts.generalists import Generalists, LayerGeneralists, write_generalists
 from moe_runtime.experts.ladder import SharedExpert
+from moe_runtime.experts.routed import RoutedLayer, restored
+from moe_runtime.experts.router_files import SavedRouter, read_router
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 """Relative to the mean variance of x."""
@@ -81,8 +83,15 @@ class _Map:
 class _Watcher:
     """Sees what a layer's experts are asked during a forward, and adds it to the moments."""
 
-    def __init__(self, entry: ExpertsModule, num_experts: int, dim: int, shared: SharedExpert | None) -> None:
-        self.entry, self.num_experts, self.shared = entry, num_experts, shared
+    def __init__(
+        self,
+        entry: ExpertsModule,
+        num_experts: int,
+        dim: int,
+        shared: SharedExpert | None,
+        router: RoutedLayer | None = None,
+    ) -> None:
+        self.entry, self.num_experts, self.shared, self.router = entry, num_experts, shared, router
         self.fit, self.heldout = Moments.zero(num_experts, dim), Moments.zero(num_experts, dim)
         self.probes = [Probe() for _ in range(num_experts)]
         self.is_heldout = False
@@ -101,8 +110,22 @@ class _Watcher:
 
     def _forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         x_TD, expert_TK, weight_TK = (*args, *kwargs.values())
+        if self.router is not None:
+            return self.router.mix(x_TD, None, self._mixture)
+        return self._mixture(x_TD, expert_TK, weight_TK)
+
+    def _mixture(
+        self,
+        x_TD: torch.Tensor,
+        expert_TK: torch.Tensor,
+        weight_TK: torch.Tensor,
+        *,
+        of_tokens: bool = True,  # noqa: ARG002 - experts do not care what their rows are
+    ) -> torch.Tensor:
         num_tokens, top_k = expert_TK.shape
-        y_TKD = self.run_expert(x_TD.repeat_interleave(top_k, 0), expert_TK.reshape(-1)).view(num_tokens, top_k, -1)
+        # a pick that nobody takes is computed like any other: its weight is zero
+        taken_N = expert_TK.clamp_min(0).reshape(-1)
+        y_TKD = self.run_expert(x_TD.repeat_interleave(top_k, 0), taken_N).view(num_tokens, top_k, -1)
         mixed_TKD = y_TKD * weight_TK.unsqueeze(-1)
         mixture_TD: torch.Tensor = mixed_TKD.sum(1)
         others_TK1 = (weight_TK.sum(-1, keepdim=True) - weight_TK).unsqueeze(-1)
@@ -155,11 +178,17 @@ def calibrate(
     heldout_share: float = 0.3,
     windows_per_batch: int = 16,
     memory_bytes: int = 1 << 30,
+    router: SavedRouter | None = None,
 ) -> Generalists:
     """Fit every (layer, expert) of a whole transformers model on windows of tokens [N, Q]; the last `heldout_share` of
     the windows only scores. Raises UnsupportedModel. CPU, float32.
+
+    router: what routes instead of the family's own.
     """
     entries = find_experts(model)
+    layers_of: Sequence[RoutedLayer | None] = [None] * len(entries)
+    if router is not None:
+        layers_of = restored(model, entries, router, facts=facts_of(model.config, entries)).layers
     num_experts, dim = entries[0].module.num_experts, int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
     assert isinstance(num_experts, int)
     num_fit = max(1, round(len(ids_NQ) * (1 - heldout_share)))
@@ -169,8 +198,8 @@ def calibrate(
     errors: list[dict[str, list[float]]] = []
     for first in range(0, len(entries), per_pass):
         watchers = [
-            _Watcher(entry, num_experts, dim, shared_expert_of(model, entry))
-            for entry in entries[first : first + per_pass]
+            _Watcher(entry, num_experts, dim, shared_expert_of(model, entry), layer_router)
+            for entry, layer_router in list(zip(entries, layers_of, strict=True))[first : first + per_pass]
         ]
         for ids_BQ, is_heldout in _batches(ids_NQ, num_fit, windows_per_batch):
             _watch(model, ids_BQ, watchers, is_heldout=is_heldout)
@@ -190,7 +219,7 @@ def calibrate_checkpoint(folder: Path, ids_NQ: torch.Tensor, *, map_rank: int = 
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
-    generalists = calibrate(model, ids_NQ, map_rank=map_rank)
+    generalists = calibrate(model, ids_NQ, map_rank=map_rank, router=read_router(folder))
     write_generalists(generalists, folder)
     return generalists
 

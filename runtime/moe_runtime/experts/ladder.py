@@ -57,7 +57,7 @@ class LayerLadder:
         if column_E is None:
             return weight_TK, None
         lost_TK = address_TK == LOST  # a lost expert with a living stand-in has an address
-        column_TK = column_E[expert_TK]
+        column_TK = column_E[expert_TK]  # of a pick that nobody takes any column: its weight is zero
         if self._drops:
             weight_TK = renormalised(weight_TK, lost_TK & (column_TK == self._num_mapped))
         if not self._num_mapped:

@@ -11,14 +11,22 @@ import torch
 
 from moe_core.contract.expert_map import EMPTY_SLOT
 from moe_runtime.dispatch.mixture import mix
+from moe_runtime.dispatch.plan import LOST
 from moe_runtime.dispatch.step import StepContext
 from moe_runtime.experts.families import ExpertsModule
 from moe_runtime.experts.ladder import LayerLadder, SharedExpert
+from moe_runtime.experts.routed import RoutedLayer
 from moe_runtime.experts.weights import WeightSource
+from moe_runtime.router.face import NO_EXPERT
 
 
 class SlottedExperts:
-    """One MoE layer of this rank: its slots, who is in them, and the way from routed tokens to the mixture's output."""
+    """One MoE layer of this rank: its slots, who is in them, and the way from routed tokens to the mixture's output.
+
+    router: a router of ours, which answers instead of the family's own.
+    """
+
+    router: RoutedLayer | None = None
 
     def __init__(self, entry: ExpertsModule, layer_idx: int, context: StepContext, shared: SharedExpert | None) -> None:
         self.entry, self.layer_idx, self._context = entry, layer_idx, context
@@ -73,19 +81,41 @@ class SlottedExperts:
             return torch.zeros_like(hidden_TD)
         valid_V = self._context.valid_V
         if valid_V is None:
-            return self._mixture(hidden_TD, expert_TK, weight_TK)
+            return self._routed(hidden_TD, expert_TK, weight_TK, None)
         # padding is neither dispatched nor counted
-        mixed_VD = self._mixture(hidden_TD[valid_V], expert_TK[valid_V], weight_TK[valid_V])
+        mixed_VD = self._routed(hidden_TD[valid_V], expert_TK[valid_V], weight_TK[valid_V], valid_V)
         return torch.zeros_like(hidden_TD).index_copy(0, valid_V, mixed_VD)
 
-    def _mixture(self, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
+    def _routed(
+        self, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor, valid_V: torch.Tensor | None
+    ) -> torch.Tensor:
+        if self.router is None:
+            return self._mixture(x_TD, expert_TK, weight_TK)
+        return self.router.mix(x_TD, valid_V, self._mixture)
+
+    def _mixture(
+        self, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor, *, of_tokens: bool = True
+    ) -> torch.Tensor:
         context = self._context
-        context.count(self.layer_idx, expert_TK)
+        context.count(self.layer_idx, expert_TK, may_be_nobody=self.router is not None)
         layer = context.plan.layers[self.layer_idx]
-        address_TK = layer.addresses(expert_TK, first_way=context.first_way)
+        if self.router is None:
+            address_TK = layer.addresses(expert_TK, first_way=context.first_way)
+        else:
+            # who is taken by nobody stays at home as the lost do, but nobody answers for it: its weight is zero
+            addresses_TK = layer.addresses(expert_TK.clamp_min(0), first_way=context.first_way)
+            address_TK = addresses_TK.masked_fill(expert_TK == NO_EXPERT, LOST)
         local_TD: torch.Tensor | None = None
         if layer.lost:
-            context.mark_degraded(self.layer_idx, expert_TK)
+            context.mark_degraded(self.layer_idx, expert_TK, of_tokens=of_tokens)
             weight_TK, local_TD = self.ladder.answer(x_TD, expert_TK, address_TK, weight_TK)
-        mixed_TD = mix(x_TD, address_TK, weight_TK, context=context, run_slots=self.run_slots)
+        mixed_TD = mix(
+            x_TD,
+            address_TK,
+            weight_TK,
+            context=context,
+            run_slots=self.run_slots,
+            # tokens of one rank may then have more picks than those of another
+            only_by_pick=self.router is not None and self.router.looks_ahead,
+        )
         return mixed_TD if local_TD is None else mixed_TD + local_TD

@@ -16,6 +16,7 @@ from moe_core.contract.runtime_config import RuntimeConfig
 from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.membership.group import EpochGroup
 from moe_runtime.rank.work import ModelUnusable, WorkReport, loading
+from moe_runtime.train.data import asked_router
 from moe_runtime.train.loop import Diverged, OutOfStep, Trainer
 from moe_runtime.train.snapshot import SnapshotDamaged
 
@@ -43,6 +44,8 @@ class TrainWork:
         self._restored_from: int | None = None
 
     def load(self, expert_map: ExpertMap) -> None:
+        with loading("the training text"):
+            asked = None if self._config.router is None else asked_router(self._config.router, data=self._training.data)
         with loading(self._config.model.path or "the configured shape"):
             self.epm = ExpertParallelModel.load(
                 self._config.model,
@@ -51,6 +54,7 @@ class TrainWork:
                 device=self._config.device,
                 seed=self._training.seed,
                 dispatch=self._config.dispatch,
+                router=asked,
             )
         with loading("the training run"):
             self._trainer = Trainer(self._training, self.epm, run_id=self._config.uid)

@@ -2,6 +2,7 @@
 
     <output>/config.json, model.safetensors     `AutoModelForCausalLM.from_pretrained(output)` gives the same logits
              generalist.safetensors, generalist.json    what answers for a lost expert
+             router.safetensors, router.json    routers of ours, where the job asked for one
              moerator.json      tokenizer, training summary, held-out figures; written last: its presence means complete
 
 Files are written beside and renamed into place one by one, because the output folder itself may be a mount, which
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 
+from moe_runtime.experts.routed import PREFIX
+from moe_runtime.experts.router_files import remove_router
 from moe_runtime.train.snapshot import FOLDER, SnapshotReader, write_file
 
 SUMMARY = "moerator.json"
@@ -42,6 +45,9 @@ class Summary:
     run: str
     """Identity of the run, so that its ranks know it for finished."""
     version: int = 1
+    whole_text_bits_per_byte: float | None = None
+    """Of a router that looks ahead, scored on whole texts, where it leaks what comes next: not what serving gives.
+    """
 
 
 def read_summary(folder: Path) -> Summary | None:
@@ -60,7 +66,7 @@ def whole_model(config: Any, reader: SnapshotReader, expert_layers: dict[str, in
     logging.disable_progress_bar()  # a rank's log is no terminal
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(config)
-    state = {key: value for key, value in reader.dense().items() if "#" not in key}
+    state = {k: value for k, value in reader.dense().items() if "#" not in k and not k.startswith(PREFIX)}
     for name, layer_idx in expert_layers.items():
         rows = [reader.expert(name, layer_idx=layer_idx, logical_id=e) for e in range(num_experts)]
         state[name] = torch.stack(rows)
@@ -72,6 +78,11 @@ def whole_model(config: Any, reader: SnapshotReader, expert_layers: dict[str, in
     return model.eval()
 
 
+def router_tensors(reader: SnapshotReader) -> dict[str, torch.Tensor]:
+    """What a snapshot holds of routers of ours."""
+    return {key: value for key, value in reader.dense().items() if "#" not in key and key.startswith(PREFIX)}
+
+
 def publish(output: Path, fill: Callable[[Path], None], summary: Summary) -> None:
     """`fill` writes the checkpoint into a folder beside; then everything is renamed into place."""
     staging = output / f".checkpoint-{os.getpid()}"
@@ -80,6 +91,7 @@ def publish(output: Path, fill: Callable[[Path], None], summary: Summary) -> Non
     try:
         fill(staging)
         (output / SUMMARY).unlink(missing_ok=True)
+        remove_router(output)
         for path in sorted(staging.iterdir()):
             path.replace(output / path.name)
         write_file(output / SUMMARY, json.dumps(asdict(summary), indent=1).encode())

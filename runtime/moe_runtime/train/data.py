@@ -18,6 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
+
+from moe_core.contract.router import RouterConfig
+from moe_runtime.experts.routed import RouterRequest
 
 Bytes_N = npt.NDArray[np.uint8]
 Ids_BQ = npt.NDArray[np.int64]
@@ -100,6 +104,12 @@ def load_corpus(data: str) -> Corpus:
         )
     training_N, heldout_N = (np.frombuffer(b"".join(parts[part]), dtype=np.uint8) for part in (False, True))
     return Corpus(training_N, heldout_N, tuple(names[False]), tuple(names[True]))
+
+
+def asked_router(config: RouterConfig, *, data: str) -> RouterRequest:
+    """The router for a model that is trained on this text. Raises DataError."""
+    counts_V = np.bincount(load_corpus(data).training_N, minlength=256)
+    return RouterRequest(config, torch.from_numpy(counts_V))
 
 
 class WindowOrder:

@@ -76,12 +76,28 @@ def prefer_plain_attention(epm: ExpertParallelModel, *, length: int) -> None:
         epm.module.set_attn_implementation("eager")
 
 
-@torch.no_grad()
-def heldout_bits(epm: ExpertParallelModel, text_N: Bytes_N, chosen: Sample, *, group: Group | None = None) -> float:
+def heldout_bits(
+    epm: ExpertParallelModel,
+    text_N: Bytes_N,
+    chosen: Sample,
+    *,
+    group: Group | None = None,
+    whole_texts: bool = False,
+) -> float:
     """Bits per byte over the sample, its windows dealt out to the ranks; all ranks get the sum. Raises GroupFault.
 
+    Every token is routed as if it were alone, as when it is generated, so that a router that looks ahead tells nothing
+    of what comes next. With `whole_texts` such a router sees each batch of windows whole, as in training, and leaks.
     Every rank runs equally many batches: dispatch is lockstep. The model's counters are left as they were.
     """
+    if whole_texts and epm.routed is not None:
+        with epm.routed.scoring_whole_texts():
+            return _heldout_bits(epm, text_N, chosen, group)
+    return _heldout_bits(epm, text_N, chosen, group)
+
+
+@torch.no_grad()
+def _heldout_bits(epm: ExpertParallelModel, text_N: Bytes_N, chosen: Sample, group: Group | None) -> float:
     size, position = (group.size, group.position) if group is not None else (1, 0)
     windows = chosen.windows(text_N)
     rounds = math.ceil(len(windows) / (size * BATCH))
@@ -104,7 +120,9 @@ def heldout_bits(epm: ExpertParallelModel, text_N: Bytes_N, chosen: Sample, *, g
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Bits per byte on the same held-out bytes; `generalist` is None without generalists or lost experts."""
+    """Bits per byte on the same held-out bytes; `generalist` is None without generalists or lost experts, `whole_text`
+    but for a router that looks ahead: scored on whole texts, where it leaks what comes next.
+    """
 
     full: float
     generalist: float | None
@@ -112,6 +130,7 @@ class Held:
     order2: float
     num_bytes: int
     num_lost: int
+    whole_text: float | None = None
 
 
 def evaluate_checkpoint(
@@ -141,7 +160,11 @@ def evaluate_checkpoint(
         prefer_plain_attention(epm, length=length)
         return epm
 
-    full = heldout_bits(load(frozenset()), corpus.heldout_N, chosen)
+    whole = load(frozenset())
+    full = heldout_bits(whole, corpus.heldout_N, chosen)
+    whole_text = None
+    if whole.routed is not None and whole.routed.looks_ahead:
+        whole_text = heldout_bits(whole, corpus.heldout_N, chosen, whole_texts=True)
     generalist = drop = None
     if gone:
         injured = load(gone)
@@ -155,7 +178,7 @@ def evaluate_checkpoint(
         corpus.digest,
     )
     order2 = summary.order2_bits_per_byte if summary is not None and known else order2_bits(corpus, chosen)
-    return Held(full, generalist, drop, order2, chosen.num_bytes, len(gone))
+    return Held(full, generalist, drop, order2, chosen.num_bytes, len(gone), whole_text)
 
 
 def order2_bits(corpus: Corpus, chosen: Sample) -> float:

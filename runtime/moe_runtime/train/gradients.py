@@ -37,13 +37,24 @@ def copied_experts(expert_map: ExpertMap, ranks: Sequence[int]) -> tuple[tuple[i
     return tuple(layers)
 
 
-def complete_gradients(epm: ExpertParallelModel, group: Group | None, *, sums: Sequence[float]) -> Complete:
-    """Raises GroupFault. All ranks get bit-identical values for what they share."""
+def complete_gradients(
+    epm: ExpertParallelModel, group: Group | None, *, sums: Sequence[float], max_expert_norm: float | None = None
+) -> Complete:
+    """All ranks get bit-identical values for what they share. Raises GroupFault.
+
+    max_expert_norm: the gradient of each logical expert of a layer, over all its parameters, is scaled down to this
+    norm, on every copy alike, before the norm of the whole is taken: one expert's outlier then slows no other.
+    """
     dense = list(epm.dense_parameters())
     experts = epm.expert_parameters()
     copied = copied_experts(epm.expert_map, group.ranks if group is not None else (epm.rank,))
     of = {name: _gradient(parameter) for name, parameter in dense}
     of.update({item.name: _gradient(item.parameter) for item in experts})
+    layers = [[item for item in experts if item.layer_idx == layer_idx] for layer_idx in range(len(copied))]
+    if max_expert_norm is not None:
+        for layer_idx, items in enumerate(layers):
+            is_single = [logical_id not in copied[layer_idx] for logical_id in items[0].logical_of_slot]
+            _clip_rows([of[item.name] for item in items], max_expert_norm, only=is_single)
 
     # what every rank contributes to, in one order on all ranks: dense, copied experts, numbers
     shared = [of[name] for name, _ in dense]
@@ -68,12 +79,26 @@ def complete_gradients(epm: ExpertParallelModel, group: Group | None, *, sums: S
         group.all_reduce_sum(numbers)
         for tensor, summed in zip(shared, torch.split(flat, [tensor.numel() for tensor in shared]), strict=True):
             tensor.copy_(summed.view_as(tensor))
+    if max_expert_norm is not None:
+        stack_of = {name: stack for name, _, stack in stacks}
+        for items in layers:
+            _clip_rows([stack_of[item.name] for item in items], max_expert_norm)
     for name, pairs, stack in stacks:
         for slot, row in pairs:
             of[name][slot] = stack[row]
     shared_square = sum(float(tensor.double().square().sum()) for tensor in shared)
     # device sync: the norm decides on the host
     return Complete(of, (float(numbers[0]) + shared_square) ** 0.5, tuple(numbers[1:].tolist()))
+
+
+def _clip_rows(stacks: Sequence[torch.Tensor], max_norm: float, *, only: Sequence[bool] | None = None) -> None:
+    """Row n of all stacks is one expert: scale it, in place, to a norm of `max_norm` at most; no number stays none."""
+    square_n = torch.stack([stack.flatten(1).double().square().sum(dim=1) for stack in stacks]).sum(dim=0)
+    scale_n = (max_norm / square_n.sqrt()).clamp_max(1.0)
+    if only is not None:
+        scale_n[~torch.tensor(only, dtype=torch.bool, device=scale_n.device)] = 1.0
+    for stack in stacks:
+        stack.mul_(scale_n.to(stack.dtype).view(-1, *[1] * (stack.ndim - 1)))
 
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -25,15 +25,25 @@ import torch
 from moe_core.contract.base import digest_of
 from moe_core.contract.expert_map import EMPTY_SLOT
 from moe_core.contract.runtime_config import TrainingConfig
+from moe_core.experts.measure import balance
 from moe_runtime.dispatch.group_face import Group
 from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.errors import RuntimeFault
 from moe_runtime.experts.calibrate import calibrate
 from moe_runtime.experts.generalists import write_generalists
+from moe_runtime.experts.router_files import SavedRouter, write_router
 from moe_runtime.train import snapshot as snapshots
-from moe_runtime.train.checkpoint import Summary, publish, read_summary, remove_snapshots, whole_model
+from moe_runtime.train.checkpoint import (
+    Summary,
+    publish,
+    read_summary,
+    remove_snapshots,
+    router_tensors,
+    whole_model,
+)
 from moe_runtime.train.data import WindowOrder, load_corpus
 from moe_runtime.train.evaluate import heldout_bits, order2_bits, prefer_plain_attention, sample
+from moe_runtime.train.figures import Figures
 from moe_runtime.train.gradients import complete_gradients
 from moe_runtime.train.losses import losses
 from moe_runtime.train.parameters import dense_tensors, keyed, optimizer_for
@@ -67,7 +77,12 @@ class StepReport:
 
     step: int
     loss_bits: float
-    router_loss: float
+    router_losses: dict[str, float]
+    """What was added to the text's loss, by name: scaled, over all layers and ranks."""
+    router_counts: dict[str, int]
+    """What the routers counted, over all layers and ranks."""
+    balancedness: float
+    """Mean over max of the ranks' picks in this step, mean over layers."""
     gradient_norm: float
     learning_rate: float
     tokens: int
@@ -110,6 +125,7 @@ class Trainer:
                 # the model's shape decides the tensors: another one is another run
             )
             + "".join(f"{name}{tuple(p.shape)}" for name, p in sorted(epm.dense_parameters()))
+            + ("" if epm.routed is None else epm.routed.config.canonical())
         )
 
     # ---------------------------------------------------------------- epochs
@@ -169,19 +185,25 @@ class Trainer:
         count = self.config.sequences_per_rank
         windows = self._order.take(self.state.cursor + position * count, count=count)
         ids_BQ = torch.from_numpy(windows).to(self._device)
-        self.epm.module.zero_grad(set_to_none=True)
+        routed = self.epm.routed
+        self.epm.zero_grad()
         self.epm.rollback()
+        if routed is not None:
+            routed.begin(step=self.state.step, progress=done, group=self._group)
         with self._precision():
-            text_loss, router_loss = losses(self.epm, ids_BQ)
-            torch.autograd.backward((text_loss + self.config.aux_loss_coefficient * router_loss) / size)
+            found = losses(self.epm, ids_BQ, aux_coefficient=self.config.aux_loss_coefficient)
+            torch.autograd.backward(found.total / size)
+            figures = Figures.of(found, self.epm, size=size)
             gradients = complete_gradients(
-                self.epm, self._group, sums=(float(text_loss.detach()) / size, float(router_loss.detach()) / size)
+                self.epm, self._group, sums=figures.numbers, max_expert_norm=self.config.max_expert_gradient_norm
             )
-            self.epm.module.zero_grad(set_to_none=True)
+            figures = figures.summed(gradients.sums)
+            self.epm.zero_grad()
             # The last exchange: who passes it knows that all got this far. The clock of position 0 comes along, for all
             # must see the same learning rate.
             spent_us = self._gather((int((self._clock() - self._mark) * 1e6),))[0][0]
-            self._commit(gradients.of, norm=gradients.norm, share=share)
+            if self._commit(gradients.of, norm=gradients.norm, share=share) and routed is not None:
+                routed.after_step(figures.load_LE.to(self._device))
         self.epm.commit()
         self._mark = self._clock()
         tokens = size * count * self.config.sequence_length
@@ -194,8 +216,10 @@ class Trainer:
         done = progress(self.config, step=self.state.step, seconds=self.state.seconds)
         report = StepReport(
             step=self.state.step,
-            loss_bits=gradients.sums[0] * BITS,
-            router_loss=gradients.sums[1],
+            loss_bits=figures.text * BITS,
+            router_losses=figures.losses,
+            router_counts=figures.counts,
+            balancedness=self._balancedness(figures.load_LE),
             gradient_norm=gradients.norm,
             learning_rate=self.config.learning_rate * share,
             tokens=tokens,
@@ -207,8 +231,12 @@ class Trainer:
             self.snapshot()
         return report
 
-    def _commit(self, gradients: dict[str, torch.Tensor], *, norm: float, share: float) -> None:
-        """Needs no other rank. A step whose gradient is no number is passed over, on all ranks alike."""
+    def _balancedness(self, load_LE: torch.Tensor) -> float:
+        ranks = self._group.ranks if self._group is not None else (self.epm.rank,)
+        return balance(self.epm.expert_map, load_LE.tolist(), ranks).balancedness
+
+    def _commit(self, gradients: dict[str, torch.Tensor], *, norm: float, share: float) -> bool:
+        """Needs no other rank. False: a step whose gradient is no number is passed over, on all ranks alike."""
         if not math.isfinite(norm):
             self._skipped += 1  # the same on all ranks
             if self._skipped > MAX_SKIPPED:
@@ -216,11 +244,12 @@ class Trainer:
                     f"the gradient was no number in {self._skipped} steps in a row, last at step {self.state.step}; "
                     f"lower training.learningRate ({self.config.learning_rate:g})"
                 )
-            return
+            return False
         if norm > MAX_GRADIENT_NORM:
             torch._foreach_mul_(list(gradients.values()), MAX_GRADIENT_NORM / norm)
         self._optimizer.apply(gradients, rate_share=share, step=self.state.step)
         self._skipped = 0
+        return True
 
     # ---------------------------------------------------------------- snapshots
 
@@ -295,10 +324,13 @@ class Trainer:
 
     def evaluate(self) -> float:
         """Held-out bits per byte, all ranks together. Raises GroupFault. Takes no training time."""
-        chosen = sample(self.corpus.heldout_N, length=self.config.sequence_length)
-        bits = heldout_bits(self.epm, self.corpus.heldout_N, chosen, group=self._group)
+        bits = self._heldout()
         self._mark = self._clock()
         return bits
+
+    def _heldout(self, *, whole_texts: bool = False) -> float:
+        chosen = sample(self.corpus.heldout_N, length=self.config.sequence_length)
+        return heldout_bits(self.epm, self.corpus.heldout_N, chosen, group=self._group, whole_texts=whole_texts)
 
     def finish(self) -> Summary | None:
         """A last snapshot and the held-out figure, on all ranks together; then position 0 alone writes the checkpoint.
@@ -311,6 +343,8 @@ class Trainer:
             return self._summary if is_writer else None
         folder = self.snapshot()
         bits = self.evaluate()
+        routed = self.epm.routed
+        whole_text_bits = self._heldout(whole_texts=True) if routed is not None and routed.looks_ahead else None
         if not is_writer:
             return None
         chosen = sample(self.corpus.heldout_N, length=self.config.sequence_length)
@@ -327,6 +361,7 @@ class Trainer:
             training_bytes=len(self.corpus.training_N),
             text=self.corpus.digest,
             run=self._identity,
+            whole_text_bits_per_byte=None if whole_text_bits is None else round(whole_text_bits, 4),
         )
         reader = SnapshotReader(folder)
         layers = {item.name: item.layer_idx for item in self.epm.expert_parameters()}
@@ -334,8 +369,11 @@ class Trainer:
         def fill(staging: Path) -> None:
             model = whole_model(self.epm.module.config, reader, layers, num_experts=self.epm.num_experts)
             model.save_pretrained(staging)
+            saved = None if routed is None else SavedRouter(routed.config, router_tensors(reader))
+            if saved is not None:
+                write_router(staging, saved)
             ids_NQ = torch.from_numpy(self._order.take(self.state.cursor, count=CALIBRATION_WINDOWS)[:, :-1])
-            write_generalists(calibrate(model, ids_NQ), staging)
+            write_generalists(calibrate(model, ids_NQ, router=saved), staging)
 
         publish(self.output, fill, summary)
         self._summary = summary

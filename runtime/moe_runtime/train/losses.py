@@ -1,5 +1,6 @@
 """What a step minimises: the text's cross-entropy, and a little of the routers' imbalance."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -7,11 +8,33 @@ import torch
 from moe_runtime.engine.model import ExpertParallelModel
 
 
-def losses(epm: ExpertParallelModel, ids_BQ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(nats per byte, load-balancing loss) of this rank's rows of input and target. Raises GroupFault."""
-    output = epm.module(input_ids=ids_BQ[:, :-1], use_cache=False, output_router_logits=True)
-    text_loss = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1).float(), ids_BQ[:, 1:].reshape(-1))
-    return text_loss, balance_loss(getattr(output, "router_logits", None), epm.top_k, like=text_loss)
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """`text`: nats per byte. `router`: what is added to it, by name, scaled, averaged over layers; the same names on
+    all ranks.
+    """
+
+    text: torch.Tensor
+    router: dict[str, torch.Tensor]
+
+    @property
+    def total(self) -> torch.Tensor:
+        return torch.stack([self.text, *self.router.values()]).sum()
+
+
+def losses(epm: ExpertParallelModel, ids_BQ: torch.Tensor, *, aux_coefficient: float) -> Losses:
+    """Of this rank's rows of input and target. Raises GroupFault.
+
+    aux_coefficient weighs the balance loss of a family that routes itself; a router of ours has its own.
+    """
+    routed = epm.routed
+    asked = {"output_router_logits": True} if routed is None else {}
+    output = epm.module(input_ids=ids_BQ[:, :-1], use_cache=False, **asked)
+    text = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1).float(), ids_BQ[:, 1:].reshape(-1))
+    if routed is not None:
+        return Losses(text, routed.losses())
+    balance = balance_loss(getattr(output, "router_logits", None), epm.top_k, like=text)
+    return Losses(text, {"balance": aux_coefficient * balance})
 
 
 def balance_loss(router_logits: Any, top_k: int, *, like: torch.Tensor) -> torch.Tensor:

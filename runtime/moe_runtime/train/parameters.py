@@ -10,6 +10,7 @@ import torch
 
 from moe_core.contract.runtime_config import TrainingConfig
 from moe_runtime.engine.model import ExpertParallelModel
+from moe_runtime.experts.routed import PREFIX
 from moe_runtime.train.optim import Optimizer, Trained, rule_for
 
 
@@ -21,9 +22,11 @@ def optimizer_for(epm: ExpertParallelModel, config: TrainingConfig) -> Optimizer
     experts = {item.name: item.parameter for item in epm.expert_parameters()}
     trained = []
     for name, parameter in [*epm.dense_parameters(), *experts.items()]:
+        if not parameter.requires_grad:
+            continue  # a gate that is frozen: nothing moves it, weight decay neither
         rule = rule_for(
             parameter,
-            optimizer=config.optimizer,
+            optimizer="AdamW" if name.startswith(PREFIX) else config.optimizer,
             per_expert=name in experts,
             is_embedding=id(parameter) in embeddings,
             num_experts=epm.num_experts,
@@ -37,8 +40,7 @@ def dense_tensors(epm: ExpertParallelModel, optimizer: Optimizer) -> dict[str, t
     found: dict[str, torch.Tensor] = {}
     for name, parameter in epm.dense_parameters():
         found.update(keyed(name, parameter, optimizer))
-    saved = epm.module.state_dict()
-    found.update({name: buffer for name, buffer in epm.module.named_buffers() if name in saved})
+    found.update(epm.dense_buffers())
     return found
 
 

@@ -1,0 +1,65 @@
+"""A model's routers beside its checkpoint, so that it is served and scored as it was trained.
+
+    router.json            version and RouterConfig
+    router.safetensors     the routers' own tensors; the gates' weights lie in the checkpoint, under the family's names
+
+Plain transformers knows nothing of these files: it loads the checkpoint and routes as the family does.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moe_core.contract.router import RouterConfig
+from moe_core.outcome import InvalidInput
+
+JSON_FILE = "router.json"
+TENSOR_FILE = "router.safetensors"
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SavedRouter:
+    config: RouterConfig
+    tensors: Mapping[str, torch.Tensor]
+
+
+def write_router(folder: Path, saved: SavedRouter) -> None:
+    """Raises OSError."""
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in saved.tensors.items()}
+    save_file(tensors, str(folder / TENSOR_FILE))
+    document = {"version": VERSION, "router": saved.config.model_dump(mode="json", exclude_none=True)}
+    (folder / JSON_FILE).write_text(json.dumps(document, indent=1))
+
+
+def read_router(folder: Path) -> SavedRouter | None:
+    """None when the folder holds none. Raises OSError, InvalidInput for files that are not ours."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / JSON_FILE
+    if not path.is_file():
+        return None
+    try:
+        document = json.loads(path.read_text())
+        version = document["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidInput(f"{path} is none of this runtime's: {error!r}") from error
+    if version != VERSION:
+        raise InvalidInput(f"{path} has version {version}, this runtime reads {VERSION}")
+    config = RouterConfig.parse(json.dumps(document.get("router")))
+    try:
+        return SavedRouter(config, load_file(str(folder / TENSOR_FILE)))
+    except SafetensorError as error:
+        raise InvalidInput(f"{folder / TENSOR_FILE} is not a readable safetensors file: {error}") from error
+
+
+def remove_router(folder: Path) -> None:
+    """What an earlier run with a router of ours left there."""
+    for name in (JSON_FILE, TENSOR_FILE):
+        (folder / name).unlink(missing_ok=True)

@@ -1,0 +1,144 @@
+"""Routers of ours in training and serving, over real ranks: one run whatever the ranks, and served as trained."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train_tasks
+from gloo_ranks import run_ranks
+from moe_core.contract.runtime_config import ModelSource
+from moe_runtime.engine.model import ExpertParallelModel
+from moe_runtime.train.evaluate import evaluate_checkpoint
+
+pytestmark = pytest.mark.integration
+
+STEPS = 4
+BIASED: dict[str, Any] = {
+    "type": "TopK",
+    "score_function": "Sigmoid",
+    "enable_expert_bias": True,
+    "bias_update_rate": 0.01,
+}
+EVERYWHERE: dict[str, Any] = {
+    "type": "TopK",
+    "aux_loss_coeff": 0.1,
+    "load_balancing_type": "GlobalAuxLoss",
+    "z_loss_coeff": 0.01,
+}
+DRAWN: dict[str, Any] = {**BIASED, "input_jitter_eps": 0.1, "expert_dropout": 0.2}
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return train_tasks.write_text(tmp_path / "text")
+
+
+def _losses(tmp_path: Path, text: Path, name: str, *, num_ranks: int, router: dict[str, Any], **changes: Any) -> Any:
+    output = tmp_path / name
+    output.mkdir()
+    return run_ranks(
+        train_tasks.train,
+        num_ranks=num_ranks,
+        size=num_ranks,
+        store_path=str(tmp_path / f"{name}.store"),
+        output=str(output),
+        text=str(text),
+        redundant=int(num_ranks > 1),
+        steps=STEPS,
+        router=router,
+        **changes,
+    )[0]
+
+
+@pytest.mark.parametrize("router", [BIASED, EVERYWHERE], ids=["biased", "everywhere"])
+def test_ranks_route_and_learn_like_one_process(tmp_path: Path, text: Path, router: dict[str, Any]) -> None:
+    """Tokens are looked at one by one, and the losses are of all ranks' tokens."""
+    alone, alone_norms = _losses(tmp_path, text, "alone", num_ranks=1, router=router)
+    losses, norms = _losses(tmp_path, text, "ranks", num_ranks=4, router=router)
+    assert losses == pytest.approx(alone, rel=2e-5)
+    assert norms == pytest.approx(alone_norms, rel=1e-3)
+    expected = train_tasks.everything(tmp_path / "alone", STEPS)
+    for name, tensor in train_tasks.everything(tmp_path / "ranks", STEPS).items():
+        if "#" not in name:
+            assert torch.allclose(tensor, expected[name], rtol=1e-3, atol=5e-4), name
+
+
+def test_each_experts_gradient_is_bounded_alike_on_all_its_copies(tmp_path: Path, text: Path) -> None:
+    bounded: dict[str, Any] = {"router": BIASED, "max_expert_gradient_norm": 0.01}
+    alone, alone_norms = _losses(tmp_path, text, "alone", num_ranks=1, **bounded)
+    losses, norms = _losses(tmp_path, text, "ranks", num_ranks=4, **bounded)
+    free_norms = _losses(tmp_path, text, "free", num_ranks=1, router=BIASED)[1]
+    assert alone_norms[0] < free_norms[0]
+    assert norms == pytest.approx(alone_norms, rel=1e-3)
+    assert losses == pytest.approx(alone, rel=2e-5)
+
+
+@pytest.mark.parametrize("where", ["forward", "gradients"])
+def test_a_step_that_is_run_again_draws_and_routes_the_same(tmp_path: Path, text: Path, where: str) -> None:
+    num_ranks, max_steps, at_step, last_snapshot = 2, 8, 4, 3
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    expected = run_ranks(
+        train_tasks.train_undisturbed,
+        num_ranks=num_ranks,
+        size=num_ranks,
+        store_path=str(tmp_path / "store1"),
+        output=str(undisturbed),
+        text=str(text),
+        router=DRAWN,
+    )[0]
+    results = run_ranks(
+        train_tasks.lose_a_rank,
+        num_ranks=num_ranks + 1,
+        store_path=str(tmp_path / "store2"),
+        expected_ranks=(0, num_ranks),
+        output=str(disturbed),
+        text=str(text),
+        at_step=at_step,
+        where=where,
+        router=DRAWN,
+    )
+    untouched, restored, losses = results[0]
+    assert untouched, "the failed step left traces"
+    assert restored == last_snapshot
+    assert losses == expected[last_snapshot:]
+    whole = train_tasks.everything(undisturbed, max_steps)
+    for name, tensor in train_tasks.everything(disturbed, max_steps).items():
+        assert torch.equal(tensor, whole[name]), name
+
+
+def test_a_service_routes_as_the_model_was_trained(tmp_path: Path, text: Path) -> None:
+    output = tmp_path / "output"
+    trained = run_ranks(
+        train_tasks.train_to_the_end,
+        num_ranks=2,
+        size=2,
+        store_path=str(tmp_path / "store1"),
+        output=str(output),
+        text=str(text),
+        router=BIASED,
+    )
+    bits, summary, _ = trained[0]
+    assert evaluate_checkpoint(output, data=str(text)).full == pytest.approx(bits, abs=1e-4)
+    assert summary.whole_text_bits_per_byte is None, "it looks at single tokens"
+
+    alone = ExpertParallelModel.load(ModelSource(path=str(output)), expert_map=train_tasks.even_map(1), rank=0)
+    assert alone.routed is not None
+    bias_E = alone.routed.tensors()["moerator_router.0.kind.bias_E"]
+    assert bias_E.abs().max() > 0, "the bias was trained and published"
+    ids_BQ = torch.arange(3 * 12).view(3, 12) % 128
+    with torch.no_grad():
+        whole_BV = alone.module(input_ids=ids_BQ).logits[:, -1]
+        bias_E.zero_()
+        unbiased_BV = alone.module(input_ids=ids_BQ).logits[:, -1]
+    assert not torch.allclose(unbiased_BV, whole_BV, atol=1e-4), "without it another way would be taken"
+    served = run_ranks(
+        train_tasks.serve_like_trained,
+        num_ranks=2,
+        size=2,
+        store_path=str(tmp_path / "store2"),
+        output=str(output),
+        texts=ids_BQ.tolist(),
+    )[0]
+    torch.testing.assert_close(torch.tensor(served), whole_BV, rtol=0, atol=1e-4)
