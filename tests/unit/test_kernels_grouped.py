@@ -77,7 +77,7 @@ def drawn(case: Case, dtype: torch.dtype = torch.float32) -> Drawn:
 def small_tile() -> Any:
     from moe_runtime.kernels.grouped_triton import Tile
 
-    return Tile(columns=16, depth=16, blocks_in_turn=2)
+    return Tile(columns=32, depth=16, blocks_in_turn=2)
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
@@ -96,7 +96,7 @@ def test_gate_up_equals_gather_product_and_swiglu(case: Case, dtype: torch.dtype
 
     draw = drawn(case, dtype)
     hidden_PF, kept_P2F = grouped_triton.gate_up(
-        draw.x_TD, draw.gate_up_S2FD, draw.rows, top_k=case.top_k, keep=True, tile=small_tile()
+        draw.x_TD, draw.gate_up_S2FD, draw.rows, gather_top_k=case.top_k, keep=True, tile=small_tile()
     )
     expected_P2F = grouped.rows_times_weights(gathered(draw.x_TD, draw).float(), draw.gate_up_S2FD.float(), draw.rows)
     assert kept_P2F is not None
@@ -110,10 +110,22 @@ def test_what_is_not_kept_changes_nothing(case: Case) -> None:
 
     draw = drawn(case)
     hidden_PF, kept = grouped_triton.gate_up(
-        draw.x_TD, draw.gate_up_S2FD, draw.rows, top_k=case.top_k, tile=small_tile()
+        draw.x_TD, draw.gate_up_S2FD, draw.rows, gather_top_k=case.top_k, tile=small_tile()
     )
     expected_P2F = grouped.rows_times_weights(gathered(draw.x_TD, draw), draw.gate_up_S2FD, draw.rows)
     assert kept is None
+    close(hidden_PF[: draw.used], grouped.swiglu(expected_P2F)[: draw.used])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_that_are_in_order_already_are_not_gathered(case: Case) -> None:
+    from moe_runtime.kernels import grouped_triton
+
+    draw = drawn(case)
+    hidden_PF, _ = grouped_triton.gate_up(
+        gathered(draw.x_TD, draw), draw.gate_up_S2FD, draw.rows, gather_top_k=None, tile=small_tile()
+    )
+    expected_P2F = grouped.rows_times_weights(gathered(draw.x_TD, draw), draw.gate_up_S2FD, draw.rows)
     close(hidden_PF[: draw.used], grouped.swiglu(expected_P2F)[: draw.used])
 
 
@@ -143,13 +155,13 @@ def test_gathered_tokens_times_weights_as_they_lie(case: Case) -> None:
 @pytest.mark.parametrize("gather_left", [True, False])
 @pytest.mark.parametrize("case", CASES)
 def test_weights_gradient_is_zero_for_an_empty_slot_and_a_sum_elsewhere(case: Case, gather_left: bool) -> None:
-    from moe_runtime.kernels import grouped_triton
+    from moe_runtime.kernels import grouped_backward_triton
 
     draw = drawn(case)
     other_PF = torch.randn(draw.rows.pick_P.shape[0], case.f)
     own_PD = gathered(draw.x_TD, draw)
     left, right = (draw.x_TD, other_PF) if gather_left else (other_PF, draw.x_TD)
-    actual = grouped_triton.weights_gradient(
+    actual = grouped_backward_triton.weights_gradient(
         left, right, draw.rows, top_k=case.top_k, gather_left=gather_left, tile=small_tile()
     )
     pair = (own_PD, other_PF) if gather_left else (other_PF, own_PD)
@@ -158,12 +170,12 @@ def test_weights_gradient_is_zero_for_an_empty_slot_and_a_sum_elsewhere(case: Ca
 
 @pytest.mark.parametrize("case", CASES)
 def test_swiglu_backward(case: Case) -> None:
-    from moe_runtime.kernels import grouped_triton
+    from moe_runtime.kernels import grouped_backward_triton
 
     draw = drawn(case)
     num_rows = draw.rows.pick_P.shape[0]
     d_hidden_PF, kept_P2F = torch.randn(num_rows, case.f), torch.randn(num_rows, 2 * case.f)
-    d_gate_up_P2F, weighted_PF, d_weight_N = grouped_triton.swiglu_backward(
+    d_gate_up_P2F, weighted_PF, d_weight_N = grouped_backward_triton.swiglu_backward(
         d_hidden_PF, kept_P2F, draw.weight_N, draw.rows
     )
     weight_P = torch.nn.functional.pad(draw.weight_N, (0, 1))[draw.rows.pick_P.long()]
@@ -193,6 +205,14 @@ def test_a_mixture_and_its_gradients_equal_plain_torchs(case: Case) -> None:
         answers.append([out_TD.detach(), *torch.autograd.grad(out_TD, given, d_out_TD)])
     for expected, actual in zip(*answers, strict=True):
         close(actual, expected)
+
+
+def test_wide_experts_take_permuted_tokens_to_the_same_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = drawn(CASES[0])
+    slot_TK = torch.randint(0, 5, (13, 2))
+    given = (draw.x_TD, slot_TK, draw.weight_N.view(13, 2), draw.gate_up_S2FD, draw.down_SDF)
+    monkeypatch.setattr("moe_runtime.kernels.mixture.PERMUTE_FROM_F", 1)
+    close(mixture(*given, block_rows=16), mixture_reference(*given))
 
 
 def test_no_tokens_give_no_rows() -> None:

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch.nn.functional import linear, silu
 
+from moe_core.outcome import InvalidInput
 from moe_runtime.kernels.index import SlotRows, index_rows
 
-LARGE_BLOCK, SMALL_BLOCK = 128, 64
-"""Rows of a block: 64 is the least that Hopper's matrix units take, and wastes less where slots get few rows."""
+PERMUTE_FROM_F = 4096
+"""Expert hidden from which gathering the tokens in the product costs more than writing them in order once: the product
+reads each of them F / 128 times (tests/bench/README.md)."""
 
 
 def mixture_reference(
@@ -34,11 +36,6 @@ def mixture_reference(
     return out_TD
 
 
-def block_rows_for(num_picks: int, num_slots: int) -> int:
-    """Rows of a block for an even spread of the picks, which is all that the host knows."""
-    return LARGE_BLOCK if num_picks >= 2 * LARGE_BLOCK * num_slots else SMALL_BLOCK
-
-
 def mixture(
     x_TD: torch.Tensor,
     slot_TK: torch.Tensor,
@@ -50,16 +47,19 @@ def mixture(
 ) -> torch.Tensor:
     """The same in Triton, differentiable in x, weights and both parameters; one dtype for all but the weights.
 
-    Raises InvalidInput when D or F is no multiple of 16 bytes.
+    Raises InvalidInput when the dtypes differ, or D or F is no multiple of 16 bytes.
     """
-    num_slots = gate_up_S2FD.shape[0]
+    if not x_TD.dtype == gate_up_S2FD.dtype == down_SDF.dtype:
+        raise InvalidInput(
+            f"x, gate_up and down must have one dtype, not {x_TD.dtype}, {gate_up_S2FD.dtype} and {down_SDF.dtype}"
+        )
     if slot_TK.numel() == 0:
         return x_TD * 0.0
-    rows = index_rows(
-        slot_TK.reshape(-1),
-        num_slots=num_slots,
-        block_rows=block_rows or block_rows_for(slot_TK.numel(), num_slots),
-    )
+    from moe_runtime.kernels.grouped_triton import block_rows_for
+
+    num_slots = gate_up_S2FD.shape[0]
+    block_rows = block_rows or block_rows_for(slot_TK.numel(), num_slots, x_TD.device)
+    rows = index_rows(slot_TK.reshape(-1), num_slots=num_slots, block_rows=block_rows)
     out_TD: torch.Tensor = _Mixture.apply(
         x_TD.contiguous(), weight_TK, gate_up_S2FD.contiguous(), down_SDF.contiguous(), rows
     )
@@ -77,11 +77,15 @@ class _Mixture(torch.autograd.Function):
         rows: SlotRows,
     ) -> torch.Tensor:
         from moe_runtime.kernels import grouped_triton
-        from moe_runtime.kernels.permute_triton import combine_rows
+        from moe_runtime.kernels.permute_triton import combine_rows, permute_rows
 
         keep = any(ctx.needs_input_grad)
         num_tokens, top_k = weight_TK.shape
-        hidden_PF, kept_P2F = grouped_triton.gate_up(x_TD, gate_up_S2FD, rows, top_k=top_k, keep=keep)
+        if down_SDF.shape[2] >= PERMUTE_FROM_F:
+            x_PD = permute_rows(x_TD, rows, top_k=top_k)
+            hidden_PF, kept_P2F = grouped_triton.gate_up(x_PD, gate_up_S2FD, rows, gather_top_k=None, keep=keep)
+        else:
+            hidden_PF, kept_P2F = grouped_triton.gate_up(x_TD, gate_up_S2FD, rows, gather_top_k=top_k, keep=keep)
         out_PD = grouped_triton.rows_times_weights(hidden_PF, down_SDF, rows, transposed=True)
         if keep:
             ctx.save_for_backward(x_TD, weight_TK, gate_up_S2FD, down_SDF, kept_P2F)
@@ -89,26 +93,28 @@ class _Mixture(torch.autograd.Function):
         return combine_rows(out_PD, weight_TK, rows, num_tokens=num_tokens, top_k=top_k)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        from moe_runtime.kernels import grouped_triton as triton_
+        from moe_runtime.kernels import grouped_backward_triton as backward
+        from moe_runtime.kernels import grouped_triton as forward
         from moe_runtime.kernels.permute_triton import combine_rows
 
         x_TD, weight_TK, gate_up_S2FD, down_SDF, kept_P2F = ctx.saved_tensors
         rows, d_out_TD = ctx.rows, grads[0].contiguous()
         num_tokens, top_k = weight_TK.shape
         needs_x, needs_weight, needs_gate_up, needs_down, _ = ctx.needs_input_grad
-        d_hidden_PF = triton_.rows_times_weights(d_out_TD, down_SDF, rows, transposed=False, gather_top_k=top_k)
-        d_gate_up_P2F, weighted_PF, d_weight_N = triton_.swiglu_backward(
+        d_hidden_PF = forward.rows_times_weights(d_out_TD, down_SDF, rows, transposed=False, gather_top_k=top_k)
+        d_gate_up_P2F, weighted_PF, d_weight_N = backward.swiglu_backward(
             d_hidden_PF, kept_P2F, weight_TK.reshape(-1), rows
         )
         del d_hidden_PF
         d_x_TD = d_gate_up_S2FD = d_down_SDF = None
         if needs_gate_up:
-            d_gate_up_S2FD = triton_.weights_gradient(d_gate_up_P2F, x_TD, rows, top_k=top_k, gather_left=False)
+            d_gate_up_S2FD = backward.weights_gradient(d_gate_up_P2F, x_TD, rows, top_k=top_k, gather_left=False)
         if needs_down:
-            d_down_SDF = triton_.weights_gradient(d_out_TD, weighted_PF, rows, top_k=top_k, gather_left=True)
+            d_down_SDF = backward.weights_gradient(d_out_TD, weighted_PF, rows, top_k=top_k, gather_left=True)
         if needs_x:
-            d_x_PD = triton_.rows_times_weights(d_gate_up_P2F, gate_up_S2FD, rows, transposed=False)
+            d_x_PD = forward.rows_times_weights(d_gate_up_P2F, gate_up_S2FD, rows, transposed=False)
             d_x_TD = combine_rows(d_x_PD, None, rows, num_tokens=num_tokens, top_k=top_k)
         d_weight_TK = d_weight_N.view_as(weight_TK).to(weight_TK.dtype) if needs_weight else None
         return d_x_TD, d_weight_TK, d_gate_up_S2FD, d_down_SDF, None
