@@ -1,6 +1,5 @@
 """The grouped products in Triton's interpreter: each equals its plain torch namesake, on shapes that fit no tile."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +12,7 @@ from moe_runtime.kernels.index import SlotRows, index_rows
 from moe_runtime.kernels.mixture import mixture, mixture_reference
 from moe_runtime.kernels.permute import permute_reference
 
-
-@pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    """New memory is NaN: an element that a kernel leaves out shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @dataclass(frozen=True)

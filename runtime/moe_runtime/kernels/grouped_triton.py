@@ -59,7 +59,7 @@ def tile_for(dtype: torch.dtype, block_rows: int, *, columns: int, is_roomy: boo
 
 
 @triton.jit
-def _block_and_column(tile, num_blocks, num_columns, IN_TURN: tl.constexpr):
+def block_and_column(tile, num_blocks, num_columns, IN_TURN: tl.constexpr):
     turn = tile // (IN_TURN * num_columns)
     within = tile % (IN_TURN * num_columns)
     blocks = tl.minimum(num_blocks - turn * IN_TURN, IN_TURN)
@@ -93,7 +93,7 @@ def _gate_up_kernel(
     num_blocks = tl.load(start_ptr + num_slots) // ROWS
     num_columns = tl.cdiv(F, COLUMNS)
     for tile in tl.range(tl.program_id(0), num_blocks * num_columns, PROGRAMS, flatten=True):
-        block, column = _block_and_column(tile, num_blocks, num_columns, IN_TURN)
+        block, column = block_and_column(tile, num_blocks, num_columns, IN_TURN)
         slot = tl.load(slot_ptr + block)
         if GATHER:
             pick = tl.load(pick_ptr + block * ROWS + tl.arange(0, ROWS))
@@ -144,7 +144,7 @@ def _rows_kernel(
     num_blocks = tl.load(start_ptr + num_slots) // ROWS
     num_columns = tl.cdiv(N, COLUMNS)
     for tile in tl.range(tl.program_id(0), num_blocks * num_columns, PROGRAMS, flatten=True):
-        block, column = _block_and_column(tile, num_blocks, num_columns, IN_TURN)
+        block, column = block_and_column(tile, num_blocks, num_columns, IN_TURN)
         slot = tl.load(slot_ptr + block)
         if GATHER:
             pick = tl.load(pick_ptr + block * ROWS + tl.arange(0, ROWS))
