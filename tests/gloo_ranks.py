@@ -33,11 +33,17 @@ PRELOAD = [
 
 
 def join_group(
-    store_path: str, *, ranks: Sequence[int], rank: int, epoch: int = 1, timeout_ms: int = 20000
+    store_path: str,
+    *,
+    ranks: Sequence[int],
+    rank: int,
+    epoch: int = 1,
+    timeout_ms: int = 20000,
+    nodes: Sequence[str] | None = None,
 ) -> EpochGroup:
     """The group of `ranks` over a store in a file: what a membership's store does, without the membership."""
     store = PrefixStore(f"epoch{epoch}", FileStore(store_path, -1))
-    return EpochGroup(store, ranks, rank, address="127.0.0.1", device="cpu", timeout_ms=timeout_ms)
+    return EpochGroup(store, ranks, rank, address="127.0.0.1", device="cpu", timeout_ms=timeout_ms, domains=nodes)
 
 
 def _main(

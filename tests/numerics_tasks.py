@@ -11,7 +11,7 @@ import torch
 
 from gloo_ranks import join_group
 from moe_core.contract.expert_map import ExpertMap
-from moe_core.contract.runtime_config import ModelSource
+from moe_core.contract.runtime_config import DispatchConfig, ModelSource
 from moe_runtime.dispatch import mixture
 from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.errors import GroupFault
@@ -72,16 +72,26 @@ def batch_of_rank(rank: int, num_ranks: int) -> torch.Tensor:
     return torch.randint(0, 64, (rows, 9), generator=torch.Generator().manual_seed(100 + rank))
 
 
-def load(folder: str, expert_map: ExpertMap, rank: int) -> ExpertParallelModel:
-    return ExpertParallelModel.load(ModelSource(path=folder), expert_map=expert_map, rank=rank)
+def load(folder: str, expert_map: ExpertMap, rank: int, dispatch: DispatchConfig | None = None) -> ExpertParallelModel:
+    return ExpertParallelModel.load(ModelSource(path=folder), expert_map=expert_map, rank=rank, dispatch=dispatch)
 
 
 def forward_and_gradients(
-    rank: int, store_path: str, *, folder: str, expert_map: ExpertMap, world: int
+    rank: int,
+    store_path: str,
+    *,
+    folder: str,
+    expert_map: ExpertMap,
+    world: int,
+    nodes: str | None = None,
+    dispatch: DispatchConfig | None = None,
 ) -> dict[str, Any]:
-    """Logits of this rank's batch without a cache, and the gradients of the sum over ranks of its weighted logits."""
-    epm = load(folder, expert_map, rank)
-    group = join_group(store_path, ranks=range(world), rank=rank)
+    """Logits of this rank's batch without a cache, and the gradients of the sum over ranks of its weighted logits.
+
+    nodes: one letter for each rank.
+    """
+    epm = load(folder, expert_map, rank, dispatch)
+    group = join_group(store_path, ranks=range(world), rank=rank, nodes=nodes)
     epm.bind(group)
     ids = batch_of_rank(rank, world)
     logits = epm.module(input_ids=ids).logits
@@ -100,6 +110,8 @@ def forward_and_gradients(
         "dense": {name: value.numpy() for name, value in dense.items()},
         "experts": {name: {e: value.numpy() for e, value in rows.items()} for name, rows in experts.items()},
         "load": epm.load_window(),
+        "sent": list(group.sent_bytes),
+        "wire_error": epm.wire_error(),
     }
 
 
@@ -253,15 +265,25 @@ def _step_inputs(
 
 
 def train_through_fault(
-    rank: int, store_path: str, *, folder: str, expert_map: ExpertMap, world: int, fault: Fault
+    rank: int,
+    store_path: str,
+    *,
+    folder: str,
+    expert_map: ExpertMap,
+    world: int,
+    fault: Fault,
+    nodes: str | None = None,
+    dispatch: DispatchConfig | None = None,
+    timeout_ms: int = 20000,
 ) -> dict[str, Any]:
     """Forward and backward with a death in the middle, then again among the living; gradients as before the fault."""
-    epm = load(folder, expert_map, rank)
-    group: Any = join_group(store_path, ranks=range(world), rank=rank)
+    epm = load(folder, expert_map, rank, dispatch)
+    group: Any = join_group(store_path, ranks=range(world), rank=rank, nodes=nodes, timeout_ms=timeout_ms)
     if fault.victim == rank:
         group = FaultyGroup(group, fault)
     epm.bind(group)
     ids = batch_of_rank(rank, world)
+    started = time.monotonic()
     try:
         epm.module(input_ids=ids).logits.square().sum().backward()
         outcome = "finished"
@@ -270,11 +292,19 @@ def train_through_fault(
     epm.rollback()
     epm.module.zero_grad()
     group.destroy()
-    epm.bind(join_group(store_path, ranks=[r for r in range(world) if r != fault.victim], rank=rank, epoch=2))
+    seconds = time.monotonic() - started
+    living = [r for r in range(world) if r != fault.victim]
+    nodes_left = None if nodes is None else [nodes[r] for r in living]
+    epm.bind(join_group(store_path, ranks=living, rank=rank, epoch=2, nodes=nodes_left))
     logits = epm.module(input_ids=ids).logits
     logits.square().sum().backward()
     epm.commit()
-    return {"outcome": outcome, "logits": logits.detach().numpy(), "picks": sum(map(sum, epm.load_window()))}
+    return {
+        "outcome": outcome,
+        "seconds": seconds,
+        "logits": logits.detach().numpy(),
+        "picks": sum(map(sum, epm.load_window())),
+    }
 
 
 def degraded_logits(

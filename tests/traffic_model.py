@@ -30,7 +30,6 @@ def modelled_bytes(
             tokens_per_rank=float(load_RLE[:, 0].sum()) / top_k / num_steps / expert_map.num_ranks,
             hidden_size=hidden_size,
             top_k=top_k,
-            bytes_per_number=4,
         )
         traffic = (
             traffic_by_token(expert_map, shape)

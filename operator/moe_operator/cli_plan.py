@@ -187,8 +187,11 @@ def _cells(found: Outlook | Refusal, no_size: str) -> dict[str, str]:
 
 def _way(step: Step) -> str:
     kind = "training" if step.trains else "decoding"
-    way = "token" if step.by_token else "pick" + (", each rank with its own load" * step.each_rank_its_own_load)
-    return f"{kind} {step.tokens_per_rank} tokens a rank goes by {way}"
+    way = {"ByNode": "node", "ByToken": "token", "ByPick": "pick"}[step.way]
+    of_each = ", each rank with its own load" if step.way != "ByToken" and step.each_rank_its_own_load else ""
+    wires = dict.fromkeys((step.dispatch.wire, step.dispatch.combine_wire))
+    bits = "" if list(wires) == ["Float32"] else f", in {' and '.join(wires)}"
+    return f"{kind} {step.tokens_per_rank} tokens a rank goes by {way}{bits}{of_each}"
 
 
 def _placement(found: Outlook) -> str:
@@ -240,7 +243,9 @@ def _plan_as_json(found: Outlook | Refusal) -> dict[str, Any]:
         "step": {
             "tokensPerRank": found.step.tokens_per_rank,
             "trains": found.step.trains,
-            "dispatch": "ByToken" if found.step.by_token else "ByPick",
+            "dispatch": found.step.way,
+            "wire": found.step.dispatch.wire,
+            "combineWire": found.step.dispatch.combine_wire,
             "eachRankItsOwnLoad": found.step.each_rank_its_own_load,
         },
         "bytesByScope": dict(found.bytes_by_scope),

@@ -64,6 +64,13 @@ class _StateCollector(Collector):
             GaugeMetricFamily("moe_active_ranks", "Ranks that take part in steps.", value=len(active)),
             GaugeMetricFamily("moe_epoch", "Committed epoch of the membership.", value=state.epoch),
         ]
+        if state.wire_error:
+            lost = GaugeMetricFamily(
+                "moe_dispatch_wire_error", "Relative error of rows sent in fewer bits, by leg.", labels=["leg"]
+            )
+            for leg, error in sorted(state.wire_error.items()):
+                lost.add_metric([leg], error)
+            gauges.append(lost)
         if state.coverage is not None:
             gauges += [
                 GaugeMetricFamily("moe_experts_covered", "(layer, expert) pairs alive.", value=state.coverage.covered),

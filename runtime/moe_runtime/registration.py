@@ -10,7 +10,7 @@ The coordinator keeps nothing else: a new one knows everything again after one r
 from pydantic import Field
 
 from moe_core.contract.base import WireModel
-from moe_core.contract.exchange import Coverage, Load, RankPhase, Recovery, Seconds, TrainingProgress
+from moe_core.contract.exchange import Coverage, Load, RankPhase, Recovery, Seconds, Share, TrainingProgress
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.membership import Member, Membership
 
@@ -37,6 +37,8 @@ class RankReport(WireModel):
     """Copies of experts that were not what they should be."""
     dispatch_bytes: dict[str, int] = Field(default_factory=dict)
     """Sent by dispatch and combine, by scope: self, host, network."""
+    wire_error: dict[str, Share] = Field(default_factory=dict)
+    """Relative error of what dispatch, combine and gradients sent in fewer bits; nothing for what went as it is."""
     moved_bytes: int = 0
     """Of experts that new maps have brought to this rank."""
     expert_seconds: Seconds = 0.0

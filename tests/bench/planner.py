@@ -115,7 +115,7 @@ def cross_of(logical_LRS: IntArray, load: FloatArray, fleet: Fleet) -> float:
         slots_of_rank=fleet.slots_of_rank,
         logical_of_slot=rows_of(logical_LRS[some], fleet, EXPERTS),
     )
-    picks_RR = picks_between(layout, load[some], StepShape(1, 1, 1, 1), domain_of_rank=nodes).sum(0)
+    picks_RR = picks_between(layout, load[some], StepShape(1, 1, 1), domain_of_rank=nodes).sum(0)
     is_cross_RR = np.asarray(nodes)[:, None] != np.asarray(nodes)[None, :]
     return float(picks_RR[is_cross_RR].sum() / picks_RR.sum())
 
@@ -129,7 +129,7 @@ def dealt(rows: Rows, shares: Rows, load: FloatArray, fleet: Fleet) -> float:
         logical_of_slot=rows,
         share_of_slot=shares,
     )
-    load_LR = picks_between(expert_map, load, StepShape(1, 1, 1, 1)).sum(1)
+    load_LR = picks_between(expert_map, load, StepShape(1, 1, 1)).sum(1)
     return float((load_LR.mean(1) / load_LR.max(1)).mean())
 
 

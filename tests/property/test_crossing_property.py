@@ -41,7 +41,7 @@ def maps(draw: st.DrawFn) -> tuple[FloatArray, Fleet, ExpertMap]:
 @given(maps())
 def test_the_estimate_is_what_the_choice_of_every_source_adds_up_to(case: tuple[FloatArray, Fleet, ExpertMap]) -> None:
     load, fleet, expert_map = case
-    shape = StepShape(tokens_per_rank=1, hidden_size=1, top_k=1, bytes_per_number=1)
+    shape = StepShape(tokens_per_rank=1, hidden_size=1, top_k=1)
     picks_RR = picks_between(expert_map, load, shape, domain_of_rank=fleet.domain_of_rank)[0]
     exact_GG = np.zeros((fleet.num_domains, fleet.num_domains))
     np.add.at(exact_GG, (fleet.domain_R[:, None], fleet.domain_R[None, :]), picks_RR)

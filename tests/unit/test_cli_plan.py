@@ -128,6 +128,8 @@ def test_a_small_step_of_a_service_goes_by_token_as_the_data_plane_has_it(
         "tokensPerRank": sequences,
         "trains": False,
         "dispatch": way,
+        "wire": "Float32",
+        "combineWire": "Float32",
         "eachRankItsOwnLoad": False,
     }
     row, layers, others = 64 * 4, 2, 2 * 1
@@ -235,3 +237,18 @@ def test_a_checkpoint_that_only_the_pods_can_reach_costs_the_plan_its_bytes_and_
     (service,) = json.loads(run("-f", EXAMPLES / "cluster" / "service-tiny.yaml", "--json")[1])
     assert service["sizeUnknown"] == "no checkpoint can be read at /models/tiny from here"
     assert service["plans"][0]["accepted"]
+
+
+def test_tokens_that_cross_once_in_fewer_bits_send_a_fraction_between_nodes(tmp_path: Path) -> None:
+    document = yaml.safe_load((EXAMPLES / "job-hierarchy.yaml").read_text())
+    sent = {}
+    for hierarchy, wire, back in (("Flat", "Float32", "Float32"), ("ByNode", "Float8", "BFloat16")):
+        document["spec"]["dispatch"] = {"hierarchy": hierarchy, "wire": wire, "combineWire": back}
+        file = tmp_path / f"{hierarchy}.yaml"
+        file.write_text(json.dumps(document))  # which keeps "9e-3" a string
+        code, text = run("-f", file, "--nodes", nodes_file(tmp_path, 2, cpu="300m"), "--json")
+        assert code == 0, text
+        (plan,) = json.loads(text)[0]["plans"]
+        assert plan["step"]["dispatch"] == {"Flat": "ByPick", "ByNode": "ByNode"}[hierarchy]
+        sent[hierarchy] = plan["bytesByScope"]["across"]
+    assert sent["ByNode"] < 0.25 * sent["Flat"]

@@ -9,7 +9,7 @@ import pytest
 
 from moe_core.contract import runtime_config
 from moe_core.contract.names import OWN_ENV, OWN_MOUNTS, OWN_VOLUMES
-from moe_core.contract.runtime_config import RuntimeConfig, TrainingConfig
+from moe_core.contract.runtime_config import DispatchConfig, RuntimeConfig, TrainingConfig
 from moe_core.decide import decide
 from moe_core.decide.accept import Accepted, accept
 from moe_core.facts import Action, ApplyObject, BindPod, CreatePod, Facts, NetworkFact, NodeFact, Wish
@@ -270,3 +270,11 @@ def test_what_is_applied_is_not_applied_again() -> None:
 def test_ranks_are_bound_to_nodes_that_the_template_selects() -> None:
     bound = [a.node for a in everything("MoEService", service_spec(template=TEMPLATE)) if isinstance(a, BindPod)]
     assert bound == ["n0", "n1", "n2", "n3"]
+
+
+@pytest.mark.parametrize(("kind", "spec"), [("MoEJob", job_spec), ("MoEService", service_spec)])
+def test_how_tokens_travel_reaches_the_pods(kind: str, spec: Any) -> None:
+    given = {"wire": "Float8", "hierarchy": "ByNode"}
+    accepted = accept(Wish(kind, "d", "tiny", "u", 1, spec(dispatch=given)), Facts())  # type: ignore[arg-type]
+    assert isinstance(accepted, Accepted)
+    assert accepted.plan.config.dispatch == DispatchConfig(wire="Float8", combine_wire="Float8", hierarchy="ByNode")

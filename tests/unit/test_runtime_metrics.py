@@ -80,3 +80,12 @@ def test_series_of_single_experts_are_for_who_asks() -> None:
     book = Book(lambda: 0.0, is_serving=True)
     book.note_rank(rank("p", 1).model_copy(update={"load": ((4, 0),)}))
     assert not any(name == "moe_expert_tokens_total" for name, _ in scrape(book))
+
+
+def test_what_fewer_bits_lose_is_one_figure_for_each_leg_whatever_the_number_of_ranks() -> None:
+    book = Book(lambda: 0.0, is_serving=False)
+    for uid, error in (("a", 0.03), ("b", 0.04)):
+        book.note_rank(rank(uid, 1).model_copy(update={"wire_error": {"dispatch": error}}))
+    found = scrape(book)
+    assert found["moe_dispatch_wire_error", "leg=dispatch"] == 0.0354
+    assert [name for name, _ in found].count("moe_dispatch_wire_error") == 1

@@ -47,6 +47,25 @@ def rows_between_nodes(nodes: Sequence[str], *, top_k: int, by_node: bool) -> fl
     return sum(share * (everywhere - meets_of[node]) for node, share in share_of.items())
 
 
+def gate_of(nodes: Sequence[str]) -> list[list[int]]:
+    """[position][node] who takes a source's tokens for a node, nodes in order of their first position: the source
+    itself for its own, else that node's ranks in turn over the sources of a node.
+
+    >>> gate_of(["a", "a", "b"])
+    [[0, 2], [1, 2], [0, 2]]
+    """
+    members: dict[str, list[int]] = {}
+    turn = []
+    for position, node in enumerate(nodes):
+        there = members.setdefault(node, [])
+        turn.append(len(there))
+        there.append(position)
+    return [
+        [position if node == nodes[position] else there[turn[position] % len(there)] for node, there in members.items()]
+        for position in range(len(nodes))
+    ]
+
+
 def goes_by_node(hierarchy: Hierarchy, nodes: Sequence[str] | None, *, top_k: int) -> bool:
     """Whether tokens cross to a node once and are passed on there. `nodes`: of each rank, None where none are known.
 

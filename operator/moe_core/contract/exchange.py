@@ -23,6 +23,7 @@ def _rectangular(rows: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ..
 Load = Annotated[tuple[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], ...], AfterValidator(_rectangular)]
 """[L][E] tokens per logical expert; () for none."""
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class RuntimeWish(WireModel):
@@ -121,6 +122,8 @@ class RuntimeState(WireModel):
     """Time that one token takes at one expert, over all ranks since they started; 0 while nothing was computed."""
     expert_bytes: int = Field(default=0, ge=0)
     """One physical expert of one layer; 0 while no rank has loaded."""
+    wire_error: dict[str, Share] = Field(default_factory=dict)
+    """Relative error of rows that travel in fewer bits, by leg (dispatch, combine, gradient), over all ranks."""
     failure: str = ""
     """A failure that no restart can mend, such as a model that cannot be loaded."""
 

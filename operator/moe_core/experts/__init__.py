@@ -22,7 +22,8 @@ To understand the policy, read in this order; every module says at its top what 
                         degrade   who answers for what was lost
     what it is worth    measure   balancedness and coverage        bounds    the best that is possible
                         survival  the chance to keep every expert   traffic   bytes of a step, exactly
-                        crossing  the same, quickly                 replay    a trace through a policy
+                        relayed   of one that goes by node          crossing  picks between nodes, quickly
+                        replay    a trace through a policy
     beside it           assign    maps by named policy: linear; EPLB's with copies apart (eplb, copies)
 
 The operator (decide.assignment) calls groups.pack_groups for a first map, carry.carry_over for another number of ranks,

@@ -1,6 +1,6 @@
 """The communication budget of expert parallelism: who sends how many bytes to whom in one step, before it runs.
 
-Two ways to exchange, as the data plane has them (moe_runtime.dispatch.all_to_all):
+Two ways to exchange, as the data plane has them (moe_runtime.dispatch.all_to_all; relayed.py has the third, by node):
 
     by pick    each pick of a token that is answered elsewhere travels there and back; the number of rows for each slot
                is told before
@@ -19,31 +19,52 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moe_core.contract.dispatch import ADDRESS_BYTES, WEIGHT_BYTES, Wire, gradient_wire, row_bytes
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.experts.checks import FloatArray, IntArray, as_load_LE
 from moe_core.experts.choice import NO_SLOT, deal_lanes
 from moe_core.outcome import InvalidInput
 
 COUNT_BYTES = 8
-ADDRESS_BYTES = WEIGHT_BYTES = 4
 SAME_RANK = "rank"
 
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """One step as every rank takes part in it: T tokens (or a mean) of D numbers, K picks each, in all MoE layers."""
+    """One step as every rank takes part in it: T tokens (or a mean) of D numbers, K picks each, in all MoE layers;
+    what their rows travel as there and back.
+    """
 
     tokens_per_rank: float
     hidden_size: int
     top_k: int
-    bytes_per_number: int
+    wire: Wire = "Float32"
+    combine_wire: Wire = "Float32"
 
     def __post_init__(self) -> None:
         if not 0 < self.tokens_per_rank < math.inf:
             raise InvalidInput(f"tokens_per_rank must be a positive number, got {self.tokens_per_rank}")
-        for name in ("hidden_size", "top_k", "bytes_per_number"):
+        for name in ("hidden_size", "top_k"):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def row_there(self) -> int:
+        """Bytes of one row that goes to an expert."""
+        return row_bytes(self.wire, self.hidden_size)
+
+    @property
+    def row_back(self) -> int:
+        return row_bytes(self.combine_wire, self.hidden_size)
+
+    @property
+    def gradient_there(self) -> int:
+        """Of the gradient of a row that came back: it goes to the expert."""
+        return row_bytes(gradient_wire(self.combine_wire), self.hidden_size)
+
+    @property
+    def gradient_back(self) -> int:
+        return row_bytes(gradient_wire(self.wire), self.hidden_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,24 +156,23 @@ def traffic_by_pick(
     domain_of_rank: Sequence[str] | None = None,
 ) -> Traffic:
     """One count for each slot of the widest rank, then rows there and back, and again if the step `trains`."""
-    pairs_RR = _pairs(expert_map)
-    picks_LRR = picks_between(expert_map, load, shape, domain_of_rank=domain_of_rank)
-    row = shape.hidden_size * shape.bytes_per_number * (2 if trains else 1)
-    rows_RR = picks_LRR.sum(0) * pairs_RR * row
+    pairs_RR = exchanging_pairs(expert_map)
+    rows_RR = picks_between(expert_map, load, shape, domain_of_rank=domain_of_rank).sum(0) * pairs_RR
+    there = shape.row_there + (shape.gradient_there if trains else 0)
+    back = shape.row_back + (shape.gradient_back if trains else 0)
     counts = expert_map.num_layers * max(1, *expert_map.slots_of_rank) * COUNT_BYTES
-    return Traffic(dispatch_RR=rows_RR + pairs_RR * counts, combine_RR=rows_RR.T.copy())
+    return Traffic(dispatch_RR=rows_RR * there + pairs_RR * counts, combine_RR=rows_RR.T * back)
 
 
 def traffic_by_token(expert_map: ExpertMap, shape: StepShape) -> Traffic:
     """The same to every rank, whatever the load."""
-    pairs_RR = _pairs(expert_map).astype(np.float64)
-    row = shape.hidden_size * shape.bytes_per_number
-    there = row + shape.top_k * (ADDRESS_BYTES + WEIGHT_BYTES)
+    pairs_RR = exchanging_pairs(expert_map).astype(np.float64)
+    there = shape.row_there + shape.top_k * (ADDRESS_BYTES + WEIGHT_BYTES)
     tokens = expert_map.num_layers * shape.tokens_per_rank
-    return Traffic(dispatch_RR=pairs_RR * tokens * there, combine_RR=pairs_RR * tokens * row)
+    return Traffic(dispatch_RR=pairs_RR * tokens * there, combine_RR=pairs_RR * tokens * shape.row_back)
 
 
-def _pairs(expert_map: ExpertMap) -> NDArray[np.bool_]:
+def exchanging_pairs(expert_map: ExpertMap) -> NDArray[np.bool_]:
     """[R, R] which ranks exchange with which."""
     takes_part_R = np.asarray(expert_map.slots_of_rank) > 0
     return np.outer(takes_part_R, takes_part_R & (takes_part_R.sum() > 1))

@@ -7,11 +7,13 @@ the load is worth acting on.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 
-from moe_core.contract.dispatch import SMALL_STEP_TOKENS
+from moe_core.contract.dispatch import SMALL_STEP_TOKENS, goes_by_node, row_bytes
 from moe_core.contract.expert_map import ExpertMap
+from moe_core.contract.runtime_config import DispatchConfig
 from moe_core.decide.accept import Accepted, Refusal, accept
 from moe_core.decide.assignment import limits
 from moe_core.decide.place import Ground, place_new
@@ -22,6 +24,7 @@ from moe_core.experts.fleet import Fleet
 from moe_core.experts.groups import replan_groups
 from moe_core.experts.measure import Balance, balance, balancedness_of, copies_of_logical, load_of_ranks, load_of_slots
 from moe_core.experts.pack import pack
+from moe_core.experts.relayed import traffic_by_node
 from moe_core.experts.replan import Prices, Replan, Rows, replan
 from moe_core.experts.survival import Survival, survival
 from moe_core.experts.trace import Trace
@@ -29,7 +32,7 @@ from moe_core.experts.traffic import StepShape, Traffic, domains_per_token, traf
 from moe_core.facts import Facts, Wish
 from moe_core.manifests.plan import Plan
 from moe_core.outcome import InvalidInput, NoFit
-from moe_core.preview.size import BYTES_PER_NUMBER, ModelSize
+from moe_core.preview.size import ModelSize
 from moe_core.spec.job import MoEJobSpec
 from moe_core.topology.fit import Fit
 
@@ -59,13 +62,19 @@ class Step:
 
     tokens_per_rank: int
     trains: bool
+    dispatch: DispatchConfig
+    relayed: bool = False
+    """Tokens of large steps cross to a node once, where it is known which rank is on which."""
     each_rank_its_own_load: bool = False
     """The trace is of as many ranks: each sends what the rank of its number chose, not what all chose together."""
 
     @property
-    def by_token(self) -> bool:
-        """As the data plane chooses (moe_runtime.experts.slots)."""
-        return not self.trains and self.tokens_per_rank <= SMALL_STEP_TOKENS
+    def way(self) -> Literal["ByNode", "ByToken", "ByPick"]:
+        """As the data plane chooses (moe_runtime.dispatch.mixture)."""
+        is_small = not self.trains and self.tokens_per_rank <= SMALL_STEP_TOKENS
+        if self.relayed and not (is_small and self.dispatch.hierarchy == "Auto"):
+            return "ByNode"
+        return "ByToken" if is_small else "ByPick"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +128,7 @@ def look_ahead(
     load_LE = np.ones((plan.num_layers, plan.num_experts)) if trace is None else _load_of(trace, expert_map)
     nodes = _nodes_of(placement, plan.num_ranks)
     load_RLE = None if trace is None else _load_of_each(trace, expert_map)
-    step = replace(_step(accepted), each_rank_its_own_load=load_RLE is not None)
+    step = replace(_step(accepted, nodes, size), each_rank_its_own_load=load_RLE is not None)
     sent = load_LE if load_RLE is None else load_RLE
     traffic = None if size is None else _traffic(step, expert_map, sent, size, nodes)
     fleet = Fleet(expert_map.slots_of_rank, domain_of_rank=tuple(nodes or ()))
@@ -176,10 +185,13 @@ def _traffic(
         tokens_per_rank=step.tokens_per_rank,
         hidden_size=size.hidden_size,
         top_k=size.top_k,
-        bytes_per_number=BYTES_PER_NUMBER,
+        wire=step.dispatch.wire,
+        combine_wire=step.dispatch.combine_wire,
     )
-    if step.by_token:
+    if step.way == "ByToken":
         return traffic_by_token(expert_map, shape)
+    if step.way == "ByNode" and nodes is not None:
+        return traffic_by_node(expert_map, load, shape, node_of_rank=nodes, trains=step.trains)
     return traffic_by_pick(expert_map, load, shape, trains=step.trains, domain_of_rank=nodes)
 
 
@@ -250,11 +262,13 @@ def _balance_of(planned: Replan | None, load_LE: FloatArray, fleet: Fleet) -> fl
     return balancedness_of(load_LE.sum(1) / fleet.ranks_with_slots, np.asarray(planned.worst_after))
 
 
-def _step(accepted: Accepted) -> Step:
-    spec = accepted.spec
+def _step(accepted: Accepted, nodes: Sequence[str] | None, size: ModelSize | None) -> Step:
+    spec, dispatch = accepted.spec, accepted.plan.config.dispatch
+    relayed = size is not None and goes_by_node(dispatch.hierarchy, nodes, top_k=size.top_k)
     if isinstance(spec, MoEJobSpec):
-        return Step(spec.training.sequences_per_rank * spec.training.sequence_length, trains=True)
-    return Step(spec.serving.max_sequences, trains=False)
+        tokens = spec.training.sequences_per_rank * spec.training.sequence_length
+        return Step(tokens, trains=True, dispatch=dispatch, relayed=relayed)
+    return Step(spec.serving.max_sequences, trains=False, dispatch=dispatch, relayed=relayed)
 
 
 def _planned(  # noqa: PLR0917
@@ -268,7 +282,8 @@ def _planned(  # noqa: PLR0917
     """Within what the resource promises and allows. What only a running group knows is as Prices has it."""
     prices = Prices() if plan.rebalance is None else limits(plan.rebalance, expert_map)
     if size is not None:
-        there_and_back = 2 * size.hidden_size * BYTES_PER_NUMBER
+        way = plan.config.dispatch
+        there_and_back = row_bytes(way.wire, size.hidden_size) + row_bytes(way.combine_wire, size.hidden_size)
         prices = replace(prices, bytes_per_expert=size.expert_bytes, bytes_per_pick=there_and_back)
     if plan.min_copies > 1:  # copies on fixed groups of ranks, whose sources are not told apart
         return replan_groups(load_LE, fleet, expert_map.logical_of_slot, prices=prices, least_copies=plan.min_copies)

@@ -141,6 +141,7 @@ def runtime_state(
         load_window_s=load_window_s,
         seconds_per_pick=_seconds_per_pick(reports),
         expert_bytes=max((r.expert_bytes for r in reports.values()), default=0),
+        wire_error=_wire_error(reports),
         failure=next((r.failure for _, r in sorted(reports.items()) if r.failure), ""),
     )
 
@@ -148,6 +149,13 @@ def runtime_state(
 def _seconds_per_pick(reports: Mapping[str, RankReport]) -> float:
     rows = sum(report.expert_rows for report in reports.values())
     return sum(report.expert_seconds for report in reports.values()) / rows if rows else 0.0
+
+
+def _wire_error(reports: Mapping[str, RankReport]) -> dict[str, float]:
+    """Root of the mean square over the ranks: a rank's rows are as many as another's, and as large."""
+    legs = sorted({leg for report in reports.values() for leg in report.wire_error})
+    errors = {leg: [r.wire_error[leg] for r in reports.values() if leg in r.wire_error] for leg in legs}
+    return {leg: float(f"{(sum(e * e for e in found) / len(found)) ** 0.5:.3g}") for leg, found in errors.items()}
 
 
 def _knowledge(training: TrainingProgress) -> tuple[int, bool, bool]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_core.contract.dispatch import gate_of
 from moe_core.outcome import InvalidInput
 from moe_runtime.dispatch.group_face import Group
 from moe_runtime.dispatch.plan import LOST, DispatchPlan
@@ -47,17 +48,8 @@ class Relay:
         if not 0 <= position < len(nodes):
             raise InvalidInput(f"position {position} is none of {len(nodes)} ranks")
         number_of = {name: number for number, name in enumerate(dict.fromkeys(nodes))}
-        members: list[list[int]] = [[] for _ in number_of]
-        place = []
-        for rank, name in enumerate(nodes):
-            place.append(len(members[number_of[name]]))
-            members[number_of[name]].append(rank)
-        node_of = [number_of[name] for name in nodes]
-        gates = [
-            [rank if node == node_of[rank] else there[place[rank] % len(there)] for node, there in enumerate(members)]
-            for rank in range(len(nodes))
-        ]
-        others = sorted(set(range(len(members))) - {node_of[position]}, key=lambda node: gates[position][node])
+        node_of, gates = [number_of[name] for name in nodes], gate_of(nodes)
+        others = sorted(set(number_of.values()) - {node_of[position]}, key=lambda node: gates[position][node])
         return cls(position, torch.tensor(node_of, device=device), torch.tensor(gates, device=device), tuple(others))
 
     @property

@@ -106,6 +106,7 @@ class StepLoop:
             failure=self._failure,
             digest_mismatches=self._slots.mismatches,
             dispatch_bytes=self._traffic.by_scope(),
+            wire_error=work.wire_error,
             moved_bytes=self._moved_bytes,
             expert_seconds=work.expert_work[0],
             expert_rows=work.expert_work[1],

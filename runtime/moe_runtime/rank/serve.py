@@ -149,6 +149,7 @@ class ServeWork:
             degraded_tokens=degraded,
             load=self._load(epm) if due else last.load,
             expert_work=epm.expert_work() if due else last.expert_work,
+            wire_error=(epm.wire_error() or last.wire_error) if due else last.wire_error,
         )
 
     def _load(self, epm: ExpertParallelModel) -> tuple[tuple[int, ...], ...]:

@@ -141,6 +141,7 @@ class TrainWork:
             tokens=trainer.state.tokens,
             load=self._load() if due else self.report.load,
             expert_work=epm.expert_work() if due else self.report.expert_work,
+            wire_error=(epm.wire_error() or self.report.wire_error) if due else self.report.wire_error,
             training=progress,
         )
 

@@ -29,6 +29,8 @@ class WorkReport:
     load: tuple[tuple[int, ...], ...] = ()
     expert_work: tuple[float, int] = (0.0, 0)
     """Seconds that this rank's experts took, and for how many rows."""
+    wire_error: dict[str, float] = field(default_factory=dict)
+    """By leg of the dispatch, of the newest steps that were looked at."""
     training: TrainingProgress | None = None
 
 
