@@ -9,6 +9,7 @@ from moe_core.contract.packing import Packing
 from moe_core.outcome import InvalidInput
 from moe_runtime.kernels import grouped
 from moe_runtime.kernels.index import SlotRows, index_rows
+from moe_runtime.kernels.mixture import mixture_packed, mixture_reference
 from moe_runtime.kernels.permute import permute_reference
 from moe_runtime.kernels.quantise import Packed, pack, unpack
 
@@ -70,6 +71,16 @@ def test_rows_times_packed_weights(shape: tuple[int, ...], packing: Packing) -> 
     out_PD = rows_times_packed(hidden_PF, small, packing, rows, tile=small_tile())
     expected_PD = grouped.rows_times_weights(hidden_PF, numbers_SDF, rows)
     torch.testing.assert_close(out_PD[served_P], expected_PD[served_P], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("packing", PACKINGS, ids=str)
+def test_a_mixture_of_packed_experts(packing: Packing) -> None:
+    _, x_TD, gate_up_S2FD, down_SDF = drawn(SHAPES[2])
+    slot_TK, weight_TK = torch.randint(-1, 3, (20, 3)), torch.rand(20, 3)
+    (gate_up, gate_up_numbers), (down, down_numbers) = packed(gate_up_S2FD, packing), packed(down_SDF, packing)
+    out_TD = mixture_packed(x_TD, slot_TK, weight_TK, gate_up, down, packing=packing)
+    expected_TD = mixture_reference(x_TD, slot_TK, weight_TK, gate_up_numbers, down_numbers)
+    torch.testing.assert_close(out_TD, expected_TD, rtol=5e-5, atol=5e-5)
 
 
 def test_a_group_that_is_no_tile_is_refused_with_its_size() -> None:

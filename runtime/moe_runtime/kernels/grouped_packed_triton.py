@@ -32,6 +32,11 @@ LEAST_DEPTH = {"Float8": 16, "Int8": 16, "Int4": 32}
 """Columns that make 16 bytes of codes, the least that a descriptor reads."""
 
 
+def block_rows_for(num_picks: int, num_slots: int) -> int:
+    """Rows of a block for an even spread of the picks: in decoding a slot gets a few, and codes are what takes time."""
+    return next((rows for rows in (16, 64) if num_picks <= 2 * rows * num_slots), 128)
+
+
 def packed_tile(block_rows: int, packing: Packing, *, columns: int = 128) -> Tile:
     """columns: of gate and up together. Raises InvalidInput on groups that no tile fits into."""
     depth = 128 if block_rows <= 16 else 64

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch.nn.functional import linear, silu
 
+from moe_core.contract.packing import Packing
 from moe_core.outcome import InvalidInput
 from moe_runtime.kernels.index import SlotRows, index_rows
+from moe_runtime.kernels.quantise import Packed
 
 PERMUTE_FROM_F = 4096
 """Expert hidden from which gathering the tokens in the product costs more than writing them in order once: the product
@@ -64,6 +66,34 @@ def mixture(
         x_TD.contiguous(), weight_TK, gate_up_S2FD.contiguous(), down_SDF.contiguous(), rows
     )
     return out_TD
+
+
+def mixture_packed(
+    x_TD: torch.Tensor,
+    slot_TK: torch.Tensor,
+    weight_TK: torch.Tensor,
+    gate_up_S2FD: Packed,
+    down_SDF: Packed,
+    *,
+    packing: Packing,
+    block_rows: int | None = None,
+) -> torch.Tensor:
+    """`mixture` of weights that are few bits each, without gradients.
+
+    Raises InvalidInput when D or F is no multiple of 16 bytes, of x's numbers or of codes, or no tile fits the groups.
+    """
+    if slot_TK.numel() == 0:
+        return x_TD * 0.0
+    from moe_runtime.kernels.grouped_packed_triton import block_rows_for, gate_up_packed, rows_times_packed
+    from moe_runtime.kernels.permute_triton import combine_rows
+
+    num_tokens, top_k = slot_TK.shape
+    num_slots = gate_up_S2FD.codes.shape[0]
+    block_rows = block_rows or block_rows_for(slot_TK.numel(), num_slots)
+    rows = index_rows(slot_TK.reshape(-1), num_slots=num_slots, block_rows=block_rows)
+    hidden_PF = gate_up_packed(x_TD.contiguous(), gate_up_S2FD, packing, rows, gather_top_k=top_k)
+    out_PD = rows_times_packed(hidden_PF, down_SDF, packing, rows)
+    return combine_rows(out_PD, weight_TK, rows, num_tokens=num_tokens, top_k=top_k)
 
 
 class _Mixture(torch.autograd.Function):

@@ -1,0 +1,28 @@
+"""Experts of few bits on a GPU equal plain torch on the unpacked numbers, in float64."""
+
+import pytest
+import torch
+
+from moe_core.contract.packing import Packing
+from moe_runtime.kernels.mixture import mixture_packed, mixture_reference
+from moe_runtime.kernels.quantise import pack, unpack
+
+SHAPES = [(1, 1, 4, 64, 32), (300, 4, 16, 512, 384), (4096, 8, 16, 1024, 256)]
+"""T, K, S, D, F"""
+
+
+@pytest.mark.parametrize("packing", [Packing.of("Int8", 0), Packing.of("Float8", 0), Packing.of("Int4", 32)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_mixture_of_packed_experts(shape: tuple[int, ...], packing: Packing) -> None:
+    num_tokens, top_k, num_slots, d, f = shape
+    torch.manual_seed(0)
+    x_TD = torch.randn(num_tokens, d, device="cuda", dtype=torch.bfloat16)
+    slot_TK = torch.rand(num_tokens, num_slots, device="cuda").topk(top_k).indices
+    weight_TK = torch.rand(num_tokens, top_k, device="cuda")
+    packed = [pack(torch.randn(num_slots, n, m, device="cuda") * m**-0.5, packing) for n, m in ((2 * f, d), (d, f))]
+    numbers = [unpack(one, packing, num_columns=m).double() for one, m in zip(packed, (d, f), strict=True)]
+    torch.use_deterministic_algorithms(True)  # new memory is NaN
+    out_TD = mixture_packed(x_TD, slot_TK, weight_TK, *packed, packing=packing)
+    torch.use_deterministic_algorithms(False)
+    expected_TD = mixture_reference(x_TD.double(), slot_TK, weight_TK.double(), *numbers)
+    assert float((out_TD.double() - expected_TD).norm() / expected_TD.norm()) < 1e-2
