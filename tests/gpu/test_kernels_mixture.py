@@ -7,7 +7,8 @@ from moe_runtime.kernels.mixture import mixture, mixture_reference
 
 # T, K, S, D, F
 SHAPES = [(1, 1, 4, 64, 32), (37, 2, 5, 200, 72), (300, 4, 16, 512, 384), (4096, 8, 64, 1024, 256)]
-TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-5}
+"""Gate, up and what comes back from `down` are rounded once each; a single weight's gradient shows it."""
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -1,7 +1,7 @@
 """What the backward of the experts needs beside the products of `grouped_triton`: the gradient of a slot's weights and
 that of SwiGLU with the pick's weight. Each equals its namesake in `grouped`. Imports triton, as `grouped_triton` does.
 
-Suffixes: T tokens, F expert hidden, S slots, K picks of a token, N picks, P padded rows; M, N the sides of any matrix.
+Suffixes: F expert hidden, S slots, N picks, P padded rows; M, N also the sides of any matrix.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -10,51 +10,38 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_runtime.kernels.grouped_triton import Tile, check_sides, descriptor, precision_of, tile_for
+from moe_runtime.kernels.grouped_triton import Tile, check_sides, descriptor, num_programs, precision_of, tile_for
 from moe_runtime.kernels.index import SlotRows
 
 
-@triton.jit(do_not_specialize=["num_picks", "top_k"])
+@triton.jit(do_not_specialize=["num_slots"])
 def _weights_gradient_kernel(
     left,
     right,
     out,
-    pick_ptr,
     start_ptr,
-    num_picks,
-    top_k,
+    num_slots,
     M,
     N,
     M_TILE: tl.constexpr,
     N_TILE: tl.constexpr,
     DEPTH: tl.constexpr,
-    GATHER_LEFT: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     num_n = tl.cdiv(N, N_TILE)
-    tiles = tl.cdiv(M, M_TILE) * num_n
-    slot = tl.program_id(0) // tiles
-    m = tl.program_id(0) % tiles // num_n
-    n = tl.program_id(0) % num_n
-    start = tl.load(start_ptr + slot)
-    end = tl.load(start_ptr + slot + 1)
-    columns_m = m * M_TILE + tl.arange(0, M_TILE)
-    columns_n = n * N_TILE + tl.arange(0, N_TILE)
-    sums = tl.zeros((M_TILE, N_TILE), tl.float32)
-    for row in range(start, end, DEPTH):
-        pick = tl.load(pick_ptr + row + tl.arange(0, DEPTH))
-        served = (pick < num_picks)[:, None]
-        token = tl.where(pick < num_picks, pick // top_k, 0)[:, None].to(tl.int64)
-        if GATHER_LEFT:
-            mask = served & (columns_m < M)[None, :]
-            a = tl.load(left + token * M + columns_m[None, :], mask=mask, other=0.0)
-            b = right.load([row, n * N_TILE])
-        else:
-            mask = served & (columns_n < N)[None, :]
-            a = left.load([row, m * M_TILE])
-            b = tl.load(right + token * N + columns_n[None, :], mask=mask, other=0.0)
-        sums = tl.dot(a.T, b, sums, input_precision=PRECISION)
-    out.store([slot, m * M_TILE, n * N_TILE], sums.reshape(1, M_TILE, N_TILE).to(out.dtype))
+    num_tiles = tl.cdiv(M, M_TILE) * num_n
+    for tile in tl.range(tl.program_id(0), num_slots * num_tiles, PROGRAMS):
+        slot, m, n = tile // num_tiles, tile % num_tiles // num_n * M_TILE, tile % num_n * N_TILE
+        start = tl.load(start_ptr + slot)
+        end = tl.load(start_ptr + slot + 1)
+        sums = tl.zeros((M_TILE, N_TILE), tl.float32)
+        for row in range(start, end, DEPTH):
+            sums = tl.dot(left.load([row, m]).T, right.load([row, n]), sums, input_precision=PRECISION)
+        HALF: tl.constexpr = N_TILE // 2
+        first, second = sums.reshape(M_TILE, 2, HALF).permute(0, 2, 1).split()
+        out.store([slot, m, n], first.reshape(1, M_TILE, HALF).to(out.dtype))
+        out.store([slot, m, n + HALF], second.reshape(1, M_TILE, HALF).to(out.dtype))
 
 
 @triton.jit(do_not_specialize=["num_picks"])
@@ -97,39 +84,31 @@ def _swiglu_backward_kernel(
 
 
 def weights_gradient(
-    left: torch.Tensor,
-    right: torch.Tensor,
-    rows: SlotRows,
-    *,
-    top_k: int,
-    gather_left: bool,
-    tile: Tile | None = None,
+    left_PM: torch.Tensor, right_PN: torch.Tensor, rows: SlotRows, *, tile: Tile | None = None
 ) -> torch.Tensor:
-    """[S, M, N] sum over a slot's rows of left^T right; zero for a slot without rows.
-
-    One side is [T, ...] and gathered by row's token (`gather_left` says which), the other [P, ...] with padding finite.
+    """[S, M, N] sum over a slot's rows of left^T right; zero for a slot without rows. Padding must be zero on one side
+    and finite on the other. Raises InvalidInput on sides it cannot read.
     """
-    m, n = left.shape[1], right.shape[1]
-    check_sides(left.dtype, M=m, N=n)
+    m, n, dtype = left_PM.shape[1], right_PN.shape[1], left_PM.dtype
+    check_sides(dtype, M=m, N=n)
     num_slots = rows.count_S.shape[0]
-    tile = tile or tile_for(left.dtype, rows.block_rows, columns=256, is_roomy=False)
+    tile = tile or tile_for(dtype, rows.block_rows, columns=256, is_roomy=True)
     m_side, depth = min(tile.columns, 128), min(tile.depth, rows.block_rows)  # a slot's rows end with a block
-    out_SMN = left.new_empty(num_slots, m, n)
-    _weights_gradient_kernel[(num_slots * triton.cdiv(m, m_side) * triton.cdiv(n, tile.columns),)](
-        left if gather_left else descriptor(left, depth, m_side),
-        descriptor(right, depth, tile.columns) if gather_left else right,
-        descriptor(out_SMN, 1, m_side, tile.columns),
-        rows.pick_P,
+    programs = num_programs(left_PM.device) * tile.residents
+    out_SMN = left_PM.new_empty(num_slots, m, n)
+    _weights_gradient_kernel[(programs,)](
+        descriptor(left_PM, depth, m_side),
+        descriptor(right_PN, depth, tile.columns),
+        descriptor(out_SMN, 1, m_side, tile.columns // 2),
         rows.start_S1,
-        rows.row_N.shape[0],
-        top_k,
+        num_slots,
         m,
         n,
         M_TILE=m_side,
         N_TILE=tile.columns,
         DEPTH=depth,
-        GATHER_LEFT=gather_left,
-        PRECISION=precision_of(left.dtype),
+        PROGRAMS=programs,
+        PRECISION=precision_of(dtype),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

@@ -37,8 +37,8 @@ def block_rows_for(num_picks: int, num_slots: int) -> int:
     return next((rows for rows in (16, 64) if num_picks <= 2 * rows * num_slots), 128)
 
 
-def packed_tile(block_rows: int, packing: Packing, *, columns: int = 128) -> Tile:
-    """columns: of gate and up together. Raises InvalidInput on groups that no tile fits into."""
+def packed_tile(block_rows: int, packing: Packing) -> Tile:
+    """What was fastest on an H100 (tests/bench/README.md). Raises InvalidInput on groups that no tile fits into."""
     depth = 128 if block_rows <= 16 else 64
     if packing.group_size:
         depth = gcd(depth, packing.group_size)
@@ -47,7 +47,9 @@ def packed_tile(block_rows: int, packing: Packing, *, columns: int = 128) -> Til
             f"group_size of {packing.precision} must be a multiple of {LEAST_DEPTH[packing.precision]} here, "
             f"not {packing.group_size}"
         )
-    return Tile(columns=columns, depth=depth, num_warps=8 if block_rows >= 128 else 4)
+    if block_rows >= 128:
+        return Tile(columns=256, depth=depth)
+    return Tile(columns=128, depth=depth, num_warps=4, residents=3)
 
 
 @triton.jit
@@ -169,7 +171,7 @@ def _run(
         )
     tile = tile or packed_tile(rows.block_rows, packing)
     box = (parts, tile.columns // parts, tile.depth // 2 if is_nibbles else tile.depth)
-    programs, out_PN = num_programs(a.device), a.new_empty(rows.pick_P.shape[0], n)
+    programs, out_PN = num_programs(a.device) * tile.residents, a.new_empty(rows.pick_P.shape[0], n)
     _packed_kernel[(programs,)](
         a if gather_top_k else descriptor(a, rows.block_rows, tile.depth),
         descriptor(codes.view(num_slots * parts, n, codes.shape[2]), *box),

@@ -36,7 +36,8 @@ PROGRAMS_IN_INTERPRETER = 3
 @dataclass(frozen=True, slots=True)
 class Tile:
     """How a product is cut: columns and depth of a tile (its rows are the block's), how many blocks go through all
-    columns before the next ones (they find the weights in the cache), and Triton's own numbers.
+    columns before the next ones (they find the weights in the cache), Triton's own numbers, and the programs that are
+    resident on a multiprocessor.
     """
 
     columns: int
@@ -44,18 +45,19 @@ class Tile:
     blocks_in_turn: int = 8
     num_warps: int = 8
     num_stages: int = 3
+    residents: int = 1
 
 
-def tile_for(dtype: torch.dtype, block_rows: int, *, columns: int, is_roomy: bool) -> Tile:
+def tile_for(dtype: torch.dtype, block_rows: int, *, columns: int, is_roomy: bool, blocks_in_turn: int = 8) -> Tile:
     """What was fastest on an H100 (tests/bench/README.md) for 16-bit types; float32 is for exactness, not for speed.
 
-    columns: of a large tile. is_roomy: registers and shared memory are left for a fourth stage.
+    columns, blocks_in_turn: of a large tile. is_roomy: registers and shared memory are left for a fourth stage.
     """
     if dtype == torch.float32:
         return Tile(columns=32, depth=32, num_warps=4, num_stages=2)
     if block_rows >= LARGE_BLOCK:
-        return Tile(columns=columns, depth=64, num_stages=4 if is_roomy else 3)
-    return Tile(columns=columns // 2, depth=64, num_warps=4)
+        return Tile(columns, depth=64, blocks_in_turn=blocks_in_turn, num_stages=4 if is_roomy else 3)
+    return Tile(columns // 2, depth=64, num_warps=4, residents=2)
 
 
 @triton.jit
@@ -118,17 +120,14 @@ def _gate_up_kernel(
             kept.store([block * ROWS, 1, column * COLUMNS], up.reshape(ROWS, 1, COLUMNS).to(kept.dtype))
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_picks", "top_k"])
+@triton.jit(do_not_specialize=["num_slots"])
 def _rows_kernel(
     a,
     weight,
     out,
-    pick_ptr,
     slot_ptr,
     start_ptr,
     num_slots,
-    num_picks,
-    top_k,
     M,
     N,
     ROWS: tl.constexpr,
@@ -136,8 +135,6 @@ def _rows_kernel(
     DEPTH: tl.constexpr,
     IN_TURN: tl.constexpr,
     PROGRAMS: tl.constexpr,
-    GATHER: tl.constexpr,
-    WHOLE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -146,19 +143,9 @@ def _rows_kernel(
     for tile in tl.range(tl.program_id(0), num_blocks * num_columns, PROGRAMS, flatten=True):
         block, column = block_and_column(tile, num_blocks, num_columns, IN_TURN)
         slot = tl.load(slot_ptr + block)
-        if GATHER:
-            pick = tl.load(pick_ptr + block * ROWS + tl.arange(0, ROWS))
-            served = (pick < num_picks)[:, None]
-            token = tl.where(pick < num_picks, pick // top_k, 0)
-            depth = tl.arange(0, DEPTH)[None, :]
-            a_ptr = a + token[:, None].to(tl.int64) * M + depth
         sums = tl.zeros((ROWS, COLUMNS), tl.float32)
         for k in range(0, M, DEPTH):
-            if GATHER:
-                mask = served if WHOLE else served & (depth + k < M)
-                left = tl.load(a_ptr + k, mask=mask, other=0.0)
-            else:
-                left = a.load([block * ROWS, k])
+            left = a.load([block * ROWS, k])
             if TRANSPOSED:
                 right = weight.load([slot, column * COLUMNS, k]).reshape(COLUMNS, DEPTH).T
             else:
@@ -221,8 +208,14 @@ def gate_up(
     (num_slots, two_f, d), dtype = gate_up_S2FD.shape, x.dtype
     f = two_f // 2
     check_sides(dtype, D=d, F=f)
-    tile = tile or tile_for(dtype, rows.block_rows, columns=128, is_roomy=not (gather_top_k or keep))
-    num_rows, programs = rows.pick_P.shape[0], num_programs(x.device)
+    tile = tile or tile_for(
+        dtype,
+        rows.block_rows,
+        columns=128,
+        is_roomy=not (gather_top_k or keep),
+        blocks_in_turn=4 if gather_top_k else 16,
+    )
+    num_rows, programs = rows.pick_P.shape[0], num_programs(x.device) * tile.residents
     hidden_PF = x.new_empty(num_rows, f)
     kept_P2F = x.new_empty(num_rows, two_f) if keep else None
     _gate_up_kernel[(programs,)](
@@ -256,36 +249,26 @@ def gate_up(
 
 
 def rows_times_weights(
-    a: torch.Tensor,
-    weight: torch.Tensor,
-    rows: SlotRows,
-    *,
-    transposed: bool,
-    gather_top_k: int | None = None,
-    tile: Tile | None = None,
+    a_PM: torch.Tensor, weight: torch.Tensor, rows: SlotRows, *, transposed: bool, tile: Tile | None = None
 ) -> torch.Tensor:
     """[P, N] each row times its slot's weight: [S, N, M] when `transposed` (as a linear layer's), else [S, M, N].
 
-    `a` is [P, M], or [T, M] with `gather_top_k` set to K: then a row takes its token's. Rows of unused blocks are not
-    written; padding is zero when gathered, else what `a` makes it. Raises InvalidInput on sides it cannot read.
+    Rows of unused blocks are not written; padding is what `a` makes it. Raises InvalidInput on sides it cannot read.
     """
     m, n = (weight.shape[2], weight.shape[1]) if transposed else (weight.shape[1], weight.shape[2])
-    dtype = a.dtype
+    dtype = a_PM.dtype
     check_sides(dtype, M=m, N=n)
     tile = tile or tile_for(dtype, rows.block_rows, columns=256, is_roomy=True)
-    programs = num_programs(a.device)
-    out_PN = a.new_empty(rows.pick_P.shape[0], n)
+    programs = num_programs(a_PM.device) * tile.residents
+    out_PN = a_PM.new_empty(rows.pick_P.shape[0], n)
     box = (1, tile.columns, tile.depth) if transposed else (1, tile.depth, tile.columns)
     _rows_kernel[(programs,)](
-        a if gather_top_k else descriptor(a, rows.block_rows, tile.depth),
+        descriptor(a_PM, rows.block_rows, tile.depth),
         descriptor(weight, *box),
         descriptor(out_PN, rows.block_rows, tile.columns // 2),
-        rows.pick_P,
         rows.slot_of_block_B,
         rows.start_S1,
         weight.shape[0],
-        rows.row_N.shape[0],
-        gather_top_k or 1,
         m,
         n,
         ROWS=rows.block_rows,
@@ -293,8 +276,6 @@ def rows_times_weights(
         DEPTH=tile.depth,
         IN_TURN=tile.blocks_in_turn,
         PROGRAMS=programs,
-        GATHER=gather_top_k is not None,
-        WHOLE=m % tile.depth == 0,
         TRANSPOSED=transposed,
         PRECISION=precision_of(dtype),
         num_warps=tile.num_warps,

@@ -127,22 +127,22 @@ class _Mixture(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         from moe_runtime.kernels import grouped_backward_triton as backward
         from moe_runtime.kernels import grouped_triton as forward
-        from moe_runtime.kernels.permute_triton import combine_rows
+        from moe_runtime.kernels.permute_triton import combine_rows, permute_rows
 
         x_TD, weight_TK, gate_up_S2FD, down_SDF, kept_P2F = ctx.saved_tensors
-        rows, d_out_TD = ctx.rows, grads[0].contiguous()
-        num_tokens, top_k = weight_TK.shape
+        rows, (num_tokens, top_k) = ctx.rows, weight_TK.shape
         needs_x, needs_weight, needs_gate_up, needs_down, _ = ctx.needs_input_grad
-        d_hidden_PF = forward.rows_times_weights(d_out_TD, down_SDF, rows, transposed=False, gather_top_k=top_k)
+        d_out_PD = permute_rows(grads[0], rows, top_k=top_k)
+        d_hidden_PF = forward.rows_times_weights(d_out_PD, down_SDF, rows, transposed=False)
         d_gate_up_P2F, weighted_PF, d_weight_N = backward.swiglu_backward(
             d_hidden_PF, kept_P2F, weight_TK.reshape(-1), rows
         )
-        del d_hidden_PF
         d_x_TD = d_gate_up_S2FD = d_down_SDF = None
-        if needs_gate_up:
-            d_gate_up_S2FD = backward.weights_gradient(d_gate_up_P2F, x_TD, rows, top_k=top_k, gather_left=False)
         if needs_down:
-            d_down_SDF = backward.weights_gradient(d_out_TD, weighted_PF, rows, top_k=top_k, gather_left=True)
+            d_down_SDF = backward.weights_gradient(d_out_PD, weighted_PF, rows)
+        del d_hidden_PF, d_out_PD, weighted_PF  # what follows needs as much again
+        if needs_gate_up:
+            d_gate_up_S2FD = backward.weights_gradient(d_gate_up_P2F, permute_rows(x_TD, rows, top_k=top_k), rows)
         if needs_x:
             d_x_PD = forward.rows_times_weights(d_gate_up_P2F, gate_up_S2FD, rows, transposed=False)
             d_x_TD = combine_rows(d_x_PD, None, rows, num_tokens=num_tokens, top_k=top_k)
