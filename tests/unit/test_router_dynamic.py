@@ -1,5 +1,7 @@
 """Numbers of experts that differ by token or by time, and choices in two tiers."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -82,6 +84,16 @@ def test_probabilities_of_two_tiers_sum_to_one_and_a_token_stays_in_its_groups()
     assert routing.probability_TE is not None
     torch.testing.assert_close(routing.probability_TE.sum(dim=-1), torch.ones(50))
     assert all(len(set(row)) == 2 for row in (routing.expert_TK // 3).tolist())
+
+
+def test_a_pick_without_room_finds_it_inside_the_tokens_groups_or_nowhere() -> None:
+    options: dict[str, Any] = {"num_groups": 3, "group_topk": 1, "expert_capacity_factor": 0.5, "overflow": "Reroute"}
+    router, tokens = make_router(12, 2, type="Hierarchical", **options), make_tokens(60, 12, skew=1.0)
+    p_TG = tokens.x_TD @ router.get_parameter("kind.group_gate_GD").T
+    routing = route(router, tokens, training())
+    is_pick = routing.expert_TK != NO_EXPERT
+    assert torch.equal((routing.expert_TK // 4)[is_pick], p_TG.argmax(dim=-1, keepdim=True).expand(-1, 2)[is_pick])
+    assert routing.counts["rerouted"] > 0 and routing.counts["dropped"] > 0
 
 
 def test_the_group_loss_is_the_balance_loss_of_groups() -> None:

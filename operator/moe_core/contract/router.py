@@ -106,7 +106,7 @@ class RouterConfig(WireModel):
     frozen_gate: Literal["Random", "Model"] | None = Field(
         default=None, description="Random: a gate drawn once and never trained. Model: the model's gate, as it is."
     )
-    cached_from_percent: Percent | None = Field(
+    cached_from_percent: Annotated[int, Field(ge=1, le=100)] | None = Field(
         default=None, description="Part of the training after which a token's id alone decides its experts."
     )
     cached_dim: Annotated[int, Field(ge=1, le=4096)] | None = Field(
