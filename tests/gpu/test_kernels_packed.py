@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from moe_core.contract.packing import Packing
-from moe_runtime.kernels.mixture import mixture_packed, mixture_reference
+from moe_runtime.kernels.float8 import float8_rows, float8_rows_reference
+from moe_runtime.kernels.mixture import mixture_float8, mixture_packed, mixture_reference
 from moe_runtime.kernels.quantise import pack, unpack
 
 SHAPES = [(1, 1, 4, 64, 32), (300, 4, 16, 512, 384), (4096, 8, 16, 1024, 256)]
@@ -26,3 +27,34 @@ def test_mixture_of_packed_experts(shape: tuple[int, ...], packing: Packing) -> 
     torch.use_deterministic_algorithms(False)
     expected_TD = mixture_reference(x_TD.double(), slot_TK, weight_TK.double(), *numbers)
     assert float((out_TD.double() - expected_TD).norm() / expected_TD.norm()) < 1e-2
+
+
+def test_rows_as_float8() -> None:
+    torch.manual_seed(0)
+    x_RM = torch.randn(300, 2100, device="cuda") * torch.logspace(-6, 6, 300, device="cuda").unsqueeze(1)
+    codes_RM, scale_R = float8_rows(x_RM)
+    expected_RM, expected_R = float8_rows_reference(x_RM)
+    torch.testing.assert_close(scale_R, expected_R)
+    # a quotient that lies between two codes may fall to either
+    assert float((codes_RM.float() != expected_RM.float()).float().mean()) < 1e-3
+    torch.testing.assert_close(codes_RM.float(), expected_RM.float(), rtol=0.13, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(300, 4, 16, 512, 384), (4096, 8, 16, 1024, 256)], ids=str)
+def test_a_mixture_multiplied_as_float8_is_as_near_as_its_rounding(shape: tuple[int, ...]) -> None:
+    num_tokens, top_k, num_slots, d, f = shape
+    torch.manual_seed(0)
+    x_TD = torch.randn(num_tokens, d, device="cuda", dtype=torch.bfloat16)
+    slot_TK = torch.rand(num_tokens, num_slots, device="cuda").topk(top_k).indices
+    weight_TK = torch.rand(num_tokens, top_k, device="cuda")
+    packed = [
+        pack(torch.randn(num_slots, n, m, device="cuda") * m**-0.5, Packing.of("Float8"))
+        for n, m in ((2 * f, d), (d, f))
+    ]
+    numbers = [unpack(one, Packing.of("Float8"), num_columns=m).double() for one, m in zip(packed, (d, f), strict=True)]
+    out_TD = mixture_float8(x_TD, slot_TK, weight_TK, *packed)
+    codes_TD, scale_T = float8_rows_reference(x_TD)
+    rounded_TD = codes_TD.double() * scale_T.double().unsqueeze(1)
+    expected_TD = mixture_reference(rounded_TD, slot_TK, weight_TK.double(), *numbers)
+    # activations are rounded as well: a step of a code is 2^-3 of it, so the mean error of a number 2 %
+    assert float((out_TD.double() - expected_TD).norm() / expected_TD.norm()) < 4e-2

@@ -55,9 +55,20 @@ def tile_for(dtype: torch.dtype, block_rows: int, *, columns: int, is_roomy: boo
     """
     if dtype == torch.float32:
         return Tile(columns=32, depth=32, num_warps=4, num_stages=2)
+    depth = 128 // dtype.itemsize  # bytes that a descriptor's row takes at most
     if block_rows >= LARGE_BLOCK:
-        return Tile(columns, depth=64, blocks_in_turn=blocks_in_turn, num_stages=4 if is_roomy else 3)
-    return Tile(columns // 2, depth=64, num_warps=4, residents=2)
+        return Tile(columns, depth=depth, blocks_in_turn=blocks_in_turn, num_stages=4 if is_roomy else 3)
+    return Tile(columns // 2, depth=depth, num_warps=4, residents=2)
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """Of a product of float8 numbers, float32: one for each row of the left side ([T] when rows are gathered, else [P])
+    and one for each row of each slot's weight ([S, N]). The result is bfloat16.
+    """
+
+    left: torch.Tensor
+    weight_SN: torch.Tensor
 
 
 @triton.jit
@@ -74,6 +85,8 @@ def _gate_up_kernel(
     gate_up,
     hidden,
     kept,
+    x_scale_ptr,
+    weight_scale_ptr,
     pick_ptr,
     slot_ptr,
     start_ptr,
@@ -90,6 +103,7 @@ def _gate_up_kernel(
     GATHER: tl.constexpr,
     WHOLE: tl.constexpr,
     KEEP: tl.constexpr,
+    SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     num_blocks = tl.load(start_ptr + num_slots) // ROWS
@@ -114,6 +128,13 @@ def _gate_up_kernel(
             right = gate_up.load([slot * 2, column * COLUMNS, k]).reshape(2 * COLUMNS, DEPTH)
             sums = tl.dot(left, right.T, sums, input_precision=PRECISION)
         gate, up = sums.reshape(ROWS, 2, COLUMNS).permute(0, 2, 1).split()
+        if SCALED:
+            row = block * ROWS + tl.arange(0, ROWS)
+            row_scale = tl.load(x_scale_ptr + (token if GATHER else row))[:, None]
+            n = column * COLUMNS + tl.arange(0, COLUMNS)
+            of_slot = weight_scale_ptr + slot.to(tl.int64) * 2 * F + n
+            gate *= row_scale * tl.load(of_slot, mask=n < F, other=0.0)[None, :]
+            up *= row_scale * tl.load(of_slot + F, mask=n < F, other=0.0)[None, :]
         hidden.store([block * ROWS, column * COLUMNS], (gate * tl.sigmoid(gate) * up).to(hidden.dtype))
         if KEEP:
             kept.store([block * ROWS, 0, column * COLUMNS], gate.reshape(ROWS, 1, COLUMNS).to(kept.dtype))
@@ -125,6 +146,8 @@ def _rows_kernel(
     a,
     weight,
     out,
+    a_scale_ptr,
+    weight_scale_ptr,
     slot_ptr,
     start_ptr,
     num_slots,
@@ -136,6 +159,7 @@ def _rows_kernel(
     IN_TURN: tl.constexpr,
     PROGRAMS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     num_blocks = tl.load(start_ptr + num_slots) // ROWS
@@ -151,6 +175,13 @@ def _rows_kernel(
             else:
                 right = weight.load([slot, k, column * COLUMNS]).reshape(DEPTH, COLUMNS)
             sums = tl.dot(left, right, sums, input_precision=PRECISION)
+        if SCALED:
+            n = column * COLUMNS + tl.arange(0, COLUMNS)
+            row_scale = tl.load(a_scale_ptr + block * ROWS + tl.arange(0, ROWS))
+            sums *= (
+                row_scale[:, None]
+                * tl.load(weight_scale_ptr + slot.to(tl.int64) * N + n, mask=n < N, other=0.0)[None, :]
+            )
         # in halves: shared memory that the result does not take holds one more stage of the inputs
         HALF: tl.constexpr = COLUMNS // 2
         first, second = sums.reshape(ROWS, 2, HALF).permute(0, 2, 1).split()
@@ -197,13 +228,15 @@ def gate_up(
     *,
     gather_top_k: int | None,
     keep: bool = False,
+    scales: Scales | None = None,
     tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """[P, F] silu(gate) * up, and with `keep` gate and up themselves, [P, 2F].
 
     x is [P, D], or [T, D] with `gather_top_k` set to K: then a row takes its token's. Equals
     swiglu(rows_times_weights(x, gate_up)) but for the rounding of gate and up, which stay in float32. Rows of unused
-    blocks are not written, nor read. T at least 1. Raises InvalidInput on sides it cannot read.
+    blocks are not written, nor read. T at least 1. With `scales` both sides are float8. Raises InvalidInput on sides
+    it cannot read.
     """
     (num_slots, two_f, d), dtype = gate_up_S2FD.shape, x.dtype
     f = two_f // 2
@@ -216,8 +249,9 @@ def gate_up(
         blocks_in_turn=4 if gather_top_k else 16,
     )
     num_rows, programs = rows.pick_P.shape[0], num_programs(x.device) * tile.residents
-    hidden_PF = x.new_empty(num_rows, f)
-    kept_P2F = x.new_empty(num_rows, two_f) if keep else None
+    out_dtype = torch.bfloat16 if scales else dtype
+    hidden_PF = x.new_empty(num_rows, f, dtype=out_dtype)
+    kept_P2F = x.new_empty(num_rows, two_f, dtype=out_dtype) if keep else None
     _gate_up_kernel[(programs,)](
         x if gather_top_k else descriptor(x, rows.block_rows, tile.depth),
         descriptor(gate_up_S2FD.view(num_slots * 2, f, d), 2, tile.columns, tile.depth),
@@ -225,6 +259,8 @@ def gate_up(
         descriptor(
             (hidden_PF if kept_P2F is None else kept_P2F).view(num_rows, -1, f), rows.block_rows, 1, tile.columns
         ),
+        scales.left if scales else rows.pick_P,
+        scales.weight_SN if scales else rows.pick_P,
         rows.pick_P,
         rows.slot_of_block_B,
         rows.start_S1,
@@ -241,6 +277,7 @@ def gate_up(
         GATHER=gather_top_k is not None,
         WHOLE=d % tile.depth == 0,
         KEEP=keep,
+        SCALED=scales is not None,
         PRECISION=precision_of(dtype),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -249,23 +286,32 @@ def gate_up(
 
 
 def rows_times_weights(
-    a_PM: torch.Tensor, weight: torch.Tensor, rows: SlotRows, *, transposed: bool, tile: Tile | None = None
+    a_PM: torch.Tensor,
+    weight: torch.Tensor,
+    rows: SlotRows,
+    *,
+    transposed: bool,
+    scales: Scales | None = None,
+    tile: Tile | None = None,
 ) -> torch.Tensor:
     """[P, N] each row times its slot's weight: [S, N, M] when `transposed` (as a linear layer's), else [S, M, N].
 
-    Rows of unused blocks are not written; padding is what `a` makes it. Raises InvalidInput on sides it cannot read.
+    Rows of unused blocks are not written; padding is what `a` makes it. With `scales` both sides are float8. Raises
+    InvalidInput on sides it cannot read.
     """
     m, n = (weight.shape[2], weight.shape[1]) if transposed else (weight.shape[1], weight.shape[2])
     dtype = a_PM.dtype
     check_sides(dtype, M=m, N=n)
     tile = tile or tile_for(dtype, rows.block_rows, columns=256, is_roomy=True)
     programs = num_programs(a_PM.device) * tile.residents
-    out_PN = a_PM.new_empty(rows.pick_P.shape[0], n)
+    out_PN = a_PM.new_empty(rows.pick_P.shape[0], n, dtype=torch.bfloat16 if scales else dtype)
     box = (1, tile.columns, tile.depth) if transposed else (1, tile.depth, tile.columns)
     _rows_kernel[(programs,)](
         descriptor(a_PM, rows.block_rows, tile.depth),
         descriptor(weight, *box),
         descriptor(out_PN, rows.block_rows, tile.columns // 2),
+        scales.left if scales else rows.slot_of_block_B,
+        scales.weight_SN if scales else rows.slot_of_block_B,
         rows.slot_of_block_B,
         rows.start_S1,
         weight.shape[0],
@@ -277,6 +323,7 @@ def rows_times_weights(
         IN_TURN=tile.blocks_in_turn,
         PROGRAMS=programs,
         TRANSPOSED=transposed,
+        SCALED=scales is not None,
         PRECISION=precision_of(dtype),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

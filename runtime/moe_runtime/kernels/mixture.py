@@ -13,6 +13,7 @@ from torch.nn.functional import linear, silu
 
 from moe_core.contract.packing import Packing
 from moe_core.outcome import InvalidInput
+from moe_runtime.kernels.float8 import float8_rows
 from moe_runtime.kernels.index import SlotRows, index_rows
 from moe_runtime.kernels.quantise import Packed
 
@@ -93,6 +94,42 @@ def mixture_packed(
     rows = index_rows(slot_TK.reshape(-1), num_slots=num_slots, block_rows=block_rows)
     hidden_PF = gate_up_packed(x_TD.contiguous(), gate_up_S2FD, packing, rows, gather_top_k=top_k)
     out_PD = rows_times_packed(hidden_PF, down_SDF, packing, rows)
+    return combine_rows(out_PD, weight_TK, rows, num_tokens=num_tokens, top_k=top_k)
+
+
+def mixture_float8(
+    x_TD: torch.Tensor,
+    slot_TK: torch.Tensor,
+    weight_TK: torch.Tensor,
+    gate_up_S2FD: Packed,
+    down_SDF: Packed,
+    *,
+    block_rows: int | None = None,
+) -> torch.Tensor:
+    """`mixture_packed` of Float8 with a scale per row, multiplied as float8: tokens and activations are rounded too.
+
+    Faster than `mixture_packed` where tokens are many, and less exact. The result is bfloat16. Raises InvalidInput when
+    the scales go by group, or D or F is no multiple of 16.
+    """
+    for name, packed in (("gate_up", gate_up_S2FD), ("down", down_SDF)):
+        if packed.codes.dtype != torch.float8_e4m3fn or packed.scales is None or packed.scales.shape[-1] != 1:
+            raise InvalidInput(f"{name} must be Float8 with a scale per row to be multiplied as float8")
+    if slot_TK.numel() == 0:
+        return x_TD.bfloat16() * 0.0
+    from moe_runtime.kernels.grouped_triton import Scales, block_rows_for, gate_up, rows_times_weights
+    from moe_runtime.kernels.permute_triton import combine_rows
+
+    assert gate_up_S2FD.scales is not None and down_SDF.scales is not None
+    num_tokens, top_k = slot_TK.shape
+    num_slots = gate_up_S2FD.codes.shape[0]
+    block_rows = block_rows or block_rows_for(slot_TK.numel(), num_slots, x_TD.device)
+    rows = index_rows(slot_TK.reshape(-1), num_slots=num_slots, block_rows=block_rows)
+    x_codes_TD, x_scale_T = float8_rows(x_TD)
+    scales = Scales(x_scale_T, gate_up_S2FD.scales.squeeze(-1))
+    hidden_PF, _ = gate_up(x_codes_TD, gate_up_S2FD.codes, rows, gather_top_k=top_k, scales=scales)
+    hidden_codes_PF, hidden_scale_P = float8_rows(hidden_PF)
+    scales = Scales(hidden_scale_P, down_SDF.scales.squeeze(-1))
+    out_PD = rows_times_weights(hidden_codes_PF, down_SDF.codes, rows, transposed=True, scales=scales)
     return combine_rows(out_PD, weight_TK, rows, num_tokens=num_tokens, top_k=top_k)
 
 
