@@ -10,6 +10,7 @@ import torch
 from moe_core.contract.router import RouterConfig
 from moe_core.outcome import InvalidInput
 from moe_runtime.kernels.gate import gate_reference
+from moe_runtime.router import topk
 from moe_runtime.router.face import NO_EXPERT, Layout, Moment, Tokens
 from moe_runtime.router.registry import build_router
 from moe_runtime.router.topk import TopK
@@ -245,6 +246,33 @@ def test_what_the_kernel_is_told_is_what_the_router_does(options: dict[str, Any]
     routing = route(router, tokens)
     assert torch.equal(routing.expert_TK, expert_TK)
     torch.testing.assert_close(routing.weight_TK, weight_TK)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"aux_loss_coeff": 0.1, "z_loss_coeff": 0.1, "importance_loss_coeff": 0.1, "pre_softmax": True},
+        {"score_function": "Sigmoid", "num_groups": 4, "group_topk": 2, "aux_loss_coeff": 0.1},
+        {"expert_capacity_factor": 0.8, "overflow": "Reroute"},
+        {"expert_dropout": 0.4},
+    ],
+)
+@pytest.mark.parametrize("is_training", [True, False])
+def test_with_the_kernel_a_router_answers_the_same(
+    options: dict[str, Any], is_training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = []
+    for has_kernel in (False, True):
+        monkeypatch.setattr(topk, "runs_triton", lambda _, has_kernel=has_kernel: has_kernel)
+        router, tokens = make_router(8, 3, type="TopK", **options), make_tokens(40, 8, skew=0.4)
+        assert tokens.logits_TE is not None
+        logits_TE = tokens.logits_TE.requires_grad_()
+        routing = route(router, tokens, training() if is_training else SERVING)
+        total = (routing.weight_TK**2).sum() + sum(routing.losses.values(), torch.zeros(()))
+        answers.append((routing.expert_TK, routing.weight_TK.detach(), torch.autograd.grad(total, logits_TE)[0]))
+    plain, fused = answers
+    assert torch.equal(fused[0], plain[0])
+    torch.testing.assert_close(fused[1:], plain[1:])
 
 
 @pytest.mark.parametrize("options", [{"locality_bias": 1.0}, {"group_by": "Device", "group_topk": 1}])

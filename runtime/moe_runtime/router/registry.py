@@ -92,6 +92,7 @@ def _top_k(recipe: Recipe) -> Kind:
         locality=recipe.locality,
         bias_update_rate=recipe.option("bias_update_rate") if recipe.option("enable_expert_bias") else 0.0,
         expert_dropout=recipe.option("expert_dropout") or 0.0,
+        is_capped=recipe.config.expert_capacity_factor is not None,
     )
 
 
@@ -102,6 +103,7 @@ def _switch(recipe: Recipe) -> Kind:
         scores=Scores(before=True, renormalise=False),
         locality=recipe.locality,
         expert_dropout=recipe.option("expert_dropout") or 0.0,
+        is_capped=recipe.config.expert_capacity_factor is not None,
     )
 
 

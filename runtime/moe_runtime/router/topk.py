@@ -28,6 +28,7 @@ def best(compete_TE: torch.Tensor, top_k: int) -> torch.Tensor:
 class TopK(Kind):
     """expert_dropout leaves whole experts out of a training step's choice (MoEC, 2207.09094), the same for all tokens
     of this rank and never so many that fewer than K remain. Dropout inside the experts is the model's, not a router's.
+    is_capped: a capacity comes after it.
     """
 
     def __init__(
@@ -40,10 +41,11 @@ class TopK(Kind):
         locality: Locality | None = None,
         bias_update_rate: float = 0.0,
         expert_dropout: float = 0.0,
+        is_capped: bool = False,
     ) -> None:
         super().__init__()
         self.num_experts, self.top_k, self.scores = num_experts, top_k, scores
-        self.groups, self.locality = groups, locality
+        self.groups, self.locality, self.is_capped = groups, locality, is_capped
         self.bias_update_rate, self.expert_dropout = bias_update_rate, expert_dropout
         self.bias_E: torch.Tensor | None
         self.register_buffer("bias_E", torch.zeros(num_experts) if bias_update_rate else None)
@@ -68,10 +70,13 @@ class TopK(Kind):
 
     def forward(self, tokens: Tokens, moment: Moment) -> Picks:
         logits_TE = logits_of(tokens, self.num_experts)
-        rule = self.rule() if runs_triton(logits_TE) and not moment.looks_at_batch else None
-        if rule is not None:  # nobody asks for scores of the others here, so one pass over the logits does it
+        rule = self.rule() if runs_triton(logits_TE) and self._needs_picks_alone(moment) else None
+        if rule is not None:
             expert_TK, weight_TK, _ = gate(logits_TE, rule, self.bias_E)
-            return Picks(expert_TK, logits_TE.detach(), lambda _: weight_TK)
+            probability_TE = None
+            if moment.is_training:
+                probability_TE = self.scores.probability(self.scores.score(logits_TE))
+            return Picks(expert_TK, logits_TE.detach(), lambda _: weight_TK, probability_TE, logits_TE)
         score_TE = self.scores.score(logits_TE)
         with torch.no_grad():
             compete_TE = score_TE if self.bias_E is None else score_TE + self.bias_E
@@ -90,6 +95,12 @@ class TopK(Kind):
             probability_TE=self.scores.probability(score_TE),
             logits_TE=logits_TE,
         )
+
+    def _needs_picks_alone(self, moment: Moment) -> bool:
+        """Nobody will ask how another choice would weigh, nor is anybody left out of this one."""
+        if self.is_capped and moment.looks_at_batch:
+            return False
+        return not (self.expert_dropout and moment.is_training)
 
     def use_layout(self, layout: Layout) -> None:
         for part in (self.groups, self.locality):
