@@ -14,9 +14,12 @@ from moe_core.contract.router import RouterConfig
 from moe_core.contract.runtime_config import ModelShape, ModelSource, TrainingConfig
 from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.errors import GroupFault
+from moe_runtime.membership.group import EpochGroup
 from moe_runtime.train import loop
 from moe_runtime.train.data import asked_router
+from moe_runtime.train.gradients import complete_gradients
 from moe_runtime.train.loop import Trainer
+from moe_runtime.train.losses import losses
 from moe_runtime.train.snapshot import SnapshotReader, step_folder
 
 NUM_LAYERS, NUM_EXPERTS = 2, 8
@@ -197,6 +200,38 @@ def lose_a_rank(
             losses.append(trainer.step().loss_bits)
         trainer.snapshot()
     return untouched, restored, losses
+
+
+def route_own_texts(rank: int, store_path: str, *, size: int, text: str, routers: dict[str, dict[str, Any]]) -> Any:
+    """By router: logits of this rank's own texts, scored whole, and gradients of a step in which all ranks read the
+    texts of rank 0: then one process has the same ones.
+    """
+    if size == 1:
+        return {name: _route_own_texts(None, 0, text, options) for name, options in routers.items()}
+    with join_group(store_path, ranks=range(size), rank=rank) as group:
+        return {name: _route_own_texts(group, rank, text, options) for name, options in routers.items()}
+
+
+def _route_own_texts(group: EpochGroup | None, rank: int, text: str, router: dict[str, Any]) -> Any:
+    size = 1 if group is None else group.size
+    config = config_for(Path(text), Path(text), num_ranks=size)
+    epm = trainer_for(config, even_map(size, redundant=int(size > 1)), rank, router=router).epm
+    epm.bind(group)
+    assert epm.routed is not None
+    with torch.no_grad(), epm.routed.scoring_whole_texts():
+        logits = [
+            epm.module(input_ids=own_texts(each), use_cache=False).logits.tolist()
+            for each in (range(2) if group is None else [rank])
+        ]
+    epm.rollback()
+    epm.routed.begin(step=0, progress=0.0, group=None)
+    torch.autograd.backward(losses(epm, own_texts(0), aux_coefficient=0.0).text / size)
+    of = complete_gradients(epm, group, sums=()).of
+    return logits, {key: of[key].tolist() for key, _ in epm.dense_parameters()}
+
+
+def own_texts(rank: int) -> torch.Tensor:
+    return torch.randint(0, 256, (3 + rank, 13), generator=torch.Generator().manual_seed(rank))
 
 
 def serve_like_trained(rank: int, store_path: str, *, size: int, output: str, texts: list[list[int]]) -> Any:

@@ -170,6 +170,11 @@ BROKEN: tuple[Broken, ...] = (
         *("MoEJob", ROUTER, {"type": "TopK", "expertCapacityFactor": "1", "classCapacityPercents": [50, 40]}),
         ("classCapacityPercents must sum to 100",),
     ),
+    Broken("MoEJob", ROUTER, {"type": "Heuristic", "heuristic": "Class"}, ("heuristic Class needs classFirstIds",)),
+    Broken(
+        *("MoEJob", ROUTER, {"type": "Heuristic", "heuristic": "Class", "classFirstIds": [9, 5]}),
+        ("classFirstIds must ascend",),
+    ),
     Broken("MoEJob", "spec", COEFFICIENT_TWICE, ("give model.router.auxLossCoeff",)),
     Broken("MoEJob", "spec.output", REMOVED, ("output",)),
     Broken("MoEJob", "spec.output.path", "", ("path",)),

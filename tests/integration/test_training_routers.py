@@ -65,6 +65,34 @@ def test_ranks_route_and_learn_like_one_process(tmp_path: Path, text: Path, rout
             assert torch.allclose(tensor, expected[name], rtol=1e-3, atol=5e-4), name
 
 
+LOOKING_AHEAD: dict[str, dict[str, Any]] = {
+    "experts choose": {"type": "ExpertChoice"},
+    "soft": {"type": "SoftMoE", "rows_per_expert": 2},
+    "sinkhorn": {"type": "Sinkhorn"},
+    "base": {"type": "Base"},
+    "full": {"type": "TopK", "expert_capacity_factor": 0.5, "token_drop_policy": "Position"},
+    "rerouted": {"type": "TopK", "expert_capacity_factor": 1.0, "overflow": "Reroute"},
+    "queued": {"type": "TopK", "expert_capacity_factor": 0.5, "overflow": "Queue", "queue_passes": 2},
+    "few or many": {"type": "TopP", "top_p": 0.3},
+}
+
+
+def test_a_rank_routes_its_own_texts_alone_wherever_the_experts_live(tmp_path: Path, text: Path) -> None:
+    """Of whoever looks at other tokens: at those of its own rank."""
+    named: dict[str, Any] = {"text": str(text), "routers": LOOKING_AHEAD}
+    ranks = run_ranks(train_tasks.route_own_texts, num_ranks=2, size=2, store_path=str(tmp_path / "s"), **named)
+    alone = train_tasks.route_own_texts(0, "", size=1, **named)
+    for name in LOOKING_AHEAD:
+        logits, gradients = alone[name]
+        for rank, found in ranks.items():
+            there, gradients_there = found[name]
+            torch.testing.assert_close(torch.tensor(there[0]), torch.tensor(logits[rank]), rtol=0, atol=2e-5)
+            for key, gradient in gradients.items():
+                assert torch.allclose(
+                    torch.tensor(gradients_there[key]), torch.tensor(gradient), rtol=1e-3, atol=1e-6
+                ), (name, key)
+
+
 def test_each_experts_gradient_is_bounded_alike_on_all_its_copies(tmp_path: Path, text: Path) -> None:
     bounded: dict[str, Any] = {"router": BIASED, "max_expert_gradient_norm": 0.01}
     alone, alone_norms = _losses(tmp_path, text, "alone", num_ranks=1, **bounded)

@@ -32,7 +32,7 @@ def test_a_line_of_megatrons_tracer_is_read_and_written_back() -> None:
         ("[1]", r"line 1: must be a JSON object, got \[1\]"),
         (LINE.replace('"num_tokens": 2', '"num_tokens": 3'), "top_indices has 2 tokens, num_tokens says 3"),
         (LINE.replace('"topk": 2', '"topk": 1'), r"top_indices\[0\] has 2 picks, topk says 1"),
-        (LINE.replace("[2, 1]", "[2, -1]"), r"top_indices\[1\] names expert -1"),
+        (LINE.replace("[2, 1]", "[2, -2]"), r"top_indices\[1\] names expert -2"),
         (LINE.replace('"layer": 3', '"layer": "3"'), "line 1: layer: "),
         (LINE.replace('"layer": 3, ', ""), "line 1: layer: Field required"),
         (LINE.replace('"rank"', '"ranks"'), "line 1: ranks?: "),
@@ -60,6 +60,12 @@ def test_a_rank_without_tokens_adds_nothing_to_the_load_of_its_step() -> None:
 def test_experts_chosen_by_the_same_token_are_counted_together() -> None:
     together = Trace.of([record(0, 0, 0, (0, 1), (1, 2), (0, 1))]).chosen_together()[0]
     assert together.tolist() == [[2, 2, 0], [2, 3, 1], [0, 1, 1]]
+
+
+def test_picks_that_nobody_takes_count_nowhere() -> None:
+    trace = Trace.of([record(0, 0, 0, (0, 1), (1, -1), (-1, -1))])
+    assert trace.load_of_steps().tolist() == [[[1, 2]]]
+    assert trace.chosen_together()[0].tolist() == [[1, 1], [1, 2]]
 
 
 def test_an_expert_or_a_rank_that_cannot_be_is_refused() -> None:

@@ -25,6 +25,7 @@ VALUES: dict[str, Any] = {
     "options": {"a": "b"},
     "heuristic": "Class",
     "class_capacity_percents": (30, 70),
+    "class_first_ids": (128,),
 }
 OTHERS: dict[str, Any] = {
     "score_function": "Sigmoid",
@@ -35,6 +36,8 @@ OTHERS: dict[str, Any] = {
     "frozen_gate": "Model",
     "overflow": "Queue",
     "class_capacity_percents": (30, 30),
+    "class_first_ids": (200, 100),
+    "num_classes": 3,
 }
 NAMES = sorted(set(RouterConfig.model_fields) - {"type"})
 
@@ -67,9 +70,12 @@ def test_every_option_says_what_it_is(name: str) -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(get_args(RouterType)), options())
 def test_the_spec_takes_what_the_runtime_takes_and_nothing_else(kind: RouterType, given: dict[str, Any]) -> None:
+    needs_classes = given.get("heuristic") == "Class" or "class_capacity_percents" in given
     try:
         expected = RouterConfig(type=kind, **given)
-    except ValidationError:
+        if needs_classes and "class_first_ids" not in given:
+            raise InvalidSpec([])  # the spec's own: nobody else says there what class a token is of
+    except (ValidationError, InvalidSpec):
         with pytest.raises(InvalidSpec):
             parse_spec(RouterSpec, {"type": kind, **wire(given)})
     else:

@@ -12,6 +12,7 @@ from moe_core.contract.base import WireModel
 from moe_core.contract.router_rules import DEFAULTS, RouterType, why_refused
 
 Coefficient = Annotated[float, Field(ge=0.0, le=1e6)]
+TokenId = Annotated[int, Field(ge=1, le=2147483647)]
 Percent = Annotated[int, Field(ge=0, le=100)]
 
 
@@ -102,6 +103,13 @@ class RouterConfig(WireModel):
         description="Position: by place in the sequence. Class: every class of tokens (modality) has experts of its "
         "own, chosen among by the gate.",
     )
+    class_first_ids: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1, max_length=63)] | None = (
+        Field(
+            default=None,
+            description="Classes by token id, ascending: ids below the first number are of class 0, those from it on "
+            "of class 1, and so on, e.g. where a picture's ids begin.",
+        )
+    )
     num_classes: Annotated[int, Field(ge=1, le=64)] | None = Field(default=None, description="Classes of tokens.")
     frozen_gate: Literal["Random", "Model"] | None = Field(
         default=None, description="Random: a gate drawn once and never trained. Model: the model's gate, as it is."
@@ -184,6 +192,13 @@ class RouterConfig(WireModel):
         """Whether the chosen experts' weights are divided by their sum."""
         return not self.pre_softmax if self.norm_topk_prob is None else self.norm_topk_prob
 
+    @property
+    def classes(self) -> int:
+        """How many classes of tokens there are."""
+        if self.num_classes is not None:
+            return self.num_classes
+        return int(DEFAULTS["num_classes"]) if self.class_first_ids is None else len(self.class_first_ids) + 1
+
     def given(self) -> dict[str, Any]:
         """The options that somebody gave, by name."""
         return {name: value for name, value in self if name != "type" and value is not None}
@@ -204,10 +219,8 @@ def why_misfit(config: RouterConfig, *, num_experts: int, top_k: int) -> list[st
             problems.append(f"group_topk {config.group_topk} leaves a token {reach} experts; it takes {top_k}")
         if config.type == "Hierarchical" and top_k % config.group_topk:
             problems.append(f"group_topk must divide the experts of a token (got {config.group_topk} and {top_k})")
-    if config.type == "Heuristic" and config.heuristic == "Class":
-        num_classes = config.num_classes or int(DEFAULTS["num_classes"])
-        if num_experts // num_classes < top_k:
-            problems.append(f"num_classes {num_classes} leaves a class fewer than {top_k} of {num_experts} experts")
+    if config.type == "Heuristic" and config.heuristic == "Class" and num_experts // config.classes < top_k:
+        problems.append(f"num_classes {config.classes} leaves a class fewer than {top_k} of {num_experts} experts")
     for name in ("max_k", "start_k"):
         value = getattr(config, name)
         if value is not None and not (top_k if name == "start_k" else 1) <= value <= num_experts:

@@ -32,7 +32,7 @@ _BIAS = {"enable_expert_bias", "bias_update_rate"}
 _LOCALITY = {"locality_bias", "locality_budget_percent"}
 _CAPACITY = {
     *("expert_capacity_factor", "token_drop_policy", "overflow", "queue_passes", "norm_kept_prob"),
-    *("adaptive_capacity_decay", "class_capacity_percents"),
+    *("adaptive_capacity_decay", "class_capacity_percents", "class_first_ids"),
 }
 _BALANCE = {
     *("load_balancing_type", "aux_loss_coeff", "aux_loss_target_percent", "aux_loss_adapt_rate"),
@@ -115,6 +115,7 @@ NEEDS: Mapping[str, tuple[tuple[str, Any], ...]] = {
     "num_classes": (("heuristic", "Class"),),
     **dict.fromkeys(sorted(_CAPACITY - {"expert_capacity_factor"}), (("expert_capacity_factor", GIVEN),)),
     "queue_passes": (("overflow", "Queue"),),
+    "class_first_ids": (("class_capacity_percents", GIVEN), ("heuristic", "Class")),
     "load_balancing_type": (("aux_loss_coeff", GIVEN),),
     "aux_loss_target_percent": (("aux_loss_coeff", GIVEN),),
     "aux_loss_adapt_rate": (("aux_loss_target_percent", GIVEN),),
@@ -146,6 +147,16 @@ def why_refused(router_type: RouterType, given: Mapping[str, Any]) -> list[str]:
     shares = given.get("class_capacity_percents")
     if shares is not None and sum(shares) != 100:
         problems.append(f"class_capacity_percents must sum to 100 (got {list(shares)})")
+    starts = given.get("class_first_ids")
+    if starts is not None:
+        if list(starts) != sorted(starts):
+            problems.append(f"class_first_ids must ascend (got {list(starts)})")
+        counted = {"num_classes": given.get("num_classes"), "class_capacity_percents": shares and len(shares)}
+        problems += [
+            f"class_first_ids makes {len(starts) + 1} classes, {name} has {count}"
+            for name, count in counted.items()
+            if count is not None and count != len(starts) + 1
+        ]
     return problems
 
 

@@ -3,7 +3,8 @@
     {"step": 0, "stage": "pre_dispatch", "block": "decoder", "layer": 3, "rank": 0,
      "num_tokens": 2, "topk": 2, "top_indices": [[12, 45], [3, 12]]}
 
-Layers of multi-token prediction bear `mtp_idx` as well.
+Layers of multi-token prediction bear `mtp_idx` as well. Where a token takes fewer than topk, -1 stands for nobody (a
+router of varying K, a pick without room).
 """
 
 from typing import Self
@@ -14,8 +15,13 @@ LayerName = tuple[str, int, int]
 """(block, mtp_idx or -1, layer)."""
 
 
+NOBODY = -1
+
+
 class TraceRecord(BaseModel):
-    """What one rank routed in one layer of one step. top_indices [num_tokens][topk] are logical experts."""
+    """What one rank routed in one layer of one step. top_indices [num_tokens][topk] are logical experts,
+    NOBODY where there is none.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -36,7 +42,7 @@ class TraceRecord(BaseModel):
         for token, picks in enumerate(self.top_indices):
             if len(picks) != self.topk:
                 raise ValueError(f"top_indices[{token}] has {len(picks)} picks, topk says {self.topk}")
-            if min(picks) < 0:
+            if min(picks) < NOBODY:
                 raise ValueError(f"top_indices[{token}] names expert {min(picks)}")
         return self
 

@@ -88,7 +88,7 @@ class Trace:
         return found
 
     def picks(self, layer: LayerName) -> IntArray:
-        """[tokens, K] of one layer, all steps and ranks. Raises InvalidInput if ranks disagree about topk."""
+        """[tokens, K] of one layer, all steps and ranks; -1: nobody. Raises InvalidInput if ranks disagree on topk."""
         rows = [record for record in self.records if record.layer_name == layer and record.num_tokens]
         sizes = sorted({record.topk for record in rows})
         if len(sizes) > 1:
@@ -99,12 +99,14 @@ class Trace:
         """[L, E, E] tokens that chose both; how often an expert was chosen is on the diagonal."""
         found = np.zeros((len(self.layers), self.num_experts, self.num_experts))
         for index, layer in enumerate(self.layers):
-            chosen_TE = np.zeros((len(picks_TK := self.picks(layer)), self.num_experts), dtype=np.float32)
+            # the last column takes picks of nobody
+            chosen_TE = np.zeros((len(picks_TK := self.picks(layer)), self.num_experts + 1), dtype=np.float32)
             if len(picks_TK):
                 np.put_along_axis(chosen_TE, picks_TK, 1, axis=1)
-            found[index] = chosen_TE.T @ chosen_TE
+            found[index] = (chosen_TE.T @ chosen_TE)[:-1, :-1]
         return found
 
 
 def _flat(record: TraceRecord) -> IntArray:
-    return np.asarray(record.top_indices, dtype=np.int64).ravel()
+    picks = np.asarray(record.top_indices, dtype=np.int64).ravel()
+    return picks[picks >= 0]

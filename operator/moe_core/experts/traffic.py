@@ -184,7 +184,7 @@ def domains_per_token(
     """How many failure domains other than its own a token of a trace has to be sent to, on average over the layers.
 
     picks_of_layer: [T, K] for each layer of the map, its tokens dealt over the ranks in turn. A pick goes to the copy
-    that its source chooses for it; lost experts count nowhere.
+    that its source chooses for it; lost experts, and picks of nobody (negative), count nowhere.
     """
     ranks = np.flatnonzero(expert_map.slots_of_rank)
     ids = {name: index for index, name in enumerate(dict.fromkeys(domain_of_rank))}
@@ -197,7 +197,8 @@ def domains_per_token(
         token_of_rank_T, row_T = np.divmod(np.arange(len(picks_TK)), len(ranks))
         way_T = token_of_rank_T % chosen_RWLE.shape[1]
         home_T = domain_R[ranks[row_T]]
-        slot_TK = chosen_RWLE[row_T[:, None], way_T[:, None], layer_idx, picks_TK]
+        chosen_TK = chosen_RWLE[row_T[:, None], way_T[:, None], layer_idx, picks_TK]
+        slot_TK = np.where(picks_TK < 0, NO_SLOT, chosen_TK)
         meets_TG = np.zeros((len(picks_TK), len(ids)), dtype=bool)
         np.put_along_axis(
             meets_TG, np.where(slot_TK == NO_SLOT, home_T[:, None], domain_of_slot[slot_TK]), True, axis=1

@@ -84,9 +84,47 @@ def _rules() -> Iterator[Rule]:
         "classCapacityPercents must sum to 100",
         lambda router: router.class_capacity_percents is None or sum(router.class_capacity_percents) == 100,
     )
+    yield Rule(
+        "!has(self.classFirstIds) || self.classFirstIds.size() < 2 || self.classFirstIds.isSorted()",
+        "classFirstIds must ascend",
+        lambda router: router.class_first_ids is None or list(router.class_first_ids) == sorted(router.class_first_ids),
+    )
+    for name, size, count in (
+        ("numClasses", "self.numClasses", lambda router: router.num_classes),
+        (
+            "classCapacityPercents",
+            "self.classCapacityPercents.size()",
+            lambda router: router.class_capacity_percents and len(router.class_capacity_percents),
+        ),
+    ):
+        yield Rule(
+            f"!has(self.classFirstIds) || !has(self.{name}) || {size} == self.classFirstIds.size() + 1",
+            f"classFirstIds makes one class more than it has numbers; {name} must say so",
+            _as_many_classes(count),
+        )
+    # only here: code that builds a router may say each token's class itself
+    told = "needs classFirstIds, which says what class a token is of"
+    yield Rule(
+        "!has(self.classCapacityPercents) || has(self.classFirstIds)",
+        f"classCapacityPercents {told}",
+        lambda router: router.class_capacity_percents is None or router.class_first_ids is not None,
+    )
+    yield Rule(
+        "!has(self.heuristic) || self.heuristic != 'Class' || has(self.classFirstIds)",
+        f"heuristic Class {told}",
+        lambda router: router.heuristic != "Class" or router.class_first_ids is not None,
+    )
 
 
 Holds = Callable[[Any], bool]
+
+
+def _as_many_classes(count: Callable[[Any], int | None]) -> Holds:
+    def holds(router: Any) -> bool:
+        starts, given = router.class_first_ids, count(router)
+        return starts is None or given is None or given == len(starts) + 1
+
+    return holds
 
 
 def _used(name: str, *, by: Sequence[str]) -> Holds:

@@ -31,7 +31,7 @@ def mix(
 ) -> torch.Tensor:
     """[T, D] the weighted sum over each token's picks. Raises GroupFault.
 
-    only_by_pick: K or the number of rows may differ from what the other ranks expect, which only this way allows.
+    only_by_pick: K may be another one on another rank, which only this way allows.
     """
     plan, group, legs = context.plan, context.group, context.legs
     if group is None:

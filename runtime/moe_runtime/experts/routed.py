@@ -26,6 +26,7 @@ from moe_runtime.dispatch.group_face import Group
 from moe_runtime.experts.families import ExpertsModule, ModelFacts
 from moe_runtime.experts.gates import Gate, find_gate
 from moe_runtime.experts.router_files import SavedRouter
+from moe_runtime.router.custom import CustomRouter
 from moe_runtime.router.face import NO_EXPERT, Layout, Moment, Router, Routing, SoftRows, SumOverRanks, Tokens
 from moe_runtime.router.registry import build_router
 
@@ -54,6 +55,7 @@ class _Now:
     """The forward that is next, for all layers."""
 
     seed: int
+    class_first_ids: torch.Tensor | None = None
     moment: Moment = field(default_factory=Moment)
     position: int = 0
     ids_T: torch.Tensor | None = None
@@ -69,10 +71,8 @@ class RoutedLayer:
     def __init__(self, layer_idx: int, gate: Gate, router: Router, *, num_experts: int, now: _Now) -> None:
         self.layer_idx, self.gate, self.router = layer_idx, gate, router
         self._num_experts, self._now = num_experts, now
-
-    @property
-    def looks_ahead(self) -> bool:
-        return self.router.looks_ahead
+        self.may_differ_by_rank = isinstance(router, CustomRouter)
+        """Whether a token's number of picks may be another one on another rank."""
 
     def route(self, x_TD: torch.Tensor, valid_V: torch.Tensor | None = None) -> Routing:
         """Of tokens of the running forward: those that `valid_V` (flat indices) names, None: all."""
@@ -83,7 +83,10 @@ class RoutedLayer:
         )
         moment = self._moment(x_TD.device)
         logits_TE = self.gate.logits(self.router.before_gate(x_TD, moment))
-        tokens = Tokens(x_TD, logits_TE, ids_T=ids_T, sequence_T=sequence_T, position_T=position_T)
+        class_T = None
+        if now.class_first_ids is not None and ids_T is not None:
+            class_T = torch.bucketize(ids_T, now.class_first_ids.to(ids_T.device), right=True)
+        tokens = Tokens(x_TD, logits_TE, ids_T=ids_T, sequence_T=sequence_T, position_T=position_T, class_T=class_T)
         routing = self.router(tokens, moment)
         for name, count in routing.counts.items():
             now.counts[name] = now.counts.get(name, 0) + count
@@ -133,7 +136,7 @@ class Routed:
     @property
     def looks_ahead(self) -> bool:
         """Whether a token's picks depend on tokens that come after it."""
-        return any(layer.looks_ahead for layer in self.layers)
+        return any(layer.router.looks_ahead for layer in self.layers)
 
     def losses(self) -> dict[str, torch.Tensor]:
         """Of the last training forward, by name: scaled, mean over layers."""
@@ -246,7 +249,8 @@ def make_routed(
     seed: int,
 ) -> Routed:
     """Routers for `model`, which may have no weights yet. Raises UnsupportedModel, InvalidInput."""
-    now = _Now(seed)
+    starts = asked.config.class_first_ids
+    now = _Now(seed, class_first_ids=None if starts is None else torch.tensor(starts))
     counts_V = asked.token_counts_V
     if counts_V is not None:  # ids beyond the text's do not occur
         counts_V = torch.nn.functional.pad(counts_V, (0, facts.vocab_size - len(counts_V)))

@@ -115,7 +115,6 @@ class SlottedExperts:
             weight_TK,
             context=context,
             run_slots=self.run_slots,
-            # tokens of one rank may then have more picks than those of another
-            only_by_pick=self.router is not None and self.router.looks_ahead,
+            only_by_pick=self.router is not None and self.router.may_differ_by_rank,
         )
         return mixed_TD if local_TD is None else mixed_TD + local_TD

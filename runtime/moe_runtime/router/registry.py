@@ -140,7 +140,7 @@ def _hash(recipe: Recipe) -> Kind:
 def _heuristic(recipe: Recipe) -> Kind:
     if recipe.config.heuristic == "Position":
         return ByPosition(num_experts=recipe.num_experts, top_k=recipe.top_k)
-    return ByClass(num_experts=recipe.num_experts, top_k=recipe.top_k, num_classes=recipe.option("num_classes"))
+    return ByClass(num_experts=recipe.num_experts, top_k=recipe.top_k, num_classes=recipe.config.classes)
 
 
 KINDS: dict[RouterType, Callable[[Recipe], Kind]] = {
