@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from moe_core.contract.exchange import RuntimeState
+from moe_core.contract.exchange import RuntimeState, TrainingProgress
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.experts.measure import Balance, balance
 
@@ -60,7 +60,7 @@ class _StateCollector(Collector):
                 fallback.add_metric([reason], count)
         info = GaugeMetricFamily("moe_map_info", "The expert map in force.", labels=["digest"])
         info.add_metric([state.map_digest], 1)
-        gauges = [
+        gauges: list[Metric] = [
             GaugeMetricFamily("moe_active_ranks", "Ranks that take part in steps.", value=len(active)),
             GaugeMetricFamily("moe_epoch", "Committed epoch of the membership.", value=state.epoch),
         ]
@@ -84,6 +84,8 @@ class _StateCollector(Collector):
                 GaugeMetricFamily("moe_balancedness", "Mean over max of rank load.", value=even.balancedness),
                 GaugeMetricFamily("moe_balancedness_min", "The same of the worst layer.", value=even.balancedness_min),
             ]
+        if state.training is not None:
+            gauges += _of_routers(state.training)
         return [tokens, fallback, info, *gauges, *self._counters()]
 
     def _counters(self) -> list[Metric]:
@@ -111,6 +113,20 @@ class _StateCollector(Collector):
                     picks.add_metric([str(layer_idx), str(logical_id)], count)
             families.append(picks)
         return families
+
+
+def _of_routers(training: TrainingProgress) -> list[Metric]:
+    losses = GaugeMetricFamily(
+        "moe_router_loss", "What the routers add to the text's loss in a training step.", labels=["loss"]
+    )
+    for name, loss in sorted(training.router_losses.items()):
+        losses.add_metric([name], loss)
+    picks = CounterMetricFamily(
+        "moe_router_picks", "Training picks that found no room, by what became of them.", labels=["outcome"]
+    )
+    for name, count in sorted(training.router_counts.items()):
+        picks.add_metric([name], count)
+    return [losses, picks]
 
 
 def _balance_in_force(

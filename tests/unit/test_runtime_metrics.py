@@ -2,7 +2,7 @@
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from moe_core.contract.exchange import RankPhase
+from moe_core.contract.exchange import RankPhase, TrainingProgress
 from moe_core.contract.membership import Member
 from moe_runtime.coordinator.book import Book
 from moe_runtime.metrics import CoordinatorMetrics, GatewayMetrics, RankCounts
@@ -46,6 +46,15 @@ def test_a_gateway_that_was_started_again_in_its_pod_keeps_what_it_had_counted()
     serving = book.state().serving
     assert serving is not None
     assert (serving.requests_ok, serving.requests_failed) == (10, 1)
+
+
+def test_what_routers_lose_and_drop_in_training_is_scraped_by_name() -> None:
+    book = Book(lambda: 0.0, is_serving=False)
+    told = TrainingProgress(step=3, router_losses={"aux": 0.25}, router_counts={"dropped": 7})
+    book.note_rank(rank("a", 5).model_copy(update={"training": told}))
+    scraped = scrape(book)
+    assert scraped["moe_router_loss", "loss=aux"] == 0.25
+    assert scraped["moe_router_picks_total", "outcome=dropped"] == 7
 
 
 def test_no_name_has_two_sources() -> None:

@@ -74,6 +74,12 @@ class TrainingProgress(WireModel):
     tokens_per_s: float = 0.0
     seconds: float = 0.0
     restored_from_step: int | None = None
+    router_losses: dict[str, float] = Field(default_factory=dict)
+    """Of the newest step, what the routers added to the text's loss, by name."""
+    router_counts: dict[str, int] = Field(default_factory=dict)
+    """Picks that a router of ours dropped, rerouted or queued, since the rank that tells started."""
+    balancedness: float | None = None
+    """Of the newest step."""
     done: bool = False
     checkpoint_path: str | None = None
 

@@ -6,6 +6,7 @@ joined, all ranks restore the newest snapshot that they can read, unless all sti
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.membership.group import EpochGroup
 from moe_runtime.rank.work import ModelUnusable, WorkReport, loading
 from moe_runtime.train.data import asked_router
-from moe_runtime.train.loop import Diverged, OutOfStep, Trainer
+from moe_runtime.train.loop import Diverged, OutOfStep, StepReport, Trainer
 from moe_runtime.train.snapshot import SnapshotDamaged
 
 _PUBLISH_MS = 600_000
@@ -42,6 +43,7 @@ class TrainWork:
         self._must_restore = True
         self._is_done = False
         self._restored_from: int | None = None
+        self._router_counts: Counter[str] = Counter()
 
     def load(self, expert_map: ExpertMap) -> None:
         with loading("the training text"):
@@ -96,12 +98,7 @@ class TrainWork:
         except (Diverged, SnapshotDamaged) as error:
             raise ModelUnusable(str(error)) from error
         seconds = time.monotonic() - began
-        self._tell(
-            step=report.step,
-            loss=report.loss_bits * math.log(2.0),
-            tokens_per_s=report.tokens / seconds if seconds > 0 else 0.0,
-            seconds=report.seconds,
-        )
+        self._tell(report, tokens_per_s=report.tokens / seconds if seconds > 0 else 0.0)
 
     def _finish(self, trainer: Trainer, group: EpochGroup) -> None:
         summary = trainer.finish()
@@ -119,6 +116,9 @@ class TrainWork:
             tokens_per_s=last.tokens_per_s if last else 0.0,
             seconds=trainer.state.seconds,
             restored_from_step=self._restored_from,
+            router_losses=last.router_losses if last else {},
+            router_counts=dict(self._router_counts),
+            balancedness=last.balancedness if last else None,
             heldout_bits_per_byte=heldout,
             order2_bits_per_byte=order2,
             done=True,
@@ -126,17 +126,21 @@ class TrainWork:
         )
         self.report = replace(self.report, load=self._load(), training=progress)
 
-    def _tell(self, *, step: int, loss: float, tokens_per_s: float, seconds: float) -> None:
+    def _tell(self, report: StepReport, *, tokens_per_s: float) -> None:
         epm, trainer, _ = self._parts()
+        self._router_counts.update(report.router_counts)
         progress = TrainingProgress(
-            step=step,
+            step=report.step,
             max_steps=self._training.max_steps,
-            loss=loss,
+            loss=report.loss_bits * math.log(2.0),
             tokens_per_s=tokens_per_s,
-            seconds=seconds,
+            seconds=report.seconds,
             restored_from_step=self._restored_from,
+            router_losses=report.router_losses,
+            router_counts=dict(self._router_counts),
+            balancedness=report.balancedness,
         )
-        due = step % 20 == 1
+        due = report.step % 20 == 1
         self.report = WorkReport(
             tokens=trainer.state.tokens,
             load=self._load() if due else self.report.load,
