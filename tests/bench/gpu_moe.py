@@ -239,8 +239,16 @@ def packed_rows(name: str, layer: Layer, machine: Machine) -> Iterator[Row]:
             def run(gate_up: Any = gate_up, down: Any = down, packing: Packing = packing) -> torch.Tensor:
                 return mixtures.mixture_packed(layer.x, layer.slot, layer.weight, gate_up, down, packing=packing)
 
-            floor = machine.floor(flops=6 * case.n * case.d * case.f, num_bytes=num_bytes)
+            flops = 6 * case.n * case.d * case.f
+            floor = machine.floor(flops=flops, num_bytes=num_bytes)
             yield Row(name, f"{packing} / ours in bf16", timed(run), plain, floor)
+            if packing.precision == "Float8":
+
+                def multiplied(gate_up: Any = gate_up, down: Any = down) -> torch.Tensor:
+                    return mixtures.mixture_float8(layer.x, layer.slot, layer.weight, gate_up, down)
+
+                floor = machine.floor(flops=flops / 2, num_bytes=num_bytes)  # two for one of bfloat16
+                yield Row(name, "multiplied as float8 / ours in bf16", timed(multiplied), plain, floor)
 
 
 def main() -> int:
