@@ -83,6 +83,18 @@ def test_a_mixture_of_packed_experts(packing: Packing) -> None:
     torch.testing.assert_close(out_TD, expected_TD, rtol=5e-5, atol=5e-5)
 
 
+@pytest.mark.parametrize("packing", PACKINGS, ids=str)
+def test_float16_rows_take_packed_weights_too(packing: Packing) -> None:
+    from moe_runtime.kernels.grouped_packed_triton import rows_times_packed
+
+    rows, _, _, down_SDF = drawn(SHAPES[2])
+    small, numbers_SDF = packed(down_SDF, packing)
+    hidden_PF, served_P = torch.randn(rows.pick_P.shape[0], 64).half(), rows.pick_P < 60
+    out_PD = rows_times_packed(hidden_PF, small, packing, rows, tile=small_tile())
+    expected_PD = grouped.rows_times_weights(hidden_PF.float(), numbers_SDF, rows)
+    torch.testing.assert_close(out_PD[served_P].float(), expected_PD[served_P], rtol=1e-2, atol=1e-2)
+
+
 def test_a_group_that_is_no_tile_is_refused_with_its_size() -> None:
     from moe_runtime.kernels.grouped_packed_triton import rows_times_packed
 

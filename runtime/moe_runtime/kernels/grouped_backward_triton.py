@@ -92,7 +92,7 @@ def weights_gradient(
     m, n, dtype = left_PM.shape[1], right_PN.shape[1], left_PM.dtype
     check_sides(dtype, M=m, N=n)
     num_slots = rows.count_S.shape[0]
-    tile = tile or tile_for(dtype, rows.block_rows, columns=256, is_roomy=True)
+    tile = tile or tile_for(dtype, rows.block_rows, columns=256, is_roomy=False)
     m_side, depth = min(tile.columns, 128), min(tile.depth, rows.block_rows)  # a slot's rows end with a block
     programs = num_programs(left_PM.device) * tile.residents
     out_SMN = left_PM.new_empty(num_slots, m, n)
