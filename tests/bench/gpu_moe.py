@@ -55,7 +55,7 @@ CASES = {
     "e8": Case(32768, 2, 8, 4096, 14336),
     "decode": Case(64, 8, 128, 2048, 768),
 }
-PARTS = ("layer", "kernels", "training", "packed")
+PARTS = ("layer", "kernels", "training", "packed", "float32")
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,11 @@ def timed(run: Callable[[], object]) -> tuple[float, float, float]:
 class Layer:
     """A case's tensors, and transformers' own module around them."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, dtype: torch.dtype = torch.bfloat16) -> None:
         generator = torch.Generator("cuda").manual_seed(0)
 
         def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+            return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16).to(dtype)
 
         self.case = case
         self.x = normal(case.t, case.d)
@@ -105,7 +105,7 @@ class Layer:
         self.down = torch.nn.Parameter(normal(case.s, case.d, case.f) * case.f**-0.5)
         score = torch.rand(case.t, case.s, generator=generator, device="cuda")
         self.slot = score.topk(case.k).indices
-        self.weight = torch.rand(case.t, case.k, generator=generator, device="cuda").softmax(-1).bfloat16()
+        self.weight = torch.rand(case.t, case.k, generator=generator, device="cuda").softmax(-1).to(dtype)
 
     @property
     def weights_bytes(self) -> float:
@@ -251,6 +251,17 @@ def packed_rows(name: str, layer: Layer, machine: Machine) -> Iterator[Row]:
                 yield Row(name, "multiplied as float8 / ours in bf16", timed(multiplied), plain, floor)
 
 
+def float32_rows(name: str, layer: Layer, machine: Machine) -> Iterator[Row]:
+    """Ours by three tf32 products for one of float32; the floor is bfloat16's."""
+    layer = Layer(layer.case, torch.float32)
+    peer = layer.peer()
+    with torch.no_grad():
+        print(f"{name}: float32 differs by {difference(layer.ours(), peer(layer.x, layer.slot, layer.weight)):.1e}")
+        theirs = timed(lambda: peer(layer.x, layer.slot, layer.weight))
+        flops = 6 * layer.case.n * layer.case.d * layer.case.f
+        yield Row(name, "float32 forward / transformers", timed(layer.ours), theirs, machine.floor(flops=flops))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--case", nargs="*", choices=CASES, default=list(CASES))
@@ -266,7 +277,13 @@ def main() -> int:
     name = torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}, triton {triton.__version__}")
     print(f"matrix product {machine.flops / 1e12:.0f} TFLOP/s, copy {machine.bytes / 1e12:.2f} TB/s\n")
-    parts = {"layer": layer_rows, "kernels": kernel_rows, "training": training_rows, "packed": packed_rows}
+    parts = {
+        "layer": layer_rows,
+        "kernels": kernel_rows,
+        "training": training_rows,
+        "packed": packed_rows,
+        "float32": float32_rows,
+    }
     rows: list[Row] = []
     for case in options.case:
         layer = Layer(CASES[case])
