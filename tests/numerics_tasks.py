@@ -345,4 +345,4 @@ def move_between_steps(rank: int, store_path: str, *, folder: str, maps: list[Ex
     epm.bind(group, expert_map=maps[1])
     steps.append(epm.forward_tokens(ids[:, 7:], positions[:, 7:], (0, 1), cache).numpy())
     epm.commit()
-    return {"steps": steps, "slots": [layer.logical_of_slot for layer in epm._layers]}
+    return {"steps": steps, "slots": [entry.logical_of_slot for entry in epm.expert_parameters()]}

@@ -10,7 +10,6 @@ from pydantic import Field, model_validator
 
 from moe_core.contract.base import WireModel
 from moe_core.contract.dispatch import Hierarchy, Wire
-from moe_core.contract.packing import Packing
 from moe_core.contract.router import RouterConfig
 
 # Environment of every pod's entry point (`moe-pod`), the same in a container and in the local shell.
@@ -51,8 +50,6 @@ class ModelSource(WireModel):
 
     path: str | None = None
     shape: ModelShape | None = None
-    packing: Packing | None = None
-    """How ranks keep their experts; None: as the checkpoint has them, which is float32 unless they are packed there."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:

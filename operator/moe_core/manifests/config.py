@@ -65,7 +65,7 @@ def job_config(wish: Wish, spec: MoEJobSpec, facts: Facts) -> RuntimeConfig:
 
 
 def service_config(wish: Wish, spec: MoEServiceSpec, facts: Facts) -> RuntimeConfig:
-    where, packing = _where(wish, facts), spec.model.expert_packing
+    where = _where(wish, facts)
     return RuntimeConfig(
         owner_kind="MoEService",
         namespace=wish.namespace,
@@ -75,7 +75,7 @@ def service_config(wish: Wish, spec: MoEServiceSpec, facts: Facts) -> RuntimeCon
         coordinator_port=where.coordinator_port,
         ray_port=where.ray_port,
         mode="serve",
-        model=ModelSource(path=spec.model.path, packing=packing.contract() if packing is not None else None),
+        model=ModelSource(path=spec.model.path),
         num_ranks=spec.parallelism.expert,
         faults_enabled=spec.drills == "Allowed",
         device=_device(spec.template),

@@ -16,18 +16,12 @@ from moe_core.spec.common import (
     TopologyConstraint,
 )
 from moe_core.spec.dispatch import Dispatch
-from moe_core.spec.packing import ExpertPacking
 
 
 class ServiceModel(SpecModel):
     path: str = Field(min_length=1, max_length=1024, description="Folder of a safetensors checkpoint inside the pod.")
     served_name: str | None = Field(
         default=None, min_length=1, max_length=253, description="Name in the OpenAI API; the object's name by default."
-    )
-    expert_packing: ExpertPacking | None = Field(
-        default=None,
-        description="Pack experts while the checkpoint is loaded. Without it they are kept as the checkpoint has them: "
-        "packed (`moerator convert quantise`), or else in Float32.",
     )
     num_experts: int | None = Field(
         default=None,

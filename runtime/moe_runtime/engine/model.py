@@ -21,7 +21,6 @@ import torch
 
 from moe_core.contract.dispatch import goes_by_node
 from moe_core.contract.expert_map import EMPTY_SLOT, ExpertMap
-from moe_core.contract.packing import FULL
 from moe_core.contract.runtime_config import DispatchConfig, ModelSource
 from moe_core.experts.degrade import Answer, degrade
 from moe_core.outcome import InvalidInput
@@ -74,7 +73,6 @@ class ExpertParallelModel:
     facts             family, num_layers (MoE layers, L), num_experts (E), top_k (K), vocab_size (V)
     expert_map        the map in force
     routed            routers of ours, None where the family's own route
-    packing           how this rank keeps its experts
     degraded_rows     whether each row of the last `forward_tokens` met a lost expert
     """
 
@@ -83,7 +81,6 @@ class ExpertParallelModel:
         self.facts: ModelFacts = built.facts
         self.expert_map: ExpertMap = built.expert_map
         self.routed = built.routed
-        self.packing = built.packing
         self.rank = rank
         self.degraded_rows: list[bool] = []
         self._layers = built.layers
@@ -300,9 +297,12 @@ class ExpertParallelModel:
 
     def expert_bytes(self) -> int:
         """Of one physical expert of one layer; layers are alike."""
-        if not self._layers[0].logical_of_slot:
-            return 0
-        return sum(stack[0].nbytes for stack in self._layers[0].store.stacks().values())
+        entry = self._layers[0].entry
+        return (
+            sum(entry.module.get_parameter(name)[0].nbytes for name in entry.parameter_names)
+            if self._layers[0].logical_of_slot
+            else 0
+        )
 
     def degraded_tokens(self) -> dict[str, int]:
         """Committed picks answered otherwise than by a live copy, by reason: generalist, drop. Cumulative."""
@@ -329,12 +329,7 @@ class ExpertParallelModel:
             yield from self.routed.named_buffers()
 
     def expert_parameters(self) -> list[ExpertParameter]:
-        """This rank's stacked slots. Gradients of a slot are complete but for other copies of the same expert.
-
-        Raises InvalidInput where experts are packed: codes are no parameters.
-        """
-        if self.packing != FULL:
-            raise InvalidInput(f"experts are packed as {self.packing}: they answer, they cannot be trained")
+        """This rank's stacked slots. Gradients of a slot are complete but for other copies of the same expert."""
         return [
             ExpertParameter(
                 f"{layer.entry.name}.{name}",
@@ -381,7 +376,11 @@ class ExpertParallelModel:
         """
         if self._slot_digests is None or fresh:
             self._slot_digests = tuple(
-                slot_digests(layer.store.stacks(), layer.logical_of_slot) for layer in self._layers
+                slot_digests(
+                    {name: layer.entry.module.get_parameter(name) for name in layer.entry.parameter_names},
+                    layer.logical_of_slot,
+                )
+                for layer in self._layers
             )
         return self._slot_digests
 
@@ -394,5 +393,7 @@ class ExpertParallelModel:
 
     def source_digest(self, layer_idx: int, logical_id: int) -> int:
         """Of one expert as the model's source gives it now. Raises InvalidInput, OSError."""
+        entry = self._layers[layer_idx].entry
         weights = open_weights(self._source, self.module, seed=self._seed)
-        return slot_digests(self._layers[layer_idx].store.fetch(weights, [logical_id]), (logical_id,))[0]
+        stacks = {name: weights.read_experts(entry, name, [logical_id]).float() for name in entry.parameter_names}
+        return slot_digests(stacks, (logical_id,))[0]

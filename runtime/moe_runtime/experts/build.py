@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from moe_core.contract.expert_map import ExpertMap
-from moe_core.contract.packing import FULL, Packing
 from moe_core.contract.runtime_config import DispatchConfig, ModelSource
 from moe_core.outcome import InvalidInput
 from moe_runtime.dispatch.plan import logical_of_local_slot, make_plan
@@ -24,9 +23,6 @@ from moe_runtime.experts.families import (
     shared_expert_of,
 )
 from moe_runtime.experts.gates import check_gates
-from moe_runtime.experts.packed_config import packing_of, read_packed
-from moe_runtime.experts.packed_files import PackedExperts
-from moe_runtime.experts.packing import LayerPacking
 from moe_runtime.experts.routed import Routed, RouterRequest, make_routed, restored
 from moe_runtime.experts.router_files import read_router
 from moe_runtime.experts.slots import SlottedExperts
@@ -43,16 +39,13 @@ class BuiltModel:
     device: str
     routed: Routed | None
     """Routers of ours; None: the family's own."""
-    packing: Packing
-    """How this rank keeps its experts."""
 
 
 def open_weights(source: ModelSource, model: torch.nn.Module, *, seed: int) -> WeightSource:
-    """Raises OSError for a folder that cannot be read, InvalidInput."""
-    if source.path is None:
-        return SeedWeights(seed, model)
-    folder = Path(source.path)
-    return CheckpointWeights(folder, model) if read_packed(folder) is None else PackedExperts(folder, model)
+    """Raises OSError for a folder that cannot be read."""
+    if source.path is not None:
+        return CheckpointWeights(Path(source.path), model)
+    return SeedWeights(seed, model)
 
 
 def build(
@@ -87,15 +80,8 @@ def build(
         legs=Legs.of(dispatch=dispatch.wire, combine=dispatch.combine_wire),
         hierarchy=dispatch.hierarchy,
     )
-    packing = packing_of(source)
     layers = tuple(
-        SlottedExperts(
-            entry,
-            layer_idx,
-            context,
-            shared_expert_of(model, entry),
-            packing=None if packing == FULL else LayerPacking(entry, packing, family=facts.family),
-        )
+        SlottedExperts(entry, layer_idx, context, shared_expert_of(model, entry))
         for layer_idx, entry in enumerate(entries)
     )
     routed = _routers(source, model, entries, router, facts=facts, seed=seed)
@@ -111,7 +97,7 @@ def build(
         routed.to(device)
         with context.without_experts():
             check_gates(model, entries, [layer.gate for layer in routed.layers])
-    return BuiltModel(model, facts, expert_map, layers, context, device, routed, packing)
+    return BuiltModel(model, facts, expert_map, layers, context, device, routed)
 
 
 def _routers(
@@ -172,6 +158,6 @@ def _check_mixture(facts: ModelFacts, layers: tuple[SlottedExperts, ...]) -> Non
     weight_TK = torch.tensor([[0.2, 0.5], [0.1, 0.3]], device=device)
     with torch.no_grad():
         single_TD = layer.run_slots(x_TD, slot_TK[:, 0])
-        mixed_TD = layer.store.run(layer._family_forward, x_TD, slot_TK, weight_TK)
+        mixed_TD = layer.compute.family_forward(x_TD, slot_TK, weight_TK)
     if not torch.allclose(mixed_TD, single_TD * weight_TK.sum(-1, keepdim=True), rtol=1e-3, atol=1e-5):
         raise UnsupportedModel(facts.family, "its experts module does more than a weighted sum over a token's experts")

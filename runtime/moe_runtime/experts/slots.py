@@ -13,11 +13,10 @@ from moe_core.contract.expert_map import EMPTY_SLOT
 from moe_runtime.dispatch.mixture import mix
 from moe_runtime.dispatch.plan import LOST
 from moe_runtime.dispatch.step import StepContext
+from moe_runtime.experts.compute import SlotCompute
 from moe_runtime.experts.families import ExpertsModule
 from moe_runtime.experts.ladder import LayerLadder, SharedExpert
-from moe_runtime.experts.packing import LayerPacking, Stacks
 from moe_runtime.experts.routed import RoutedLayer
-from moe_runtime.experts.store import make_store
 from moe_runtime.experts.weights import WeightSource
 from moe_runtime.router.face import NO_EXPERT
 
@@ -30,54 +29,50 @@ class SlottedExperts:
 
     router: RoutedLayer | None = None
 
-    def __init__(
-        self,
-        entry: ExpertsModule,
-        layer_idx: int,
-        context: StepContext,
-        shared: SharedExpert | None,
-        packing: LayerPacking | None = None,
-    ) -> None:
-        """packing: how experts are kept; None: in full, as parameters that can be trained."""
+    def __init__(self, entry: ExpertsModule, layer_idx: int, context: StepContext, shared: SharedExpert | None) -> None:
         self.entry, self.layer_idx, self._context = entry, layer_idx, context
-        self.store = make_store(entry, packing)
         self.logical_of_slot: tuple[int, ...] = ()
         self.ladder = LayerLadder(shared)
-        self._family_forward: Any = entry.module.forward
+        self.compute = SlotCompute(entry, entry.module.forward)
         entry.module.forward = self._forward
 
-    def install(self, stacks: Stacks, logical_of_slot: Sequence[int], device: str) -> None:
-        """Put `stacks` (name -> [slots, ...]) into the slots."""
-        self.store.install(stacks, device)
+    def install(self, tensors: dict[str, torch.Tensor], logical_of_slot: Sequence[int], device: str) -> None:
+        """Put `tensors` (parameter name -> [slots, ...]) into the slots."""
+        module = self.entry.module
+        for name in self.entry.parameter_names:
+            module.register_parameter(name, torch.nn.Parameter(tensors[name].to(device)))
+        module.num_experts = len(logical_of_slot)  # type: ignore[assignment]
         self.logical_of_slot = tuple(logical_of_slot)
 
-    def read(self, weights: WeightSource, logical_of_slot: Sequence[int]) -> Stacks:
-        """Stacks for these slots: experts that are resident are copied, the others read. Empty slots are zero.
+    def read(self, weights: WeightSource, logical_of_slot: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Tensors for these slots: experts that are resident are copied, the others read. Empty slots are zero.
 
         A layer whose slots stay as they are gives the tensors that lie in them: most layers of a new map are such.
         """
-        now = self.store.stacks()
         # no slots may also mean that nothing has been installed yet, and then nothing lies there
-        if now and tuple(logical_of_slot) == self.logical_of_slot:
-            return now
+        if self.logical_of_slot and tuple(logical_of_slot) == self.logical_of_slot:
+            return {name: self.entry.module.get_parameter(name).detach() for name in self.entry.parameter_names}
         wanted = [e for e in dict.fromkeys(logical_of_slot) if e != EMPTY_SLOT]
         resident = {e: slot for slot, e in enumerate(self.logical_of_slot) if e != EMPTY_SLOT}
         missing = [e for e in wanted if e not in resident]
-        fetched = self.store.fetch(weights, missing) if missing else {}
-        staged = self.store.blank(len(logical_of_slot))
-        for name, stack in staged.items():
+        tensors: dict[str, torch.Tensor] = {}
+        for name in self.entry.parameter_names:
+            now = self.entry.module.get_parameter(name).detach()
+            fetched = weights.read_experts(self.entry, name, missing) if missing else None
+            staged = torch.zeros((len(logical_of_slot), *now.shape[1:]), dtype=torch.float32)
             for slot, logical_id in enumerate(logical_of_slot):
                 if logical_id in resident:
-                    stack[slot] = now[name][resident[logical_id]]
+                    staged[slot] = now[resident[logical_id]]
                 elif logical_id != EMPTY_SLOT:
-                    stack[slot] = fetched[name][missing.index(logical_id)]
-        return staged
+                    assert fetched is not None
+                    staged[slot] = fetched[missing.index(logical_id)]
+            tensors[name] = staged
+        return tensors
 
     def run_slots(self, rows_RD: torch.Tensor, local_slot_R: torch.Tensor) -> torch.Tensor:
         """[R, D] this rank's slots on rows, unweighted. R >= 1."""
-        ones = torch.ones(rows_RD.shape[0], 1, dtype=rows_RD.dtype, device=rows_RD.device)
         with self._context.stopwatch.running(rows_RD.shape[0]):
-            return self.store.run(self._family_forward, rows_RD, local_slot_R.unsqueeze(-1), ones)
+            return self.compute(rows_RD, local_slot_R)
 
     def _forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         hidden_TD, expert_TK, weight_TK = (*args, *kwargs.values())

@@ -1,1 +1,0 @@
-"""From one checkpoint to another."""
