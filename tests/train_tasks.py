@@ -282,3 +282,32 @@ def train_undisturbed(
             losses.append(trainer.step().loss_bits)
         trainer.snapshot()
     return losses
+
+
+def train_every_router(
+    rank: int, store_path: str, *, size: int, output: str, text: str, routers: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """By name: bits of each step, held-out bits, the router's tensors, whether a snapshot brings them back."""
+    found: dict[str, Any] = {}
+    with join_group(store_path, ranks=range(size), rank=rank) as group:
+        for name, router in routers.items():
+            folder = Path(output) / name
+            folder.mkdir(exist_ok=True)
+            config = config_for(folder, Path(text), num_ranks=size, max_steps=4, snapshot_every_steps=2)
+            trainer = trainer_for(config, even_map(size, redundant=1), rank, router=router)
+            trainer.epm.bind(group)
+            trainer.bind(group)
+            trainer.restore()
+            losses = [trainer.step().loss_bits for _ in range(4)]
+            trainer.snapshot()
+            assert trainer.epm.routed is not None
+            tensors = {key: tensor.detach().clone() for key, tensor in trainer.epm.routed.tensors().items()}
+            bits = trainer.evaluate()
+            again = trainer_for(config, even_map(size, redundant=1), rank, router=router)
+            again.epm.bind(group)
+            again.bind(group)
+            again.restore()
+            assert again.epm.routed is not None
+            same = all(torch.equal(tensor, tensors[key]) for key, tensor in again.epm.routed.tensors().items())
+            found[name] = (losses, bits, {key: tensor.tolist() for key, tensor in tensors.items()}, same)
+    return found
