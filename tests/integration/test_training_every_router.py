@@ -12,11 +12,7 @@ from router_cases import CASE_NAMES, CASES
 
 pytestmark = pytest.mark.integration
 
-ROUTERS = {
-    n: c
-    for n, c in zip(CASE_NAMES, CASES, strict=True)
-    if "class_capacity_percents" not in c and c.get("heuristic") != "Class"
-}
+ROUTERS = dict(zip(CASE_NAMES, CASES, strict=True))
 
 
 def test_every_router_trains_alike_on_all_ranks_and_comes_back_from_a_snapshot(tmp_path: Path) -> None:
