@@ -10,7 +10,7 @@ import torch
 
 from gloo_ranks import join_group
 from moe_core.contract.expert_map import ExpertMap
-from moe_core.contract.router import RouterConfig
+from moe_core.contract.router import LocalityConfig, RouterConfig
 from moe_core.contract.runtime_config import ModelShape, ModelSource, TrainingConfig
 from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.errors import GroupFault
@@ -234,9 +234,20 @@ def own_texts(rank: int) -> torch.Tensor:
     return torch.randint(0, 256, (3 + rank, 13), generator=torch.Generator().manual_seed(rank))
 
 
-def serve_like_trained(rank: int, store_path: str, *, size: int, output: str, texts: list[list[int]]) -> Any:
-    """Logits of the last token of each row, read from a checkpoint in two parts over the serving path."""
-    epm = ExpertParallelModel.load(ModelSource(path=output), expert_map=even_map(size), rank=rank)
+def serve_like_trained(
+    rank: int,
+    store_path: str,
+    *,
+    size: int,
+    output: str,
+    texts: list[list[int]],
+    locality: LocalityConfig | None = None,
+) -> Any:
+    """Rank 0 reads the texts of a checkpoint in two parts over the serving path: logits of the last token of each, and
+    its picks by layer and expert.
+    """
+    source = ModelSource(path=output)
+    epm = ExpertParallelModel.load(source, expert_map=even_map(size), rank=rank, locality=locality)
     ids_BQ = torch.tensor(texts)
     places_BQ = torch.arange(ids_BQ.shape[1]).expand_as(ids_BQ)
     with join_group(store_path, ranks=range(size), rank=rank) as group:
@@ -246,7 +257,7 @@ def serve_like_trained(rank: int, store_path: str, *, size: int, output: str, te
             ids, places = (ids_BQ[:, part], places_BQ[:, part]) if rank == 0 else (None, None)
             logits_BV = epm.forward_tokens(ids, places, range(len(ids_BQ)) if rank == 0 else (), cache)
             epm.commit()
-    return logits_BV.tolist()
+    return logits_BV.tolist(), epm.load_window()
 
 
 def _die_in(trainer: Trainer, where: str) -> None:

@@ -40,7 +40,7 @@ from moe_runtime.train.loop import Trainer
 JOB = Path(__file__).parents[2] / "examples/job-tiny.yaml"
 OUTPUT = Path(".moerator/bench/routers.jsonl")
 DOMAINS = ("a", "b")
-STEPS, SCORED_BYTES = 150, 32_768
+STEPS, SCORED_BYTES = 100, 32_768
 SIGMOID = {"type": "TopK", "score_function": "Sigmoid"}
 BALANCED = {"aux_loss_coeff": 0.01}
 PLAIN = {"type": "TopK", **BALANCED}

@@ -8,6 +8,7 @@ import torch
 
 import train_tasks
 from gloo_ranks import run_ranks
+from moe_core.contract.router import LocalityConfig
 from moe_core.contract.runtime_config import ModelSource
 from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.train.evaluate import evaluate_checkpoint
@@ -161,12 +162,22 @@ def test_a_service_routes_as_the_model_was_trained(tmp_path: Path, text: Path) -
         bias_E.zero_()
         unbiased_BV = alone.module(input_ids=ids_BQ).logits[:, -1]
     assert not torch.allclose(unbiased_BV, whole_BV, atol=1e-4), "without it another way would be taken"
-    served = run_ranks(
-        train_tasks.serve_like_trained,
-        num_ranks=2,
-        size=2,
-        store_path=str(tmp_path / "store2"),
-        output=str(output),
-        texts=ids_BQ.tolist(),
-    )[0]
-    torch.testing.assert_close(torch.tensor(served), whole_BV, rtol=0, atol=1e-4)
+
+    def served(name: str, locality: LocalityConfig | None) -> tuple[list[list[float]], list[list[int]]]:
+        logits, load = run_ranks(
+            train_tasks.serve_like_trained,
+            num_ranks=2,
+            size=2,
+            store_path=str(tmp_path / name),
+            output=str(output),
+            texts=ids_BQ.tolist(),
+            locality=locality,
+        )[0]
+        return logits, load
+
+    far = slice(train_tasks.NUM_EXPERTS // 2, None)
+    logits, load = served("store2", None)
+    torch.testing.assert_close(torch.tensor(logits), whole_BV, rtol=0, atol=1e-4)
+    assert all(sum(row[far]) for row in load)
+    _, near_load = served("store3", LocalityConfig(bias=100.0, budget_percent=100))
+    assert not any(sum(row[far]) for row in near_load), "rank 0's tokens stay with its own experts"

@@ -9,13 +9,14 @@ from pydantic import ValidationError
 from pydantic.alias_generators import to_camel
 
 from cases.documents import JOB
-from moe_core.contract.router import RouterConfig
+from moe_core.contract.router import LocalityConfig, RouterConfig
 from moe_core.contract.router_rules import DEFAULTS, OPTIONS_OF, RouterType
 from moe_core.decide.accept import Accepted, Refusal, accept
 from moe_core.facts import Facts, Wish
 from moe_core.outcome import InvalidSpec
 from moe_core.spec.load import parse_spec
 from moe_core.spec.router import DECIMALS, RouterSpec
+from simcluster import service_spec
 
 VALUES: dict[str, Any] = {
     **DEFAULTS,
@@ -106,3 +107,12 @@ def test_a_router_that_does_not_fit_the_model_is_refused_before_any_pod_in_the_w
     refused = _accept({"type": "TopK", "numGroups": 3, "groupTopk": 1})
     assert isinstance(refused, Refusal)
     assert "spec.model.router: numGroups must divide the number of experts (got 3 and 16)" in refused.message
+
+
+def test_a_services_ranks_are_told_how_near_experts_are_preferred() -> None:
+    spec = service_spec()
+    near = {**spec, "experts": {**spec["experts"], "locality": {"bias": "0.5", "budgetPercent": 10}}}
+    for told, expected in ((spec, None), (near, LocalityConfig(bias=0.5, budget_percent=10))):
+        accepted = accept(Wish("MoEService", "d", "tiny", "u", 1, told), Facts())
+        assert isinstance(accepted, Accepted) and accepted.plan.config.serving is not None
+        assert accepted.plan.config.serving.locality == expected

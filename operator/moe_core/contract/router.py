@@ -204,6 +204,13 @@ class RouterConfig(WireModel):
         return {name: value for name, value in self if name != "type" and value is not None}
 
 
+class LocalityConfig(WireModel):
+    """What a service adds to a checkpoint's routing: `locality_bias` and `locality_budget_percent` of its router."""
+
+    bias: Annotated[float, Field(gt=0.0, le=1e6)]
+    budget_percent: Percent
+
+
 def why_misfit(config: RouterConfig, *, num_experts: int, top_k: int) -> list[str]:
     """Every reason why a model with so many experts, of which a token takes `top_k`, cannot have this router."""
     problems: list[str] = []

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from moe_core.contract.base import WireModel
 from moe_core.contract.dispatch import Hierarchy, Wire
-from moe_core.contract.router import RouterConfig
+from moe_core.contract.router import LocalityConfig, RouterConfig
 
 # Environment of every pod's entry point (`moe-pod`), the same in a container and in the local shell.
 ENV_ROLE = "MOERATOR_ROLE"  # coordinator | rank | gateway
@@ -87,6 +87,8 @@ class ServingConfig(WireModel):
     fallback: Literal["Generalist", "Drop", "Refuse"]
     gateway_port: int
     """Port of the OpenAI face; in the local shell gateways share it (SO_REUSEPORT)."""
+    locality: LocalityConfig | None = None
+    """Prefer near experts; None: route as the model was trained."""
 
 
 class DispatchConfig(WireModel):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe_core.contract.names import COORDINATOR_PORT, RAY_PORT, child_name
+from moe_core.contract.router import LocalityConfig
 from moe_core.contract.runtime_config import (
     DispatchConfig,
     ModelShape,
@@ -17,7 +18,7 @@ from moe_core.facts import Facts, Wish
 from moe_core.spec.common import PodTemplate, RoutingTrace
 from moe_core.spec.dispatch import Dispatch
 from moe_core.spec.job import MoEJobSpec
-from moe_core.spec.service import MoEServiceSpec
+from moe_core.spec.service import Locality, MoEServiceSpec
 
 LOOPBACK = "127.0.0.1"
 AUX_LOSS_COEFFICIENT = "0.01"
@@ -86,6 +87,7 @@ def service_config(wish: Wish, spec: MoEServiceSpec, facts: Facts) -> RuntimeCon
             max_context=spec.serving.max_context,
             served_name=spec.model.served_name or wish.name,
             fallback=spec.experts.fallback,
+            locality=_locality(spec.experts.locality),
             gateway_port=facts.ports.get("gateway", spec.gateway.port) if facts.local else spec.gateway.port,
         ),
     )
@@ -115,6 +117,10 @@ def _trace(trace: RoutingTrace | None) -> TraceConfig | None:
 
 def _dispatch(dispatch: Dispatch) -> DispatchConfig:
     return DispatchConfig(wire=dispatch.wire, combine_wire=dispatch.way_back, hierarchy=dispatch.hierarchy)
+
+
+def _locality(near: Locality | None) -> LocalityConfig | None:
+    return None if near is None else LocalityConfig(bias=float(near.bias), budget_percent=near.budget_percent)
 
 
 def _device(template: PodTemplate) -> Literal["cpu", "cuda"]:

@@ -9,6 +9,7 @@ from moe_core.spec.base import Rule, SpecModel, unchangeable
 from moe_core.spec.common import (
     TRACE_IS_WRITABLE,
     WHOLE_NODES,
+    Decimal,
     FailurePolicy,
     Parallelism,
     PodTemplate,
@@ -56,6 +57,29 @@ class Rebalance(SpecModel):
     )
 
 
+class Locality(SpecModel):
+    """Prefer experts that are near a token's rank. Answers then depend a little on where a request is served, and one
+    that is replayed on another rank may go on otherwise. For checkpoints whose routing is a top-k; others are refused.
+    """
+
+    bias: Decimal = Field(
+        default="1", description="How much score an expert loses per unit of distance (1: another node), at most."
+    )
+    budget_percent: int = Field(
+        default=5,
+        ge=0,
+        le=100,
+        description="Part of its chosen experts' probability that a token may give up for nearer ones.",
+    )
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "double(self.bias) > 0.0 && double(self.bias) <= 1000000.0",
+            "bias must be > 0 and <= 1e+06",
+            lambda locality: 0 < float(locality.bias) <= 1e6,
+        ),
+    )
+
+
 class Experts(SpecModel):
     redundant_per_rank: int = Field(
         default=0, ge=0, le=4096, description="Slots per rank and layer beyond an even share."
@@ -70,6 +94,9 @@ class Experts(SpecModel):
     fallback: Literal["Generalist", "Drop", "Refuse"] = Field(
         default="Generalist",
         description="What answers for an expert without a live copy; Refuse fails the request instead.",
+    )
+    locality: Locality | None = Field(
+        default=None, description="Without it tokens are routed as the model was trained."
     )
 
 
@@ -140,6 +167,12 @@ class MoEServiceSpec(SpecModel):
             "self.experts.fallback == oldSelf.experts.fallback",
             "experts.fallback cannot be changed",
             keeps=lambda spec: spec.experts.fallback,
+        ),
+        Rule(
+            "has(self.experts.locality) == has(oldSelf.experts.locality) && "
+            "(!has(self.experts.locality) || self.experts.locality == oldSelf.experts.locality)",
+            "experts.locality cannot be changed; create another MoEService",
+            keeps=lambda spec: spec.experts.locality,
         ),
         Rule(
             "self.gateway.port == oldSelf.gateway.port",

@@ -21,6 +21,7 @@ import torch
 
 from moe_core.contract.dispatch import goes_by_node
 from moe_core.contract.expert_map import EMPTY_SLOT, ExpertMap
+from moe_core.contract.router import LocalityConfig
 from moe_core.contract.runtime_config import DispatchConfig, ModelSource
 from moe_core.experts.degrade import Answer, degrade
 from moe_core.outcome import InvalidInput
@@ -110,13 +111,14 @@ class ExpertParallelModel:
         fallback: Fallback = "Generalist",
         dispatch: DispatchConfig | None = None,
         router: RouterRequest | None = None,
+        locality: LocalityConfig | None = None,
     ) -> "ExpertParallelModel":
         """Build the model with the dense weights and this rank's slots only, in float32.
 
         A shape is initialised from `seed`: dense weights are identical on all ranks and an expert's weights do not
         depend on the layout. Raises UnsupportedModel (family and why), InvalidInput (map and model disagree), OSError.
         Generalists and routers are read from the checkpoint's folder when they lie there; `router` is for a model that
-        has none. Bound to no group: `bind` comes next.
+        has none, and with `locality` tokens prefer near experts. Bound to no group: `bind` comes next.
         """
         built = build(
             source,
@@ -126,6 +128,7 @@ class ExpertParallelModel:
             seed=seed,
             dispatch=dispatch or DispatchConfig(),
             router=router,
+            locality=locality,
         )
         return cls(built, source=source, rank=rank, seed=seed, fallback=fallback)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from moe_core.contract.expert_map import ExpertMap
+from moe_core.contract.router import LocalityConfig
 from moe_core.contract.runtime_config import DispatchConfig, ModelSource
 from moe_core.outcome import InvalidInput
 from moe_runtime.dispatch.plan import logical_of_local_slot, make_plan
@@ -23,7 +24,8 @@ from moe_runtime.experts.families import (
     shared_expert_of,
 )
 from moe_runtime.experts.gates import check_gates
-from moe_runtime.experts.routed import Routed, RouterRequest, make_routed, restored
+from moe_runtime.experts.imitate import imitated
+from moe_runtime.experts.routed import Routed, RouterRequest, make_routed, restored, with_locality
 from moe_runtime.experts.router_files import read_router
 from moe_runtime.experts.slots import SlottedExperts
 from moe_runtime.experts.weights import CheckpointWeights, SeedWeights, WeightSource
@@ -57,8 +59,10 @@ def build(
     seed: int,
     dispatch: DispatchConfig,
     router: RouterRequest | None = None,
+    locality: LocalityConfig | None = None,
 ) -> BuiltModel:
-    """A checkpoint's own routers come with it; `router` is for a model that has none.
+    """A checkpoint's own routers come with it; `router` is for a model that has none. With `locality` a model whose
+    family routes gets routers of ours, too, which are its equals but for that.
 
     Raises UnsupportedModel, InvalidInput (map, router and model disagree), OSError.
     """
@@ -84,19 +88,25 @@ def build(
         SlottedExperts(entry, layer_idx, context, shared_expert_of(model, entry))
         for layer_idx, entry in enumerate(entries)
     )
-    routed = _routers(source, model, entries, router, facts=facts, seed=seed)
-    for layer, layer_router in zip(layers, routed.layers if routed is not None else (), strict=False):
-        layer.router = layer_router
     for layer in layers:
         logical_of_slot = logical_of_local_slot(expert_map, rank, layer.layer_idx)
         layer.install(layer.read(weights, logical_of_slot), logical_of_slot, device)
     model.to(device)
     model.eval()
     _check_mixture(facts, layers)
-    if routed is not None:
-        routed.to(device)
-        with context.without_experts():
+    with context.without_experts():
+        routed = _routers(source, model, entries, router, facts=facts, seed=seed)
+        if locality is not None:
+            routed = with_locality(
+                model, entries, routed or imitated(model, entries, facts=facts), locality, facts=facts
+            )
+        if routed is not None:
+            routed.to(device)
             check_gates(model, entries, [layer.gate for layer in routed.layers])
+    if routed is not None:
+        routed.watch(model)
+        for layer, layer_router in zip(layers, routed.layers, strict=True):
+            layer.router = layer_router
     return BuiltModel(model, facts, expert_map, layers, context, device, routed)
 
 

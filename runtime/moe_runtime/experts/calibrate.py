@@ -188,7 +188,9 @@ def calibrate(
     entries = find_experts(model)
     layers_of: Sequence[RoutedLayer | None] = [None] * len(entries)
     if router is not None:
-        layers_of = restored(model, entries, router, facts=facts_of(model.config, entries)).layers
+        routed = restored(model, entries, router, facts=facts_of(model.config, entries))
+        routed.watch(model)
+        layers_of = routed.layers
     num_experts, dim = entries[0].module.num_experts, int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
     assert isinstance(num_experts, int)
     num_fit = max(1, round(len(ids_NQ) * (1 - heldout_share)))

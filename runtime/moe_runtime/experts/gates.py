@@ -16,7 +16,8 @@ _PROBE_TOKENS = 4
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """`holder` keeps the weight [E, D] and perhaps a bias [E]; `module` (it or a parent of it) is what the layer calls.
+    """`holder` keeps the weight [E, D] and perhaps a bias [E]; `module` (it or a parent of it) is what the layer calls,
+    `block` the layer.
 
     Numbers per expert other than a linear bias (corrections of a score) belong to the family's own routing.
     """
@@ -24,6 +25,15 @@ class Gate:
     name: str
     module: torch.nn.Module
     holder: torch.nn.Module
+    block: torch.nn.Module
+
+    def correction(self) -> torch.Tensor | None:
+        """[E] the family's own bias on the choice, in the gate or beside it; None where there is none or several."""
+        tensors = [*self.module.named_parameters(), *self.module.named_buffers()]
+        tensors += [*self.block.named_parameters(recurse=False), *self.block.named_buffers(recurse=False)]
+        num_experts = self.holder.get_parameter("weight").shape[0]
+        found = [t for name, t in tensors if t.numel() == num_experts and name.rpartition(".")[2] != "bias"]
+        return found[0].reshape(-1) if len(found) == 1 else None
 
     @property
     def dim(self) -> int:
@@ -51,7 +61,7 @@ def find_gate(model: torch.nn.Module, entry: ExpertsModule) -> Gate:
             family, f"a router of ours needs the one gate beside {entry.name}, with a row per expert: found {named}"
         )
     name, module, holder = found[0]
-    return Gate(f"{block_name}.{name}", module, holder)
+    return Gate(f"{block_name}.{name}", module, holder, model.get_submodule(block_name))
 
 
 def _holder(module: torch.nn.Module, num_experts: int) -> torch.nn.Module | None:

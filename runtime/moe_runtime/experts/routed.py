@@ -1,6 +1,7 @@
 """Routers of ours in front of a model's experts: what a layer's tokens are asked with, and what becomes of the answer.
 
     routed = make_routed(model, entries, RouterRequest(config), facts=facts, seed=0)   # one RoutedLayer per MoE layer
+    routed.watch(model)                                                # what a forward's tokens are
     routed.use_layouts(layouts)                                        # at each new epoch
     routed.begin(step=7, progress=0.1, group=group)                    # before the forward of a training step
     output_TD = routed.layers[i].mix(x_TD, valid_V, run)               # what a layer's entry calls
@@ -13,6 +14,7 @@ T tokens, D model, E logical experts, K picks, P rows that Soft MoE mixes.
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
-from moe_core.contract.router import RouterConfig
+from moe_core.contract.router import LocalityConfig, RouterConfig
 from moe_core.outcome import InvalidInput
 from moe_runtime.dispatch.group_face import Group
 from moe_runtime.experts.families import ExpertsModule, ModelFacts
@@ -248,7 +250,7 @@ def make_routed(
     facts: ModelFacts,
     seed: int,
 ) -> Routed:
-    """Routers for `model`, which may have no weights yet. Raises UnsupportedModel, InvalidInput."""
+    """Routers for `model`, which may have no weights yet; `watch` comes next. Raises UnsupportedModel, InvalidInput."""
     starts = asked.config.class_first_ids
     now = _Now(seed, class_first_ids=None if starts is None else torch.tensor(starts))
     counts_V = asked.token_counts_V
@@ -271,19 +273,31 @@ def make_routed(
         if asked.config.type == "Frozen":
             gate.holder.get_parameter("weight").requires_grad_(False)
         layers.append(RoutedLayer(layer_idx, gate, router, num_experts=entry.num_experts, now=now))
-    routed = Routed(asked.config, layers, now)
-    routed.watch(model)
-    return routed
+    return Routed(asked.config, layers, now)
 
 
 def restored(
     model: torch.nn.Module, entries: Sequence[ExpertsModule], saved: SavedRouter, *, facts: ModelFacts
 ) -> Routed:
-    """The routers of a checkpoint. Raises UnsupportedModel, InvalidInput."""
+    """The routers of a checkpoint; `watch` comes next. Raises UnsupportedModel, InvalidInput."""
     any_counts_V = torch.ones(facts.vocab_size)  # what was made of the real ones is among the tensors
     routed = make_routed(model, entries, RouterRequest(saved.config, any_counts_V), facts=facts, seed=0)
     routed.fill(saved.tensors)
     return routed
+
+
+def with_locality(
+    model: torch.nn.Module,
+    entries: Sequence[ExpertsModule],
+    routed: Routed,
+    locality: LocalityConfig,
+    *,
+    facts: ModelFacts,
+) -> Routed:
+    """The same routers, which prefer near experts. Raises InvalidInput for a type that cannot."""
+    options = {"locality_bias": locality.bias, "locality_budget_percent": locality.budget_percent}
+    asked = RouterConfig.parse(json.dumps(routed.config.model_dump(exclude_none=True) | options))
+    return restored(model, entries, SavedRouter(asked, routed.tensors()), facts=facts)
 
 
 def _sum_over(group: Group) -> SumOverRanks:

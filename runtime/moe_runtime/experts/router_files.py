@@ -1,9 +1,10 @@
 """A model's routers beside its checkpoint, so that it is served and scored as it was trained.
 
-    router.json            version and RouterConfig
+    router.json            version, RouterConfig, and whether the family's own routing gives the same
     router.safetensors     the routers' own tensors; the gates' weights lie in the checkpoint, under the family's names
 
-Plain transformers knows nothing of these files: it loads the checkpoint and routes as the family does.
+Plain transformers knows nothing of these files: it loads the checkpoint and routes as the family does. Where the two
+are one (DeepSeek-V3's routing in a DeepSeek-V3 model, whose bias the checkpoint then holds), `as_family` is true.
 """
 
 import json
@@ -25,6 +26,7 @@ VERSION = 1
 class SavedRouter:
     config: RouterConfig
     tensors: Mapping[str, torch.Tensor]
+    as_family: bool = False
 
 
 def write_router(folder: Path, saved: SavedRouter) -> None:
@@ -33,7 +35,8 @@ def write_router(folder: Path, saved: SavedRouter) -> None:
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in saved.tensors.items()}
     save_file(tensors, str(folder / TENSOR_FILE))
-    document = {"version": VERSION, "router": saved.config.model_dump(mode="json", exclude_none=True)}
+    options = saved.config.model_dump(mode="json", exclude_none=True)
+    document = {"version": VERSION, "router": options, "as_family": saved.as_family}
     (folder / JSON_FILE).write_text(json.dumps(document, indent=1))
 
 
@@ -54,7 +57,7 @@ def read_router(folder: Path) -> SavedRouter | None:
         raise InvalidInput(f"{path} has version {version}, this runtime reads {VERSION}")
     config = RouterConfig.parse(json.dumps(document.get("router")))
     try:
-        return SavedRouter(config, load_file(str(folder / TENSOR_FILE)))
+        return SavedRouter(config, load_file(str(folder / TENSOR_FILE)), bool(document.get("as_family")))
     except SafetensorError as error:
         raise InvalidInput(f"{folder / TENSOR_FILE} is not a readable safetensors file: {error}") from error
 

@@ -46,6 +46,7 @@ class ServeWork:
                 device=self._config.device,
                 fallback=self._serving.fallback,
                 dispatch=self._config.dispatch,
+                locality=self._serving.locality,
             )
             self.epm.module.eval()
             rows, length = self._serving.max_sequences, self._serving.max_context

@@ -13,14 +13,17 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moe_runtime.experts.routed import PREFIX
-from moe_runtime.experts.router_files import remove_router
+from moe_core.contract.router import RouterConfig
+from moe_runtime.experts.families import facts_of, find_experts
+from moe_runtime.experts.imitate import answers_alike
+from moe_runtime.experts.routed import PREFIX, restored
+from moe_runtime.experts.router_files import SavedRouter, remove_router
 from moe_runtime.train.snapshot import FOLDER, SnapshotReader, write_file
 
 SUMMARY = "moerator.json"
@@ -78,9 +81,13 @@ def whole_model(config: Any, reader: SnapshotReader, expert_layers: dict[str, in
     return model.eval()
 
 
-def router_tensors(reader: SnapshotReader) -> dict[str, torch.Tensor]:
-    """What a snapshot holds of routers of ours."""
-    return {key: value for key, value in reader.dense().items() if "#" not in key and key.startswith(PREFIX)}
+def saved_router(model: Any, config: RouterConfig, reader: SnapshotReader) -> SavedRouter:
+    """The routers of a snapshot of this whole model, which is given their bias where its family has one of its own."""
+    tensors = {key: value for key, value in reader.dense().items() if "#" not in key and key.startswith(PREFIX)}
+    entries = find_experts(model)
+    saved = SavedRouter(config, tensors)
+    routed = restored(model, entries, saved, facts=facts_of(model.config, entries))
+    return replace(saved, as_family=config.type == "TopK" and answers_alike(model, entries, routed))
 
 
 def publish(output: Path, fill: Callable[[Path], None], summary: Summary) -> None:

@@ -31,14 +31,14 @@ from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.errors import RuntimeFault
 from moe_runtime.experts.calibrate import calibrate
 from moe_runtime.experts.generalists import write_generalists
-from moe_runtime.experts.router_files import SavedRouter, write_router
+from moe_runtime.experts.router_files import write_router
 from moe_runtime.train import snapshot as snapshots
 from moe_runtime.train.checkpoint import (
     Summary,
     publish,
     read_summary,
     remove_snapshots,
-    router_tensors,
+    saved_router,
     whole_model,
 )
 from moe_runtime.train.data import WindowOrder, load_corpus
@@ -368,8 +368,8 @@ class Trainer:
 
         def fill(staging: Path) -> None:
             model = whole_model(self.epm.module.config, reader, layers, num_experts=self.epm.num_experts)
+            saved = None if routed is None else saved_router(model, routed.config, reader)
             model.save_pretrained(staging)
-            saved = None if routed is None else SavedRouter(routed.config, router_tensors(reader))
             if saved is not None:
                 write_router(staging, saved)
             ids_NQ = torch.from_numpy(self._order.take(self.state.cursor, count=CALIBRATION_WINDOWS)[:, :-1])
