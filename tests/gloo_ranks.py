@@ -40,10 +40,11 @@ def join_group(
     epoch: int = 1,
     timeout_ms: int = 20000,
     nodes: Sequence[str] | None = None,
+    device: str = "cpu",
 ) -> EpochGroup:
     """The group of `ranks` over a store in a file: what a membership's store does, without the membership."""
     store = PrefixStore(f"epoch{epoch}", FileStore(store_path, -1))
-    return EpochGroup(store, ranks, rank, address="127.0.0.1", device="cpu", timeout_ms=timeout_ms, domains=nodes)
+    return EpochGroup(store, ranks, rank, address="127.0.0.1", device=device, timeout_ms=timeout_ms, domains=nodes)
 
 
 def _main(

@@ -72,8 +72,16 @@ def batch_of_rank(rank: int, num_ranks: int) -> torch.Tensor:
     return torch.randint(0, 64, (rows, 9), generator=torch.Generator().manual_seed(100 + rank))
 
 
-def load(folder: str, expert_map: ExpertMap, rank: int, dispatch: DispatchConfig | None = None) -> ExpertParallelModel:
-    return ExpertParallelModel.load(ModelSource(path=folder), expert_map=expert_map, rank=rank, dispatch=dispatch)
+def load(
+    folder: str,
+    expert_map: ExpertMap,
+    rank: int,
+    dispatch: DispatchConfig | None = None,
+    *,
+    device: str = "cpu",
+) -> ExpertParallelModel:
+    source = ModelSource(path=folder)
+    return ExpertParallelModel.load(source, expert_map=expert_map, rank=rank, dispatch=dispatch, device=device)
 
 
 def forward_and_gradients(
@@ -85,15 +93,16 @@ def forward_and_gradients(
     world: int,
     nodes: str | None = None,
     dispatch: DispatchConfig | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Logits of this rank's batch without a cache, and the gradients of the sum over ranks of its weighted logits.
 
     nodes: one letter for each rank.
     """
-    epm = load(folder, expert_map, rank, dispatch)
-    group = join_group(store_path, ranks=range(world), rank=rank, nodes=nodes)
+    epm = load(folder, expert_map, rank, dispatch, device=device)
+    group = join_group(store_path, ranks=range(world), rank=rank, nodes=nodes, device=device)
     epm.bind(group)
-    ids = batch_of_rank(rank, world)
+    ids = batch_of_rank(rank, world).to(device)
     logits = epm.module(input_ids=ids).logits
     (logits * probe_of(logits)).sum().backward()
     epm.commit()
@@ -106,7 +115,7 @@ def forward_and_gradients(
             if logical_id >= 0:
                 rows[logical_id] = rows.get(logical_id, 0) + gradient[slot]
     return {
-        "logits": logits.detach().numpy(),
+        "logits": logits.detach().cpu().numpy(),
         "dense": {name: value.numpy() for name, value in dense.items()},
         "experts": {name: {e: value.numpy() for e, value in rows.items()} for name, rows in experts.items()},
         "load": epm.load_window(),
@@ -116,11 +125,11 @@ def forward_and_gradients(
 
 
 def probe_of(logits: torch.Tensor) -> torch.Tensor:
-    return torch.linspace(-1, 1, logits.numel()).view(logits.shape)
+    return torch.linspace(-1, 1, logits.numel(), device=logits.device).view(logits.shape)
 
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return torch.zeros_like(parameter, device="cpu") if parameter.grad is None else parameter.grad.cpu()
 
 
 def reference_model(family: str) -> torch.nn.Module:
@@ -201,6 +210,7 @@ def serve(
     fault: Fault | None = None,
     timeout_ms: int = 20000,
     by_pick: bool = False,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Prefill and decode this rank's prompts in cache rows of their own, feeding the tokens `forced[rank][prompt]`.
 
@@ -208,8 +218,8 @@ def serve(
     """
     if by_pick:
         vars(mixture)["SMALL_STEP_TOKENS"] = -1
-    epm = load(folder, expert_map, rank)
-    group: Any = join_group(store_path, ranks=range(world), rank=rank, timeout_ms=timeout_ms)
+    epm = load(folder, expert_map, rank, device=device)
+    group: Any = join_group(store_path, ranks=range(world), rank=rank, timeout_ms=timeout_ms, device=device)
     if fault is not None and fault.victim == rank:
         group = FaultyGroup(group, fault)
     epm.bind(group)
@@ -220,7 +230,8 @@ def serve(
     faults = 0
     fault_seconds = 0.0
     for step in range(NEW_TOKENS):
-        inputs = _step_inputs(prompts, forced[rank], step)
+        ids, positions = _step_inputs(prompts, forced[rank], step)
+        inputs = (None, None) if ids is None or positions is None else (ids.to(device), positions.to(device))
         started = time.monotonic()
         try:
             logits = epm.forward_tokens(*inputs, rows, cache)
@@ -235,7 +246,7 @@ def serve(
             epm.bind(group)
             logits = epm.forward_tokens(*inputs, rows, cache)
         epm.commit()
-        steps.append(logits.numpy())
+        steps.append(logits.cpu().numpy())
     return {
         "steps": steps,
         "faults": faults,
@@ -346,3 +357,11 @@ def move_between_steps(rank: int, store_path: str, *, folder: str, maps: list[Ex
     steps.append(epm.forward_tokens(ids[:, 7:], positions[:, 7:], (0, 1), cache).numpy())
     epm.commit()
     return {"steps": steps, "slots": [entry.logical_of_slot for entry in epm.expert_parameters()]}
+
+
+def on_a_gpu(rank: int, store_path: str, *, name: str, **arguments: Any) -> dict[str, Any]:
+    """A task of this module, on the rank's GPU; ranks share GPUs where there are not enough."""
+    device = f"cuda:{rank % torch.cuda.device_count()}"
+    torch.cuda.set_device(device)
+    done: dict[str, Any] = globals()[name](rank, store_path, device=device, **arguments)
+    return done

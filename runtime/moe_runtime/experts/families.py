@@ -20,7 +20,8 @@ from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.runtime_config import ModelShape, ModelSource
 from moe_core.outcome import InvalidInput, MoeratorError
 
-DISPATCH_STYLE = "ep_dispatch_experts"
+DISPATCH_STYLES = ("ep_dispatch_experts", "moe_tp_experts")
+"""What an expert-parallel plan calls such a module; the second name is that of transformers 5.17."""
 TOP_K_NAMES = ("num_experts_per_tok", "moe_top_k", "moe_topk", "moe_k", "top_k_experts", "top_k")
 OTHER_NAMES = {
     "num_experts": ("num_local_experts", "n_routed_experts", "moe_num_experts"),
@@ -188,9 +189,13 @@ def shared_windows(config: Any) -> dict[str, int | None] | None:
     """
     from transformers.cache_utils import get_layer_types_and_kwargs
 
-    types, arguments = get_layer_types_and_kwargs(text_config(config))
-    if not PLAIN_LAYER_TYPES.issuperset(types):
+    text = text_config(config)
+    types, arguments = get_layer_types_and_kwargs(text)
+    # layers that use another layer's keys are left out of the types by transformers 5.17
+    if not PLAIN_LAYER_TYPES.issuperset(types) or len(types) != text.num_hidden_layers:
         return None
+    if isinstance(arguments, dict):  # and it tells the window once for all layers
+        arguments = [{} if layer_type == "full_attention" else arguments for layer_type in types]
     windows: dict[str, int | None] = {}
     for layer_type, argument in zip(types, arguments, strict=True):
         window = argument.get("sliding_window")
@@ -202,10 +207,11 @@ def shared_windows(config: Any) -> dict[str, int | None] | None:
 def find_experts(model: Any) -> list[ExpertsModule]:
     """The experts modules that text reaches, in layer order. Raises UnsupportedModel."""
     family = str(model.config.model_type)
-    plan: dict[str, str] = getattr(model, "ep_plan", None) or {}
-    patterns = [name for name, style in plan.items() if style == DISPATCH_STYLE and not OTHER_MODALITY.search(name)]
+    # transformers 5.17 keeps it under the second name
+    plan: dict[str, str] = getattr(model, "ep_plan", None) or getattr(model, "_ep_plan", None) or {}
+    patterns = [name for name, style in plan.items() if style in DISPATCH_STYLES and not OTHER_MODALITY.search(name)]
     if not patterns:
-        raise UnsupportedModel(family, f"its expert-parallel plan marks no module with {DISPATCH_STYLE}")
+        raise UnsupportedModel(family, f"its expert-parallel plan marks no module with {' or '.join(DISPATCH_STYLES)}")
     if len(patterns) > 1:
         raise UnsupportedModel(family, f"its layers have several experts modules: {', '.join(sorted(patterns))}")
     pattern = re.compile(re.escape(patterns[0]).replace(r"\*", r"\d+") + "$")

@@ -4,7 +4,7 @@
     2. per slot, the chunks' counts become the picks in earlier chunks
     3. rows: slot's start + picks in earlier chunks + picks earlier in the chunk; blocks and padding are told beside it
 
-Reads N slots and writes N + P rows, 4 bytes each; the chunks' table (N / C * S of 4 bytes) is written and read twice.
+Reads N slots and writes N + P rows, 4 bytes each; the table of chunks (S * N / C of 4 bytes) is written and read twice.
 
 Suffixes: N picks, S slots (Z: rounded up to a power of two), C picks of a chunk, H chunks, B blocks, P padded rows.
 """
@@ -17,48 +17,49 @@ import triton.language as tl
 
 from moe_runtime.kernels.index import SlotRows, most_blocks
 
-_CHUNK = 256
-_SCAN_CHUNKS = 128
-_SCAN_SLOTS = 16
+_CHUNK = 128
+_WARPS = 4
+_SCAN_CHUNKS = 2048
 _FILL = 1024
 _TAIL_PROGRAMS = 16
 _MIN_BINS = 32  # of tl.histogram
 
 
 @triton.jit
-def _count_chunks(slot_ptr, earlier_ptr, count_HS_ptr, num_picks, num_slots, C: tl.constexpr, Z: tl.constexpr):
+def _count_chunks(
+    slot_ptr, earlier_ptr, count_SH_ptr, num_picks, num_slots, num_chunks, C: tl.constexpr, Z: tl.constexpr
+):
     chunk = tl.program_id(0)
     at_C = tl.arange(0, C)
     pick_C = chunk * C + at_C
     slot_C = tl.load(slot_ptr + pick_C, mask=pick_C < num_picks, other=-1).to(tl.int32)
     is_kept_C = (slot_C >= 0) & (slot_C < num_slots)
-    # pick j is earlier than pick i and goes to the same slot
-    same_CC = (slot_C[:, None] == slot_C[None, :]) & (at_C[None, :] < at_C[:, None])
-    tl.store(earlier_ptr + pick_C, tl.sum(same_CC.to(tl.int32), axis=1), mask=pick_C < num_picks)
+    # does the row's pick come before the column's and go to the same slot: sums down columns stay in their threads
+    same_CC = (slot_C[:, None] == slot_C[None, :]) & (at_C[:, None] < at_C[None, :])
+    tl.store(earlier_ptr + pick_C, tl.sum(same_CC.to(tl.int32), axis=0), mask=pick_C < num_picks)
     count_Z = tl.histogram(tl.where(is_kept_C, slot_C, 0), Z, mask=is_kept_C)
     at_Z = tl.arange(0, Z)
-    tl.store(count_HS_ptr + chunk.to(tl.int64) * num_slots + at_Z, count_Z, mask=at_Z < num_slots)
+    tl.store(count_SH_ptr + at_Z.to(tl.int64) * num_chunks + chunk, count_Z, mask=at_Z < num_slots)
 
 
 @triton.jit
-def _scan_chunks(count_HS_ptr, count_S_ptr, num_chunks, num_slots, H: tl.constexpr, ZB: tl.constexpr):
-    slot_Z = tl.program_id(0) * ZB + tl.arange(0, ZB)
-    total_Z = tl.zeros([ZB], dtype=tl.int32)
+def _scan_chunks(count_SH_ptr, count_S_ptr, num_chunks, H: tl.constexpr):
+    slot = tl.program_id(0)
+    row_ptr = count_SH_ptr + slot.to(tl.int64) * num_chunks
+    total = 0
     for first in range(0, num_chunks, H):
         chunk_H = first + tl.arange(0, H)
-        ptr_HZ = count_HS_ptr + chunk_H.to(tl.int64)[:, None] * num_slots + slot_Z[None, :]
-        mask_HZ = (chunk_H < num_chunks)[:, None] & (slot_Z < num_slots)[None, :]
-        count_HZ = tl.load(ptr_HZ, mask=mask_HZ, other=0)
-        tl.store(ptr_HZ, total_Z[None, :] + tl.cumsum(count_HZ, axis=0) - count_HZ, mask=mask_HZ)
-        total_Z += tl.sum(count_HZ, axis=0)
-    tl.store(count_S_ptr + slot_Z, total_Z, mask=slot_Z < num_slots)
+        count_H = tl.load(row_ptr + chunk_H, mask=chunk_H < num_chunks, other=0)
+        tl.store(row_ptr + chunk_H, total + tl.cumsum(count_H, axis=0) - count_H, mask=chunk_H < num_chunks)
+        total += tl.sum(count_H, axis=0)
+    tl.store(count_S_ptr + slot, total)
 
 
 @triton.jit
 def _place(
     slot_ptr,
     earlier_ptr,
-    count_HS_ptr,
+    count_SH_ptr,
     count_S_ptr,
     pick_P_ptr,
     row_N_ptr,
@@ -86,7 +87,7 @@ def _place(
         is_kept_C = (slot_C >= 0) & (slot_C < num_slots)
         at_C = tl.where(is_kept_C, slot_C, 0)
         row_C = tl.gather(start_Z, at_C, axis=0)
-        row_C += tl.load(count_HS_ptr + program.to(tl.int64) * num_slots + at_C, mask=is_kept_C, other=0)
+        row_C += tl.load(count_SH_ptr + at_C.to(tl.int64) * num_chunks + program, mask=is_kept_C, other=0)
         row_C += tl.load(earlier_ptr + pick_C, mask=is_kept_C, other=0)
         tl.store(row_N_ptr + pick_C, tl.where(is_kept_C, row_C, -1), mask=pick_C < num_picks)
         tl.store(pick_P_ptr + row_C, pick_C, mask=is_kept_C)
@@ -127,17 +128,17 @@ def index_rows_triton(slot_N: torch.Tensor, *, num_slots: int, block_rows: int) 
         start_S1=ints(num_slots + 1),
         count_S=ints(num_slots),
     )
-    earlier_N, count_HS = ints(num_picks), ints(num_chunks, num_slots)
+    earlier_N, count_SH = ints(num_picks), ints(num_slots, num_chunks)
     bins = max(_MIN_BINS, triton.next_power_of_2(num_slots))
     if num_chunks:
-        _count_chunks[(num_chunks,)](slot_N, earlier_N, count_HS, num_picks, num_slots, C=_CHUNK, Z=bins)
-    _scan_chunks[(triton.cdiv(num_slots, _SCAN_SLOTS),)](
-        count_HS, rows.count_S, num_chunks, num_slots, H=_SCAN_CHUNKS, ZB=_SCAN_SLOTS
-    )
+        _count_chunks[(num_chunks,)](
+            slot_N, earlier_N, count_SH, num_picks, num_slots, num_chunks, C=_CHUNK, Z=bins, num_warps=_WARPS
+        )
+    _scan_chunks[(num_slots,)](count_SH, rows.count_S, num_chunks, H=_SCAN_CHUNKS)
     _place[(num_chunks + num_slots + _TAIL_PROGRAMS,)](
         slot_N,
         earlier_N,
-        count_HS,
+        count_SH,
         rows.count_S,
         rows.pick_P,
         rows.row_N,

@@ -133,7 +133,7 @@ class EpochGroup:
         source, outs, ins = rows.contiguous(), list(out_splits), list(in_splits)
         self._run(
             "all_to_all",
-            lambda: self._backend.all_to_all_single(out, source, outs, ins, options),
+            lambda: self._backend.alltoall_base(out, source, outs, ins, options),
             options,
             timeout_ms,
         )
@@ -160,7 +160,7 @@ class EpochGroup:
         options.timeout = _timedelta(timeout_ms or self._timeout_ms)
         source, outs, ins = rows.detach().contiguous(), list(receive_counts), list(send_counts)
         try:
-            work = self._backend.all_to_all_single(received, source, outs, ins, options)
+            work = self._backend.alltoall_base(received, source, outs, ins, options)
         except RuntimeError as error:
             self._broken = f"all_to_all: {_first_line(error)}"
             raise GroupFault(self._broken) from None
