@@ -231,10 +231,11 @@ def serve(
     fault_seconds = 0.0
     for step in range(NEW_TOKENS):
         ids, positions = _step_inputs(prompts, forced[rank], step)
-        inputs = (None, None) if ids is None or positions is None else (ids.to(device), positions.to(device))
+        if ids is not None and positions is not None:
+            ids, positions = ids.to(device), positions.to(device)
         started = time.monotonic()
         try:
-            logits = epm.forward_tokens(*inputs, rows, cache)
+            logits = epm.forward_tokens(ids, positions, rows, cache)
         except GroupFault:
             faults += 1
             fault_seconds = time.monotonic() - started
@@ -244,7 +245,7 @@ def serve(
             living = [r for r in range(world) if r != fault.victim]
             group = join_group(store_path, ranks=living, rank=rank, epoch=2, timeout_ms=timeout_ms)
             epm.bind(group)
-            logits = epm.forward_tokens(*inputs, rows, cache)
+            logits = epm.forward_tokens(ids, positions, rows, cache)
         epm.commit()
         steps.append(logits.cpu().numpy())
     return {
