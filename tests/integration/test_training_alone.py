@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,9 +24,12 @@ pytestmark = pytest.mark.integration
 def begin(tmp_path: Path) -> Callable[..., Trainer]:
     text = train_tasks.write_text(tmp_path / "text")
 
-    def fresh(*, output: str = "output", run_id: str = "test", **changes: object) -> Trainer:
+    def fresh(
+        *, output: str = "output", run_id: str = "test", router: dict[str, Any] | None = None, **changes: object
+    ) -> Trainer:
         config = train_tasks.config_for(tmp_path / output, text, num_ranks=1, **changes)
-        trainer = Trainer(config, train_tasks.trainer_for(config, train_tasks.even_map(1), 0).epm, run_id=run_id)
+        epm = train_tasks.trainer_for(config, train_tasks.even_map(1), 0, router=router).epm
+        trainer = Trainer(config, epm, run_id=run_id)
         trainer.bind(None)
         return trainer
 
@@ -210,6 +214,20 @@ def test_a_failed_publication_leaves_no_mixture(begin: Callable[..., Trainer], m
     assert read_summary(trainer.output) == before
     assert not list(trainer.output.glob(".checkpoint*"))
     assert complete_steps(again.output, again._identity)[0] == 8, "the run can finish from its snapshot"
+
+
+def test_a_run_without_a_router_leaves_no_earlier_runs_router_behind(begin: Callable[..., Trainer]) -> None:
+    with_one = begin(max_steps=2, router={"type": "Hash"})
+    with_one.restore()
+    _steps(with_one, 2)
+    with_one.finish()
+    assert (with_one.output / "router.json").is_file()
+    without = begin(max_steps=2, run_id="another")
+    without.restore()
+    _steps(without, 2)
+    without.finish()
+    assert not list(without.output.glob("router.*"))
+    assert evaluate_checkpoint(without.output, data=without.config.data).whole_text is None
 
 
 def test_a_summary_that_is_not_ours_is_no_checkpoint(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moe_core.contract.runtime_config import TrainingConfig
+from moe_runtime.train.gradients import _clip_rows
 from moe_runtime.train.losses import balance_loss
 from moe_runtime.train.optim import Optimizer, Trained, orthogonalised, rule_for
 from moe_runtime.train.schedule import progress, rate_share
@@ -123,3 +124,29 @@ def test_routing_to_one_expert_costs_their_number() -> None:
 
 def test_a_family_without_router_logits_has_no_balance_loss() -> None:
     assert float(balance_loss(None, 2, like=torch.tensor(0.0))) == 0.0
+
+
+def test_an_experts_gradient_is_scaled_to_the_norm_over_all_its_parameters() -> None:
+    up_ED, down_ED = (
+        torch.tensor([[3.0, 0.0], [0.3, 0.0], [0.0, 0.0]]),
+        torch.tensor([[0.0, 4.0], [0.4, 0.0], [0.0, 0.0]]),
+    )
+    stacks = [up_ED.clone(), down_ED.clone()]
+    _clip_rows(stacks, 1.0)
+    torch.testing.assert_close(stacks[0], torch.tensor([[0.6, 0.0], [0.3, 0.0], [0.0, 0.0]]))
+    torch.testing.assert_close(stacks[1], torch.tensor([[0.0, 0.8], [0.4, 0.0], [0.0, 0.0]]))
+
+
+def test_only_the_experts_that_are_meant_are_scaled() -> None:
+    stack_ED = torch.tensor([[3.0, 4.0], [6.0, 8.0]])
+    _clip_rows([stack_ED], 5.0, only=[True, False])
+    assert stack_ED.tolist() == [[3.0, 4.0], [6.0, 8.0]]
+    _clip_rows([stack_ED], 5.0, only=[False, True])
+    torch.testing.assert_close(stack_ED, torch.tensor([[3.0, 4.0], [3.0, 4.0]]))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_no_number_is_not_hidden_by_scaling(bad: float) -> None:
+    stack_ED = torch.tensor([[bad, 1.0], [3.0, 4.0]])
+    _clip_rows([stack_ED], 1.0)
+    assert not torch.isfinite(stack_ED[0]).all() and torch.isfinite(stack_ED[1]).all()

@@ -14,6 +14,7 @@ from pathlib import Path
 from moe_core.contract.exchange import TrainingProgress
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.runtime_config import RuntimeConfig
+from moe_core.outcome import InvalidInput
 from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.membership.group import EpochGroup
 from moe_runtime.rank.work import ModelUnusable, WorkReport, loading
@@ -95,7 +96,7 @@ class TrainWork:
         except OutOfStep:
             self._must_restore = True
             return
-        except (Diverged, SnapshotDamaged) as error:
+        except (Diverged, SnapshotDamaged, InvalidInput) as error:  # the last of a router that answers nonsense
             raise ModelUnusable(str(error)) from error
         seconds = time.monotonic() - began
         self._tell(report, tokens_per_s=report.tokens / seconds if seconds > 0 else 0.0)
