@@ -139,6 +139,20 @@ def test_routes_follow_the_gate_first_and_the_token_id_later() -> None:
     assert torch.equal(route(router, tokens, SERVING).expert_TK, late.expert_TK)
 
 
+def test_routes_that_were_written_down_stay_when_the_small_router_moves_on() -> None:
+    router, tokens = make_router(8, 2, type="Cached", cached_from_percent=40), make_tokens(200, 8)
+    nothing_E = torch.zeros(8, dtype=torch.int64)
+    late = training(progress=0.4)
+    first = route(router, tokens, late).expert_TK
+    assert (router.get_buffer("kind.table_VK") == -1).all(), "the step is not committed"
+    assert torch.equal(route(router, tokens, late).expert_TK, first)
+    router.after_step(nothing_E)
+    router.get_parameter("kind.word_VC").data.neg_()
+    assert torch.equal(route(router, tokens, training(progress=0.9)).expert_TK, first)
+    router.after_step(nothing_E)
+    assert torch.equal(route(router, tokens, SERVING).expert_TK, first)
+
+
 def test_the_small_router_learns_the_gates_choice_where_the_id_tells_it() -> None:
     ids_T = torch.arange(64).repeat(4)
     gate_VE = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
