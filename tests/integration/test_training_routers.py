@@ -94,6 +94,28 @@ def test_a_rank_routes_its_own_texts_alone_wherever_the_experts_live(tmp_path: P
                 ), (name, key)
 
 
+@pytest.mark.parametrize("name", LOOKING_AHEAD)
+def test_a_text_is_scored_as_it_would_be_generated_token_by_token(tmp_path: Path, text: Path, name: str) -> None:
+    """Unless it is asked for whole texts, and then a router that looks ahead gives something else."""
+    config = train_tasks.config_for(tmp_path, text, num_ranks=1)
+    epm = train_tasks.trainer_for(config, train_tasks.even_map(1), 0, router=LOOKING_AHEAD[name]).epm
+    assert epm.routed is not None
+    for parameter in epm.module.parameters():  # a fresh model's experts hardly differ
+        parameter.data.mul_(3.0)
+    ids_BQ = train_tasks.own_texts(1)
+    with torch.no_grad():
+        scored_BQV = epm.module(input_ids=ids_BQ, use_cache=False).logits
+        with epm.routed.scoring_whole_texts():
+            whole_BQV = epm.module(input_ids=ids_BQ, use_cache=False).logits
+    cache = epm.new_cache(num_rows=len(ids_BQ), max_length=ids_BQ.shape[1])
+    for place in range(ids_BQ.shape[1]):
+        places_B1 = torch.full((len(ids_BQ), 1), place)
+        generated_BV = epm.forward_tokens(ids_BQ[:, place : place + 1], places_B1, range(len(ids_BQ)), cache)
+        epm.commit()
+        torch.testing.assert_close(generated_BV, scored_BQV[:, place], rtol=0, atol=1e-4)
+    assert torch.allclose(whole_BQV, scored_BQV, atol=1e-4) == (not epm.routed.looks_ahead)
+
+
 def test_each_experts_gradient_is_bounded_alike_on_all_its_copies(tmp_path: Path, text: Path) -> None:
     bounded: dict[str, Any] = {"router": BIASED, "max_expert_gradient_norm": 0.01}
     alone, alone_norms = _losses(tmp_path, text, "alone", num_ranks=1, **bounded)

@@ -1,5 +1,6 @@
 """Routers of ours before a family's experts: where the gate is, what the family does itself, where experts lie."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from moe_runtime.experts.gates import check_gates, find_gate
 from moe_runtime.experts.imitate import answers_alike, imitated
 from moe_runtime.experts.layout import ACROSS, WITHIN_DOMAIN, layouts
 from moe_runtime.experts.routed import RouterRequest, make_routed, with_locality
+from moe_runtime.experts.router_files import SavedRouter, read_router, write_router
 from moe_runtime.router.face import Layout
 from numerics_families import tiny_model
 
@@ -140,3 +142,30 @@ def test_distances_are_to_the_copies_that_a_ranks_tokens_take() -> None:
     assert other.distance_E.tolist() == [0.0, WITHIN_DOMAIN, 0.0, ACROSS, 0.0]
     [unknown] = layouts(expert_map, make_plan(expert_map, [0, 1, 2], rank=0), None)
     assert unknown.distance_E[1] == ACROSS
+
+
+def test_no_class_is_imported_because_a_checkpoint_names_it(tmp_path: Path) -> None:
+    saved = SavedRouter(RouterConfig(type="Custom", class_path="mine:Router"), {"a": torch.zeros(1)})
+    write_router(tmp_path, saved)
+    for named in (None, "other:Router"):
+        with pytest.raises(InvalidInput, match=r"name it in model\.routerClassPath"):
+            read_router(tmp_path, router_class=named)
+    read = read_router(tmp_path, router_class="mine:Router")
+    assert read is not None and read.config == saved.config
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "none of this runtime's"),
+        ("[]", "none of this runtime's"),
+        ('{"version": 9}', "has version 9, this runtime reads 1"),
+        ('{"version": 1, "router": {"type": "Best"}}', "RouterConfig.type"),
+        ('{"version": 1, "router": {"type": "Hash"}}', "router.safetensors"),
+    ],
+)
+def test_a_router_file_that_is_none_is_refused_with_its_fault(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "router.json").write_text(text)
+    (tmp_path / "router.safetensors").write_bytes(b"nothing")
+    with pytest.raises(InvalidInput, match=words):
+        read_router(tmp_path)

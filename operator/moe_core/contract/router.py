@@ -13,6 +13,7 @@ from moe_core.contract.router_rules import DEFAULTS, RouterType, why_refused
 
 Coefficient = Annotated[float, Field(ge=0.0, le=1e6)]
 TokenId = Annotated[int, Field(ge=1, le=2147483647)]
+CLASS_PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 Percent = Annotated[int, Field(ge=0, le=100)]
 
 
@@ -126,7 +127,7 @@ class RouterConfig(WireModel):
     seed: Annotated[int, Field(ge=0, le=2147483647)] | None = Field(
         default=None, description="Of what is drawn once: tables and fixed gates."
     )
-    class_path: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", max_length=256)] | None = Field(
+    class_path: Annotated[str, Field(pattern=CLASS_PATH, max_length=256)] | None = Field(
         default=None, description="`module:Class` of a router of your own (moe_runtime.router.face)."
     )
     options: dict[str, str] | None = Field(default=None, description="Given to it as they are.")

@@ -50,6 +50,8 @@ class ModelSource(WireModel):
 
     path: str | None = None
     shape: ModelShape | None = None
+    router_class: str | None = None
+    """`module:Class` that a checkpoint's router may be of; a class is never imported on a file's word alone."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:

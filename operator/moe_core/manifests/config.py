@@ -76,7 +76,7 @@ def service_config(wish: Wish, spec: MoEServiceSpec, facts: Facts) -> RuntimeCon
         coordinator_port=where.coordinator_port,
         ray_port=where.ray_port,
         mode="serve",
-        model=ModelSource(path=spec.model.path),
+        model=ModelSource(path=spec.model.path, router_class=spec.model.router_class_path),
         num_ranks=spec.parallelism.expert,
         faults_enabled=spec.drills == "Allowed",
         device=_device(spec.template),

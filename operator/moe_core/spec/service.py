@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from moe_core.contract.names import MANAGER
+from moe_core.contract.router import CLASS_PATH
 from moe_core.spec.base import Rule, SpecModel, unchangeable
 from moe_core.spec.common import (
     TRACE_IS_WRITABLE,
@@ -23,6 +24,13 @@ class ServiceModel(SpecModel):
     path: str = Field(min_length=1, max_length=1024, description="Folder of a safetensors checkpoint inside the pod.")
     served_name: str | None = Field(
         default=None, min_length=1, max_length=253, description="Name in the OpenAI API; the object's name by default."
+    )
+    router_class_path: str | None = Field(
+        default=None,
+        pattern=CLASS_PATH,
+        max_length=256,
+        description="`module:Class` of the router that the checkpoint was trained with, where that was a class of your "
+        "own: no class is imported because a file names it.",
     )
     num_experts: int | None = Field(
         default=None,

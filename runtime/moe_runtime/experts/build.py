@@ -119,7 +119,7 @@ def _routers(
     facts: ModelFacts,
     seed: int,
 ) -> Routed | None:
-    saved = None if source.path is None else read_router(Path(source.path))
+    saved = None if source.path is None else read_router(Path(source.path), router_class=source.router_class)
     if saved is None:
         if asked is None:
             return None

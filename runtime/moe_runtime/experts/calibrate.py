@@ -213,7 +213,9 @@ def calibrate(
     return Generalists(tuple(layers), report)
 
 
-def calibrate_checkpoint(folder: Path, ids_NQ: torch.Tensor, *, map_rank: int = 16) -> Generalists:
+def calibrate_checkpoint(
+    folder: Path, ids_NQ: torch.Tensor, *, map_rank: int = 16, router_class: str | None = None
+) -> Generalists:
     """Calibrate the checkpoint in `folder` on these windows and write the generalists beside it.
 
     Raises UnsupportedModel, OSError.
@@ -221,7 +223,7 @@ def calibrate_checkpoint(folder: Path, ids_NQ: torch.Tensor, *, map_rank: int = 
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
-    generalists = calibrate(model, ids_NQ, map_rank=map_rank, router=read_router(folder))
+    generalists = calibrate(model, ids_NQ, map_rank=map_rank, router=read_router(folder, router_class=router_class))
     write_generalists(generalists, folder)
     return generalists
 

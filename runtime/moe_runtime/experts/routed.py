@@ -104,10 +104,11 @@ class RoutedLayer:
         weight_TK = routing.weight_TK.to(x_TD.dtype)
         if routing.pass_TK is None:
             return run(x_TD, routing.expert_TK, weight_TK)
-        parts = [
-            run(x_TD, routing.expert_TK.masked_fill(routing.pass_TK != number, NO_EXPERT), weight_TK)
-            for number in range(routing.passes)
-        ]
+        parts = []
+        for number in range(routing.passes):
+            later_TK = routing.pass_TK != number
+            expert_TK = routing.expert_TK.masked_fill(later_TK, NO_EXPERT)
+            parts.append(run(x_TD, expert_TK, weight_TK.masked_fill(later_TK, 0.0)))
         return torch.stack(parts).sum(dim=0)
 
     def _mix_rows(self, x_TD: torch.Tensor, soft: SoftRows, run: RunPicks) -> torch.Tensor:

@@ -40,8 +40,12 @@ def write_router(folder: Path, saved: SavedRouter) -> None:
     (folder / JSON_FILE).write_text(json.dumps(document, indent=1))
 
 
-def read_router(folder: Path) -> SavedRouter | None:
-    """None when the folder holds none. Raises OSError, InvalidInput for files that are not ours."""
+def read_router(folder: Path, *, router_class: str | None = None) -> SavedRouter | None:
+    """None when the folder holds none. Raises OSError, InvalidInput for files that are not ours.
+
+    router_class: the one class, other than ours, that the router may be of. Building it runs code of that module, so a
+    file's word is not enough.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -56,6 +60,11 @@ def read_router(folder: Path) -> SavedRouter | None:
     if version != VERSION:
         raise InvalidInput(f"{path} has version {version}, this runtime reads {VERSION}")
     config = RouterConfig.parse(json.dumps(document.get("router")))
+    if config.class_path != router_class and config.class_path is not None:
+        raise InvalidInput(
+            f"{folder} was trained with the router {config.class_path}; name it in model.routerClassPath to have it "
+            f"imported (got {router_class})"
+        )
     try:
         return SavedRouter(config, load_file(str(folder / TENSOR_FILE)), bool(document.get("as_family")))
     except SafetensorError as error:

@@ -140,6 +140,7 @@ def evaluate_checkpoint(
     length: int | None = None,
     lost: Iterable[tuple[int, int]] = (),
     num_bytes: int = SCORED_BYTES,
+    router_class: str | None = None,
 ) -> Held:
     """Score a checkpoint in this process: whole, and with the (MoE layer, logical expert) pairs of `lost` gone.
 
@@ -153,7 +154,7 @@ def evaluate_checkpoint(
         length = summary.window if summary is not None else DEFAULT_WINDOW
     chosen = sample(corpus.heldout_N, length=length, num_bytes=num_bytes)
     gone = frozenset(lost)
-    source = ModelSource(path=str(folder))
+    source = ModelSource(path=str(folder), router_class=router_class)
 
     def load(missing: frozenset[tuple[int, int]]) -> ExpertParallelModel:
         epm = ExpertParallelModel.load(source, expert_map=_map_without(folder, missing), rank=0)
@@ -225,6 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--lost", default="", help="layer:expert pairs, comma-separated; an expert alone is lost in every layer"
     )
+    parser.add_argument("--router-class", help="module:Class of the checkpoint's router, if that is one of your own")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)  # more of them wait for each other in a loop, which is slower beside other work
     held = evaluate_checkpoint(
@@ -233,6 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         length=given.length,
         lost=parse_lost(given.lost, num_layers=_map_without(given.checkpoint, frozenset()).num_layers),
         num_bytes=given.bytes,
+        router_class=given.router_class,
     )
     sys.stdout.write(json.dumps(asdict(held)) + "\n")
     return 0
