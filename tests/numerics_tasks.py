@@ -357,7 +357,7 @@ def move_between_steps(rank: int, store_path: str, *, folder: str, maps: list[Ex
     epm.bind(group, expert_map=maps[1])
     steps.append(epm.forward_tokens(ids[:, 7:], positions[:, 7:], (0, 1), cache).numpy())
     epm.commit()
-    return {"steps": steps, "slots": [entry.logical_of_slot for entry in epm.expert_parameters()]}
+    return {"steps": steps, "slots": [layer.logical_of_slot for layer in epm._layers]}
 
 
 def on_a_gpu(rank: int, store_path: str, *, name: str, **arguments: Any) -> dict[str, Any]:

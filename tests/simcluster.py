@@ -103,6 +103,7 @@ class Sim:
     load: tuple[tuple[int, ...], ...] = ()
     load_window_s: float = 0.0
     seconds_per_pick: float = 1e-5
+    expert_packing: str = ""
     owner_deleted: bool = False
     stuck_terminating: bool = False
     uids: int = 0
@@ -167,6 +168,7 @@ class Sim:
             load_window_s=self.load_window_s,
             seconds_per_pick=self.seconds_per_pick,
             expert_bytes=1000,
+            expert_packing=self.expert_packing,
             training=None if serving else TrainingProgress(step=self.epoch, done=self.training_done),
         )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from moe_core.contract.exchange import FaultRequest, RuntimeState, RuntimeWish
+from moe_core.contract.packing import Packing
 from moe_core.outcome import Reason
 
 FOREIGN = 409
@@ -98,6 +99,8 @@ class ModelFact:
     num_moe_layers: int
     family: str
     problem: str = ""
+    packing: Packing | None = None
+    """How its experts are packed; None: not at all."""
 
 
 @dataclass(frozen=True, slots=True)

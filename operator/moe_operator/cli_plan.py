@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from moe_core.contract.packing import FULL
 from moe_core.contract.trace import TraceRecord
 from moe_core.decide.accept import Refusal
 from moe_core.experts.trace import Trace, read_lines
@@ -19,6 +20,7 @@ from moe_core.preview.outlook import Outlook, Step, look_ahead
 from moe_core.preview.size import size_of_config, size_of_shape
 from moe_core.spec.job import MoEJobSpec
 from moe_core.spec.load import Document
+from moe_core.spec.service import MoEServiceSpec
 from moe_core.topology.tree import Levels
 from moe_operator.cli_facts import Cluster, read_cluster, read_counts, read_model_of, read_planned, wish_of_document
 from moe_operator.cli_files import EXIT_INVALID, EXIT_NOT_AS_WISHED
@@ -118,7 +120,9 @@ def _look(
         elif checkpoint is None:
             no_size = f"no checkpoint can be read at {doc.raw['spec']['model']['path']} from here"
         elif not checkpoint.fact.problem:
-            size = size_of_config(checkpoint.config)
+            asked = doc.spec.model.expert_packing if isinstance(doc.spec, MoEServiceSpec) else None
+            kept = checkpoint.fact.packing or (asked.contract() if asked is not None else FULL)
+            size = size_of_config(checkpoint.config, packing=kept)
     except InvalidInput as error:
         no_size = str(error)
     facts = Facts(

@@ -46,6 +46,8 @@ class RankReport(WireModel):
     """Rows that went through this rank's experts, and the time that took."""
     expert_bytes: int = Field(default=0, ge=0)
     """One physical expert of one layer."""
+    expert_packing: str = ""
+    """How this rank keeps its experts; empty in full."""
     directive_seen: str = ""
     wait_s: float = 0.0
 

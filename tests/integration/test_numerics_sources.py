@@ -83,13 +83,13 @@ def test_a_rank_reads_the_tensors_of_its_own_experts_only(
     from moe_runtime.experts import weights
 
     read: list[str] = []
-    original = weights.CheckpointWeights._tensor
+    original = weights.CheckpointWeights.tensor
 
     def recording(self: weights.CheckpointWeights, key: str) -> torch.Tensor:
         read.append(key)
         return original(self, key)
 
-    monkeypatch.setattr(weights.CheckpointWeights, "_tensor", recording)
+    monkeypatch.setattr(weights.CheckpointWeights, "tensor", recording)
     source = ModelSource(path=str(references["mixtral"].folder))
     ExpertParallelModel.load(source, expert_map=emap((2, 6), tuple(range(8)), num_layers=3, num_experts=8), rank=0)
     experts_read = {key.split(".experts.")[1].split(".")[0] for key in read if ".experts." in key}

@@ -128,6 +128,13 @@ def test_what_is_no_number_is_refused(precision: Precision, bad: float) -> None:
         pack(weight, Packing.of(precision))
 
 
+@pytest.mark.parametrize("precision", SCALED)
+def test_no_matrices_are_packed_to_nothing(precision: Precision) -> None:
+    packing = Packing.of(precision, 4)
+    packed = pack(torch.zeros(0, 3, 10), packing)
+    assert unpack(packed, packing, num_columns=10).shape == (0, 3, 10)
+
+
 def test_scales_of_another_shape_are_refused() -> None:
     with pytest.raises(InvalidInput, match=r"\[2, 3, 2\], not \[2, 3, 1\]"):
         pack(weights(2, 3, 8), Packing.of("Int4", 4), scales_XNG=torch.ones(2, 3, 1))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_core.contract.packing import PackedConfig, Packing
 from moe_core.facts import ModelFact
 from moe_operator.cluster.local_model import read_model
 
@@ -73,6 +74,19 @@ def test_experts_and_layers_are_found_under_each_familys_names(
     assert read_model(tmp_path) == ModelFact(experts, layers, str(config["model_type"]))
 
 
+def test_a_checkpoint_of_packed_experts_says_how(tmp_path: Path) -> None:
+    packed = PackedConfig(experts=Packing.of("Int4", 32), calibration="")
+    config = {
+        "model_type": "mixtral",
+        "num_local_experts": 8,
+        "num_hidden_layers": 4,
+        "quantization_config": packed.model_dump(),
+    }
+    (tmp_path / "packed-dense-00000.safetensors").touch()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_model(tmp_path) == ModelFact(8, 4, "mixtral", packing=Packing.of("Int4", 32))
+
+
 def test_a_folder_without_weights_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "generalist.safetensors").touch()
@@ -96,6 +110,11 @@ def test_a_folder_without_weights_is_no_model(tmp_path: Path) -> None:
         ),
         ('{"model_type": "unlimited_ocr", "num_experts": 8}', "no request could be replayed"),
         ('{"model_type": "mixtral", "num_local_experts": 8, "quantization_config": {"bits": 4}}', "quantised"),
+        (
+            '{"model_type": "mixtral", "num_local_experts": 8, "num_hidden_layers": 4, "quantization_config": '
+            '{"quant_method": "moerator", "experts": {"precision": "Int3"}}}',
+            "PackedConfig.experts.precision",
+        ),
     ],
 )
 def test_a_config_that_cannot_be_served_says_why(tmp_path: Path, text: str, word: str) -> None:

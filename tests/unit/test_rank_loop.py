@@ -9,6 +9,7 @@ import torch
 
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.membership import Member, Membership
+from moe_core.contract.packing import FULL
 from moe_core.contract.runtime_config import RuntimeConfig, TraceConfig
 from moe_runtime.engine.model import StagedSlots
 from moe_runtime.membership.keeper import MembershipKeeper
@@ -34,6 +35,7 @@ class Model:
     def slot_digests(self, *, fresh: bool = False) -> tuple[tuple[int, ...], ...]:
         return ((70,),)
 
+    packing = FULL
     slot_digest, holds, expert_bytes = (lambda *_: 70), (lambda *_: True), (lambda _: 12)
 
 

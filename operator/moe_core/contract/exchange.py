@@ -128,6 +128,8 @@ class RuntimeState(WireModel):
     """Time that one token takes at one expert, over all ranks since they started; 0 while nothing was computed."""
     expert_bytes: int = Field(default=0, ge=0)
     """One physical expert of one layer; 0 while no rank has loaded."""
+    expert_packing: str = ""
+    """How ranks keep their experts; empty while no rank has loaded, and in full."""
     wire_error: dict[str, Share] = Field(default_factory=dict)
     """Relative error of rows that travel in fewer bits, by leg (dispatch, combine, gradient), over all ranks."""
     failure: str = ""

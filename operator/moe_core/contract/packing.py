@@ -19,7 +19,7 @@ SCALE_BYTES: dict[Precision, int] = {"Float8": 4, "Int8": 4, "Int4": 2}
 DEFAULT_GROUPS: dict[Precision, int] = {"Int4": 64}
 MAX_GROUP = 1 << 16
 
-CONFIG_KEY = "quantization_config"
+CONFIG_KEY, METHOD = "quantization_config", "moerator"
 """Where config.json says that experts are packed. The key is transformers' own, which refuses the unknown method."""
 
 
@@ -74,7 +74,7 @@ FULL = Packing(precision="Float32")
 
 
 class PackedConfig(WireModel):
-    """The entry of config.json under CONFIG_KEY. calibration: how the scales and codes were chosen, for people."""
+    """The entry of config.json under CONFIG_KEY. calibration: how the codes were chosen, for people."""
 
     quant_method: Literal["moerator"] = "moerator"
     version: Literal[1] = 1

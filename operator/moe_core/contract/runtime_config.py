@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from moe_core.contract.base import WireModel
 from moe_core.contract.dispatch import Hierarchy, Wire
+from moe_core.contract.packing import Packing
 from moe_core.contract.router import LocalityConfig, RouterConfig
 
 # Environment of every pod's entry point (`moe-pod`), the same in a container and in the local shell.
@@ -52,6 +53,8 @@ class ModelSource(WireModel):
     shape: ModelShape | None = None
     router_class: str | None = None
     """`module:Class` that a checkpoint's router may be of; a class is never imported on a file's word alone."""
+    packing: Packing | None = None
+    """How ranks keep their experts; None: as the checkpoint has them, which is float32 unless they are packed there."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:

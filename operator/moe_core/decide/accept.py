@@ -76,7 +76,7 @@ def accept(wish: Wish, facts: Facts) -> Accepted | Refusal:  # noqa: PLR0911 - e
     slots = even_slots(plan.num_experts, plan.num_ranks, redundant_per_rank=plan.redundant_per_rank)
     per_rank = str(slots[0]) if slots[0] == slots[-1] else f"{slots[-1]} to {slots[0]}"
     note = f"{plan.num_experts} experts in {plan.num_layers} layers over {plan.num_ranks} ranks, {per_rank} slots each"
-    return Accepted(plan, spec, note)
+    return Accepted(plan, spec, note + _packing_told(spec, facts))
 
 
 def _experts_of(spec: MoEJobSpec | MoEServiceSpec, facts: Facts) -> tuple[int, int] | Refusal:  # noqa: PLR0911
@@ -113,7 +113,19 @@ def _experts_of(spec: MoEJobSpec | MoEServiceSpec, facts: Facts) -> tuple[int, i
             return Refusal(
                 Reason.INVALID_SPEC, f"spec.model.{name}: the checkpoint at {model.path} has {read} (got {claimed})"
             )
+    wanted = model.expert_packing.contract() if model.expert_packing is not None else None
+    if seen.packing is not None and wanted not in {None, seen.packing}:
+        told = f"spec.model.expertPacking: the checkpoint at {model.path} is packed as {seen.packing} (got {wanted})"
+        return Refusal(Reason.INVALID_SPEC, f"{told}; give the one that it was packed from, or leave expertPacking out")
     return seen.num_experts, seen.num_moe_layers
+
+
+def _packing_told(spec: MoEJobSpec | MoEServiceSpec, facts: Facts) -> str:
+    if facts.model is not None and facts.model.packing is not None:
+        return f"; experts are packed as {facts.model.packing} in the checkpoint"
+    if isinstance(spec, MoEServiceSpec) and spec.model.expert_packing is not None:
+        return f"; experts are packed as {spec.model.expert_packing.contract()} while they are loaded"
+    return ""
 
 
 def _parse(wish: Wish) -> MoEJobSpec | MoEServiceSpec:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from moe_core.contract.exchange import RuntimeState
 from moe_core.decide.accept import Accepted
 from moe_core.decide.assignment import balanced_condition
 from moe_core.decide.crew import active_uids
@@ -65,7 +66,14 @@ def _ready(wish: Wish, cycle: Cycle, accepted: Accepted, facts: Facts) -> Condit
     told = f"{told}; {len(gateways)} of {accepted.plan.num_gateways} gateways ready"
     if len(gateways) < accepted.plan.num_gateways:
         return Condition("Ready", "False", Reason.STARTING, told + _trouble_of_gateways(cycle))
-    return Condition("Ready", "True", Reason.ALL_ACTIVE, told)
+    return Condition("Ready", "True", Reason.ALL_ACTIVE, told + _packing_told(runtime))
+
+
+def _packing_told(runtime: RuntimeState | None) -> str:
+    """What ranks say they hold, wherever it came from."""
+    if runtime is None or not runtime.expert_packing:
+        return ""
+    return f"; experts are kept as {runtime.expert_packing}, {runtime.expert_bytes} bytes each"
 
 
 def _inactive(cycle: Cycle, facts: Facts, num_ranks: int) -> list[int]:

@@ -66,7 +66,7 @@ def job_config(wish: Wish, spec: MoEJobSpec, facts: Facts) -> RuntimeConfig:
 
 
 def service_config(wish: Wish, spec: MoEServiceSpec, facts: Facts) -> RuntimeConfig:
-    where = _where(wish, facts)
+    where, packing = _where(wish, facts), spec.model.expert_packing
     return RuntimeConfig(
         owner_kind="MoEService",
         namespace=wish.namespace,
@@ -76,7 +76,11 @@ def service_config(wish: Wish, spec: MoEServiceSpec, facts: Facts) -> RuntimeCon
         coordinator_port=where.coordinator_port,
         ray_port=where.ray_port,
         mode="serve",
-        model=ModelSource(path=spec.model.path, router_class=spec.model.router_class_path),
+        model=ModelSource(
+            path=spec.model.path,
+            router_class=spec.model.router_class_path,
+            packing=packing.contract() if packing is not None else None,
+        ),
         num_ranks=spec.parallelism.expert,
         faults_enabled=spec.drills == "Allowed",
         device=_device(spec.template),

@@ -5,28 +5,31 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_core.contract.expert_map import ExpertMap
+from moe_core.contract.packing import FULL, Packing
 from moe_core.outcome import InvalidInput
 from moe_core.spec.common import ModelShapeSpec
 
 BYTES_PER_NUMBER = 4
 """The runtime computes in float32, whatever a checkpoint is stored in."""
-_GATED = 3
-"""Matrices of one expert: gate, up and down."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """dense_numbers: what every rank holds, all layers together: embeddings, attention, routers, shared experts."""
+    """dense_numbers: what every rank holds, all layers together: embeddings, attention, routers, shared experts.
+    packing: how routed experts are kept.
+    """
 
     hidden_size: int
     moe_intermediate_size: int
     top_k: int
     dense_numbers: int
+    packing: Packing = FULL
 
     @property
     def expert_bytes(self) -> int:
-        """One physical expert of one layer."""
-        return _GATED * self.hidden_size * self.moe_intermediate_size * BYTES_PER_NUMBER
+        """One physical expert of one layer: gate and up of what comes in, down of what lies between."""
+        gate_up = self.packing.matrix_bytes(2 * self.moe_intermediate_size, self.hidden_size)
+        return gate_up + self.packing.matrix_bytes(self.hidden_size, self.moe_intermediate_size)
 
     def rank_bytes(self, expert_map: ExpertMap) -> tuple[int, ...]:
         """Parameters in each rank's memory; caches, activations and optimizer state come on top."""
@@ -52,7 +55,7 @@ def size_of_shape(shape: ModelShapeSpec) -> ModelSize:
     )
 
 
-def size_of_config(config: Mapping[str, Any]) -> ModelSize:
+def size_of_config(config: Mapping[str, Any], *, packing: Packing = FULL) -> ModelSize:
     """A checkpoint's config.json, by the names that transformers' families use. Raises InvalidInput."""
     heads = _number(config, "num_attention_heads")
     hidden = _number(config, "hidden_size")
@@ -69,6 +72,7 @@ def size_of_config(config: Mapping[str, Any]) -> ModelSize:
             vocab=_number(config, "vocab_size"),
             experts=_number(config, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
         ),
+        packing=packing,
     )
 
 

@@ -18,6 +18,7 @@ from moe_core.spec.common import (
     TopologyConstraint,
 )
 from moe_core.spec.dispatch import Dispatch
+from moe_core.spec.packing import ExpertPacking
 
 
 class ServiceModel(SpecModel):
@@ -31,6 +32,11 @@ class ServiceModel(SpecModel):
         max_length=256,
         description="`module:Class` of the router that the checkpoint was trained with, where that was a class of your "
         "own: no class is imported because a file names it.",
+    )
+    expert_packing: ExpertPacking | None = Field(
+        default=None,
+        description="Pack experts while the checkpoint is loaded. Without it they are kept as the checkpoint has them: "
+        "packed (`moerator convert quantise`), or else in Float32.",
     )
     num_experts: int | None = Field(
         default=None,

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from moe_core.contract.families import why_refused
+from moe_core.contract.packing import CONFIG_KEY, METHOD, PackedConfig, Packing
 from moe_core.facts import ModelFact
+from moe_core.outcome import InvalidInput
 
 MAX_COUNT = 65536
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -47,14 +49,23 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
         shape = _shape(text_config, family)
     except (TypeError, ValueError, AttributeError) as error:
         return Checkpoint(ModelFact(0, 0, family, problem=f"{file}: model type {family or 'unknown'}: {error}"))
-    refused = why_refused(family)
-    if refused is None and config.get("quantization_config"):
-        refused = (
-            f"model family {family} is not supported: the checkpoint is quantised; convert it to bfloat16 or float32"
-        )
+    refused, packed = why_refused(family), None
+    if refused is None and config.get(CONFIG_KEY):
+        packed, refused = _packed(config[CONFIG_KEY], family)
     if refused is not None:
         return Checkpoint(ModelFact(0, 0, family, problem=f"{file}: {refused}"))
-    return Checkpoint(shape, text_config)
+    return Checkpoint(replace(shape, packing=packed), text_config)
+
+
+def _packed(found: Any, family: str) -> tuple[Packing | None, str | None]:
+    """How experts are packed, or why nobody here can read them."""
+    if not isinstance(found, dict) or found.get("quant_method") != METHOD:
+        told = "the checkpoint is quantised by another program; give it in bfloat16 or float32"
+        return None, f"model family {family} is not supported: {told} (`moerator convert quantise` packs experts)"
+    try:
+        return PackedConfig.parse(json.dumps(found)).experts, None
+    except InvalidInput as error:
+        return None, str(error)
 
 
 def _shape(config: Mapping[str, Any], family: str) -> ModelFact:

@@ -141,6 +141,7 @@ def runtime_state(
         load_window_s=load_window_s,
         seconds_per_pick=_seconds_per_pick(reports),
         expert_bytes=max((r.expert_bytes for r in reports.values()), default=0),
+        expert_packing=max((r.expert_packing for r in reports.values()), default=""),
         wire_error=_wire_error(reports),
         failure=next((r.failure for _, r in sorted(reports.items()) if r.failure), ""),
     )

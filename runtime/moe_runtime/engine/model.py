@@ -21,6 +21,7 @@ import torch
 
 from moe_core.contract.dispatch import goes_by_node
 from moe_core.contract.expert_map import EMPTY_SLOT, ExpertMap
+from moe_core.contract.packing import FULL
 from moe_core.contract.router import LocalityConfig
 from moe_core.contract.runtime_config import DispatchConfig, ModelSource
 from moe_core.experts.degrade import Answer, degrade
@@ -74,6 +75,7 @@ class ExpertParallelModel:
     facts             family, num_layers (MoE layers, L), num_experts (E), top_k (K), vocab_size (V)
     expert_map        the map in force
     routed            routers of ours, None where the family's own route
+    packing           how this rank keeps its experts
     degraded_rows     whether each row of the last `forward_tokens` met a lost expert
     """
 
@@ -82,6 +84,7 @@ class ExpertParallelModel:
         self.facts: ModelFacts = built.facts
         self.expert_map: ExpertMap = built.expert_map
         self.routed = built.routed
+        self.packing = built.packing
         self.rank = rank
         self.degraded_rows: list[bool] = []
         self._layers = built.layers
@@ -300,12 +303,9 @@ class ExpertParallelModel:
 
     def expert_bytes(self) -> int:
         """Of one physical expert of one layer; layers are alike."""
-        entry = self._layers[0].entry
-        return (
-            sum(entry.module.get_parameter(name)[0].nbytes for name in entry.parameter_names)
-            if self._layers[0].logical_of_slot
-            else 0
-        )
+        if not self._layers[0].logical_of_slot:
+            return 0
+        return sum(stack[0].nbytes for stack in self._layers[0].store.stacks().values())
 
     def degraded_tokens(self) -> dict[str, int]:
         """Committed picks answered otherwise than by a live copy, by reason: generalist, drop. Cumulative."""
@@ -332,7 +332,12 @@ class ExpertParallelModel:
             yield from self.routed.named_buffers()
 
     def expert_parameters(self) -> list[ExpertParameter]:
-        """This rank's stacked slots. Gradients of a slot are complete but for other copies of the same expert."""
+        """This rank's stacked slots. Gradients of a slot are complete but for other copies of the same expert.
+
+        Raises InvalidInput where experts are packed: codes are no parameters.
+        """
+        if self.packing != FULL:
+            raise InvalidInput(f"experts are packed as {self.packing}: they answer, they cannot be trained")
         return [
             ExpertParameter(
                 f"{layer.entry.name}.{name}",
@@ -379,11 +384,7 @@ class ExpertParallelModel:
         """
         if self._slot_digests is None or fresh:
             self._slot_digests = tuple(
-                slot_digests(
-                    {name: layer.entry.module.get_parameter(name) for name in layer.entry.parameter_names},
-                    layer.logical_of_slot,
-                )
-                for layer in self._layers
+                slot_digests(layer.store.stacks(), layer.logical_of_slot) for layer in self._layers
             )
         return self._slot_digests
 
@@ -396,7 +397,5 @@ class ExpertParallelModel:
 
     def source_digest(self, layer_idx: int, logical_id: int) -> int:
         """Of one expert as the model's source gives it now. Raises InvalidInput, OSError."""
-        entry = self._layers[layer_idx].entry
         weights = open_weights(self._source, self.module, seed=self._seed)
-        stacks = {name: weights.read_experts(entry, name, [logical_id]).float() for name in entry.parameter_names}
-        return slot_digests(stacks, (logical_id,))[0]
+        return slot_digests(self._layers[layer_idx].store.fetch(weights, [logical_id]), (logical_id,))[0]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from moe_core.contract.expert_map import ExpertMap
+from moe_core.contract.packing import FULL, Packing
 from moe_core.contract.router import LocalityConfig
 from moe_core.contract.runtime_config import DispatchConfig, ModelSource
 from moe_core.outcome import InvalidInput
@@ -25,6 +26,9 @@ from moe_runtime.experts.families import (
 )
 from moe_runtime.experts.gates import check_gates
 from moe_runtime.experts.imitate import imitated
+from moe_runtime.experts.packed_config import packing_of, read_packed
+from moe_runtime.experts.packed_files import PackedExperts
+from moe_runtime.experts.packing import LayerPacking
 from moe_runtime.experts.routed import Routed, RouterRequest, make_routed, restored, with_locality
 from moe_runtime.experts.router_files import read_router
 from moe_runtime.experts.slots import SlottedExperts
@@ -41,13 +45,16 @@ class BuiltModel:
     device: str
     routed: Routed | None
     """Routers of ours; None: the family's own."""
+    packing: Packing
+    """How this rank keeps its experts."""
 
 
 def open_weights(source: ModelSource, model: torch.nn.Module, *, seed: int) -> WeightSource:
-    """Raises OSError for a folder that cannot be read."""
-    if source.path is not None:
-        return CheckpointWeights(Path(source.path), model)
-    return SeedWeights(seed, model)
+    """Raises OSError for a folder that cannot be read, InvalidInput."""
+    if source.path is None:
+        return SeedWeights(seed, model)
+    folder = Path(source.path)
+    return CheckpointWeights(folder, model) if read_packed(folder) is None else PackedExperts(folder, model)
 
 
 def build(
@@ -84,8 +91,15 @@ def build(
         legs=Legs.of(dispatch=dispatch.wire, combine=dispatch.combine_wire),
         hierarchy=dispatch.hierarchy,
     )
+    packing = packing_of(source)
     layers = tuple(
-        SlottedExperts(entry, layer_idx, context, shared_expert_of(model, entry))
+        SlottedExperts(
+            entry,
+            layer_idx,
+            context,
+            shared_expert_of(model, entry),
+            packing=None if packing == FULL else LayerPacking(entry, packing, family=facts.family),
+        )
         for layer_idx, entry in enumerate(entries)
     )
     for layer in layers:
@@ -107,7 +121,7 @@ def build(
         routed.watch(model)
         for layer, layer_router in zip(layers, routed.layers, strict=True):
             layer.router = layer_router
-    return BuiltModel(model, facts, expert_map, layers, context, device, routed)
+    return BuiltModel(model, facts, expert_map, layers, context, device, routed, packing)
 
 
 def _routers(
@@ -168,6 +182,6 @@ def _check_mixture(facts: ModelFacts, layers: tuple[SlottedExperts, ...]) -> Non
     weight_TK = torch.tensor([[0.2, 0.5], [0.1, 0.3]], device=device)
     with torch.no_grad():
         single_TD = layer.run_slots(x_TD, slot_TK[:, 0])
-        mixed_TD = layer.compute.family_forward(x_TD, slot_TK, weight_TK)
+        mixed_TD = layer.store.run(layer.compute.family_forward, x_TD, slot_TK, weight_TK)
     if not torch.allclose(mixed_TD, single_TD * weight_TK.sum(-1, keepdim=True), rtol=1e-3, atol=1e-5):
         raise UnsupportedModel(facts.family, "its experts module does more than a weighted sum over a token's experts")

@@ -17,8 +17,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from moe_core.contract.expert_map import ExpertMap
+from moe_core.contract.packing import CONFIG_KEY
 from moe_core.contract.runtime_config import ModelShape, ModelSource
 from moe_core.outcome import InvalidInput, MoeratorError
+from moe_runtime.experts.packed_config import read_packed
 
 DISPATCH_STYLES = ("ep_dispatch_experts", "moe_tp_experts")
 """What an expert-parallel plan calls such a module; the second name is that of transformers 5.17."""
@@ -84,9 +86,12 @@ def read_config(source: ModelSource) -> Any:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no config.json")
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except ValueError as error:
         raise UnsupportedModel(f"in {folder}", str(error).split("\n", 1)[0]) from error
+    if read_packed(folder) is not None:
+        delattr(config, CONFIG_KEY)  # dense weights are plain, and experts are no business of transformers' here
+    return config
 
 
 def _config_of_shape(shape: ModelShape) -> Any:
@@ -134,8 +139,12 @@ def build_meta_model(config: Any) -> torch.nn.Module:
     """
     family = str(config.model_type)
     architecture = _architecture_of(config)
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModel(family, "the checkpoint is quantised; convert it to bfloat16 or float32 first")
+    if getattr(config, CONFIG_KEY, None) is not None:
+        raise UnsupportedModel(
+            family,
+            "the checkpoint is quantised by another program; give it in bfloat16 or float32 (`moerator convert "
+            "quantise` packs experts)",
+        )
     if architecture.config_class is getattr(type(config), "sub_configs", {}).get("text_config"):
         config = config.get_text_config()
     _refuse_irreplayable(config, family)

@@ -16,7 +16,9 @@ from moe_runtime.dispatch.step import StepContext
 from moe_runtime.experts.compute import SlotCompute
 from moe_runtime.experts.families import ExpertsModule
 from moe_runtime.experts.ladder import LayerLadder, SharedExpert
+from moe_runtime.experts.packing import LayerPacking, Stacks
 from moe_runtime.experts.routed import RoutedLayer
+from moe_runtime.experts.store import make_store
 from moe_runtime.experts.weights import WeightSource
 from moe_runtime.router.face import NO_EXPERT
 
@@ -29,50 +31,57 @@ class SlottedExperts:
 
     router: RoutedLayer | None = None
 
-    def __init__(self, entry: ExpertsModule, layer_idx: int, context: StepContext, shared: SharedExpert | None) -> None:
+    def __init__(
+        self,
+        entry: ExpertsModule,
+        layer_idx: int,
+        context: StepContext,
+        shared: SharedExpert | None,
+        packing: LayerPacking | None = None,
+    ) -> None:
+        """packing: how experts are kept; None: in full, as parameters that can be trained."""
         self.entry, self.layer_idx, self._context = entry, layer_idx, context
+        self.store = make_store(entry, packing)
         self.logical_of_slot: tuple[int, ...] = ()
         self.ladder = LayerLadder(shared)
         self.compute = SlotCompute(entry, entry.module.forward)
         entry.module.forward = self._forward
 
-    def install(self, tensors: dict[str, torch.Tensor], logical_of_slot: Sequence[int], device: str) -> None:
-        """Put `tensors` (parameter name -> [slots, ...]) into the slots."""
-        module = self.entry.module
-        for name in self.entry.parameter_names:
-            module.register_parameter(name, torch.nn.Parameter(tensors[name].to(device)))
-        module.num_experts = len(logical_of_slot)  # type: ignore[assignment]
+    def install(self, stacks: Stacks, logical_of_slot: Sequence[int], device: str) -> None:
+        """Put `stacks` (name -> [slots, ...]) into the slots."""
+        self.store.install(stacks, device)
         self.logical_of_slot = tuple(logical_of_slot)
 
-    def read(self, weights: WeightSource, logical_of_slot: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Tensors for these slots: experts that are resident are copied, the others read. Empty slots are zero.
+    def read(self, weights: WeightSource, logical_of_slot: Sequence[int]) -> Stacks:
+        """Stacks for these slots: experts that are resident are copied, the others read. Empty slots are zero.
 
         A layer whose slots stay as they are gives the tensors that lie in them: most layers of a new map are such.
         """
+        now = self.store.stacks()
         # no slots may also mean that nothing has been installed yet, and then nothing lies there
-        if self.logical_of_slot and tuple(logical_of_slot) == self.logical_of_slot:
-            return {name: self.entry.module.get_parameter(name).detach() for name in self.entry.parameter_names}
+        if now and tuple(logical_of_slot) == self.logical_of_slot:
+            return now
         wanted = [e for e in dict.fromkeys(logical_of_slot) if e != EMPTY_SLOT]
         resident = {e: slot for slot, e in enumerate(self.logical_of_slot) if e != EMPTY_SLOT}
         missing = [e for e in wanted if e not in resident]
-        tensors: dict[str, torch.Tensor] = {}
-        for name in self.entry.parameter_names:
-            now = self.entry.module.get_parameter(name).detach()
-            fetched = weights.read_experts(self.entry, name, missing) if missing else None
-            staged = torch.zeros((len(logical_of_slot), *now.shape[1:]), dtype=torch.float32)
+        fetched = self.store.fetch(weights, missing) if missing else {}
+        staged = self.store.blank(len(logical_of_slot))
+        for name, stack in staged.items():
             for slot, logical_id in enumerate(logical_of_slot):
                 if logical_id in resident:
-                    staged[slot] = now[resident[logical_id]]
+                    stack[slot] = now[name][resident[logical_id]]
                 elif logical_id != EMPTY_SLOT:
-                    assert fetched is not None
-                    staged[slot] = fetched[missing.index(logical_id)]
-            tensors[name] = staged
-        return tensors
+                    stack[slot] = fetched[name][missing.index(logical_id)]
+        return staged
 
     def run_slots(self, rows_RD: torch.Tensor, local_slot_R: torch.Tensor) -> torch.Tensor:
         """[R, D] this rank's slots on rows, unweighted. R >= 1."""
+        ones_R1 = rows_RD.new_ones(len(rows_RD), 1)
         with self._context.stopwatch.running(rows_RD.shape[0]):
-            return self.compute(rows_RD, local_slot_R)
+            return self.store.run(self._run_top_1, rows_RD, local_slot_R.unsqueeze(-1), ones_R1)
+
+    def _run_top_1(self, rows_RD: torch.Tensor, slot_R1: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return self.compute(rows_RD, slot_R1.squeeze(-1))
 
     def _forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         hidden_TD, expert_TK, weight_TK = (*args, *kwargs.values())

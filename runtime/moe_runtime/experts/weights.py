@@ -7,7 +7,7 @@ stacked tensor). transformers' own conversion mapping says how, and is applied h
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,12 +32,22 @@ class CheckpointWeights:
     files.
     """
 
-    def __init__(self, folder: Path, model: torch.nn.Module) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: torch.nn.Module,
+        *,
+        file_of_key: Mapping[str, str] | None = None,
+        beside: str | None = None,
+    ) -> None:
+        """file_of_key: where each tensor lies, None: as transformers' index says; names that start with `beside` are
+        no tensors of the model.
+        """
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-        self._folder = folder
-        self._file_of_key = _index(folder)
+        self.folder = folder
+        self.file_of_key = _index(folder) if file_of_key is None else dict(file_of_key)
         self._handles: dict[str, Any] = {}
         mapping = get_model_conversion_mapping(model)
         renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
@@ -47,7 +57,9 @@ class CheckpointWeights:
         prefix = model.base_model_prefix
         # target parameter -> [(pattern of a converter or None, key in the checkpoint)], experts in natural order
         self._sources: dict[str, list[tuple[str | None, str]]] = {}
-        for key in sorted(self._file_of_key, key=dot_natural_key):
+        for key in sorted(self.file_of_key, key=dot_natural_key):
+            if beside is not None and key.startswith(beside):
+                continue
             target, pattern = rename_source_key(key, renamings, converters, prefix, names)
             if target not in names and key in names:
                 target, pattern = rename_source_key(key, [], [], prefix, names)
@@ -70,7 +82,7 @@ class CheckpointWeights:
                         continue
                     if wanted[name].shape != value.shape:
                         shapes = f"{list(value.shape)}, the model wants {list(wanted[name].shape)}"
-                        raise InvalidInput(f"{self._folder}: {name} has shape {shapes}")
+                        raise InvalidInput(f"{self.folder}: {name} has shape {shapes}")
                     with torch.no_grad():
                         wanted[name].copy_(value)
                     filled.add(name)
@@ -79,12 +91,12 @@ class CheckpointWeights:
             n for n, t in wanted.items() if n not in filled and id(t) not in tied and n not in _tied_names(model)
         ]
         if missing:
-            raise InvalidInput(f"{self._folder} lacks {len(missing)} tensors, first {missing[0]}")
+            raise InvalidInput(f"{self.folder} lacks {len(missing)} tensors, first {missing[0]}")
 
     def read_experts(self, entry: ExpertsModule, parameter_name: str, logical_ids: Sequence[int]) -> torch.Tensor:
         target = f"{entry.name}.{parameter_name}"
         if target not in self._filed_under:
-            raise InvalidInput(f"{self._folder} lacks {target}")
+            raise InvalidInput(f"{self.folder} lacks {target}")
         filed_under = self._filed_under[target]
         sources = self._sources[filed_under]
         if sources[0][0] is None:
@@ -104,14 +116,24 @@ class CheckpointWeights:
     ) -> dict[str, torch.Tensor]:
         sources = list(sources)
         if sources[0][0] is None:
-            return {target: self._tensor(sources[0][1])}
+            return {target: self.tensor(sources[0][1])}
         converter = copy.deepcopy(self._converter_of_pattern[sources[0][0]])
         for pattern, key in sources:
-            converter.add_tensor(target, key, pattern, self._tensor(key))
+            converter.add_tensor(target, key, pattern, self.tensor(key))
         converted = converter.convert(target, model=model, config=getattr(model, "config", None))
         return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
-    def _tensor(self, key: str) -> torch.Tensor:
+    def dense_keys(self, expert_parameter_names: frozenset[str]) -> list[str]:
+        """Keys of the checkpoint that routed experts are not made of."""
+        return [
+            key
+            for target, sources in self._sources.items()
+            if expert_parameter_names.isdisjoint(self._made_with(target))
+            for _, key in sources
+        ]
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """As it lies in the checkpoint."""
         tensor: torch.Tensor = self._handle(key).get_tensor(key)
         return tensor
 
@@ -119,9 +141,9 @@ class CheckpointWeights:
         return self._handle(key).get_slice(key)
 
     def _handle(self, key: str) -> Any:
-        file = self._file_of_key[key]
+        file = self.file_of_key[key]
         if file not in self._handles:
-            self._handles[file] = _open(self._folder / file)
+            self._handles[file] = _open(self.folder / file)
         return self._handles[file]
 
 

@@ -93,7 +93,8 @@ def weights_gradient(
     check_sides(dtype, M=m, N=n)
     num_slots = rows.count_S.shape[0]
     tile = tile or tile_for(dtype, rows.block_rows, columns=256, is_roomy=False)
-    m_side, depth = min(tile.columns, 128), min(tile.depth, rows.block_rows)  # a slot's rows end with a block
+    m_side = min(tile.columns, 16 * tile.num_warps)
+    depth = min(tile.depth, rows.block_rows)  # a slot's rows end with a block
     programs = num_programs(left_PM.device) * tile.residents
     out_SMN = left_PM.new_empty(num_slots, m, n)
     _weights_gradient_kernel[(programs,)](

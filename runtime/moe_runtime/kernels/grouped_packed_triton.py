@@ -37,9 +37,10 @@ def block_rows_for(num_picks: int, num_slots: int) -> int:
     return next((rows for rows in (16, 64) if num_picks <= 2 * rows * num_slots), 128)
 
 
-def packed_tile(block_rows: int, packing: Packing) -> Tile:
+def packed_tile(dtype: torch.dtype, block_rows: int, packing: Packing) -> Tile:
     """What was fastest on an H100 (tests/bench/README.md). Raises InvalidInput on groups that no tile fits into."""
-    depth = 128 if block_rows <= 16 else 64
+    is_wide = dtype == torch.float32  # what it is split into takes registers
+    depth = (128 if block_rows <= 16 else 64) // (2 if is_wide else 1)
     if packing.group_size:
         depth = gcd(depth, packing.group_size)
     if depth < LEAST_DEPTH[packing.precision]:
@@ -48,7 +49,7 @@ def packed_tile(block_rows: int, packing: Packing) -> Tile:
             f"not {packing.group_size}"
         )
     if block_rows >= 128:
-        return Tile(columns=256, depth=depth)
+        return Tile(columns=128 if is_wide else 256, depth=depth)
     return Tile(columns=128, depth=depth, num_warps=4, residents=6 if block_rows > 16 else 4)
 
 
@@ -184,7 +185,7 @@ def _run(
         raise InvalidInput(
             f"columns of {packing.precision} must be a multiple of {LEAST_DEPTH[packing.precision]} here, not {m}"
         )
-    tile = tile or packed_tile(rows.block_rows, packing)
+    tile = tile or packed_tile(a.dtype, rows.block_rows, packing)
     box = (parts, tile.columns // parts, tile.depth // 2 if is_nibbles else tile.depth)
     programs, out_PN = num_programs(a.device) * tile.residents, a.new_empty(rows.pick_P.shape[0], n)
     _packed_kernel[(programs,)](

@@ -7,7 +7,8 @@ on Hopper), which want rows of 16 bytes: D and F must be multiples of 16 / items
 are used, and the activation is computed before the product leaves the registers: gate and up need not pass through
 memory.
 
-float32 is computed in float32 (not tf32); products of bfloat16 and float16 are summed in float32.
+Products of bfloat16 and float16 are summed in float32. Those of float32 are three products of tf32 each, which give
+float32's own digits, and one where torch.set_float32_matmul_precision allows it, as in torch.
 
 Suffixes: T tokens, D model, F expert hidden, S slots, K picks of a token, B blocks, P padded rows; M, N any side.
 """
@@ -49,15 +50,17 @@ class Tile:
 
 
 def tile_for(dtype: torch.dtype, block_rows: int, *, columns: int, is_roomy: bool, blocks_in_turn: int = 8) -> Tile:
-    """What was fastest on an H100 (tests/bench/README.md) for 16-bit types; float32 is for exactness, not for speed.
+    """What was fastest on an H100 (tests/bench/README.md).
 
     columns, blocks_in_turn: of a large tile. is_roomy: registers and shared memory are left for a fourth stage.
     """
-    if dtype == torch.float32:
-        return Tile(columns=32, depth=32, num_warps=4, num_stages=2)
     depth = 128 // dtype.itemsize  # bytes that a descriptor's row takes at most
+    if dtype == torch.float32:  # twice the bytes, and of registers for the parts that it is split into
+        columns, is_roomy = columns // 2, False
     if block_rows >= LARGE_BLOCK:
         return Tile(columns, depth=depth, blocks_in_turn=blocks_in_turn, num_stages=4 if is_roomy else 3)
+    if dtype == torch.float32:
+        return Tile(columns, depth=depth, num_warps=4, num_stages=2, residents=2)
     return Tile(columns // 2, depth=depth, num_warps=4, residents=2)
 
 
@@ -194,7 +197,9 @@ def descriptor(tensor: torch.Tensor, *box: int) -> Any:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    return "ieee" if dtype == torch.float32 else "tf32"  # of no meaning for 16-bit types
+    """Triton's name for it; without meaning for 16-bit types."""
+    is_exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return "tf32x3" if is_exact else "tf32"
 
 
 @cache

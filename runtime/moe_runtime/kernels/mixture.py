@@ -20,6 +20,8 @@ from moe_runtime.kernels.quantise import Packed
 PERMUTE_FROM_F = 4096
 """Expert hidden from which gathering the tokens in the product costs more than writing them in order once: the product
 reads each of them F / 128 times (tests/bench/README.md)."""
+LEAST_CAPABILITY = (8, 0)
+"""Ampere: what tf32 and bfloat16 products ask for."""
 
 
 def mixture_reference(
@@ -37,6 +39,18 @@ def mixture_reference(
         expert = linear(silu(gate) * up, down_SDF[slot])
         out_TD = out_TD.index_add(0, token, (expert * weight_TK[token, k].unsqueeze(-1)).to(x_TD.dtype))
     return out_TD
+
+
+def runs_here(x: torch.Tensor, gate_up_S2FD: torch.Tensor, down_SDF: torch.Tensor) -> bool:
+    """Whether `mixture` takes these: on a GPU that has the instructions, one dtype that it knows, sides of 16 bytes."""
+    tensors, step = (x, gate_up_S2FD, down_SDF), 16 // x.dtype.itemsize
+    return (
+        all(t.is_cuda and t.dtype == x.dtype for t in tensors)
+        and x.dtype in {torch.bfloat16, torch.float16, torch.float32}
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(x.device) >= LEAST_CAPABILITY
+        and all(side % step == 0 for side in down_SDF.shape[1:])
+    )
 
 
 def mixture(

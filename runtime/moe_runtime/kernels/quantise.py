@@ -138,6 +138,11 @@ def decode(codes_X: torch.Tensor, packing: Packing, *, num_columns: int) -> torc
     return nibble_XNM[..., :num_columns].float() - 8
 
 
+def codes_per_row(packing: Packing, num_columns: int) -> int:
+    """Entries of `codes` for one row."""
+    return -(-num_columns // 2) if packing.precision == "Int4" else num_columns
+
+
 def grouped(values_XNM: torch.Tensor, packing: Packing) -> torch.Tensor:
     """[.., N, G, C], a short last group filled up with zeros."""
     num_columns = values_XNM.shape[-1]
@@ -145,7 +150,7 @@ def grouped(values_XNM: torch.Tensor, packing: Packing) -> torch.Tensor:
     padding = packing.num_groups(num_columns) * size - num_columns
     if padding:
         values_XNM = torch.nn.functional.pad(values_XNM, (0, padding))
-    return values_XNM.reshape(*values_XNM.shape[:-1], -1, size)
+    return values_XNM.reshape(*values_XNM.shape[:-1], packing.num_groups(num_columns), size)
 
 
 def per_column(scales_XNG: torch.Tensor, packing: Packing, *, num_columns: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ from moe_core.contract.base import digest_of
 from moe_core.contract.exchange import Coverage, RankPhase, Recovery
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.membership import Membership
+from moe_core.contract.packing import FULL
 from moe_core.contract.runtime_config import RuntimeConfig
 from moe_runtime.errors import Fenced, GroupFault, MinorityStop
 from moe_runtime.host.processes import resident_bytes
@@ -111,6 +112,7 @@ class StepLoop:
             expert_seconds=work.expert_work[0],
             expert_rows=work.expert_work[1],
             expert_bytes=epm.expert_bytes() if epm is not None else 0,
+            expert_packing=str(epm.packing) if epm is not None and epm.packing != FULL else "",
         )
 
     # -- the thread --
