@@ -7,6 +7,7 @@ from typing import Any
 from moe_core.contract.base import digest_of
 from moe_core.contract.exchange import Coverage, RankState, RuntimeState, RuntimeWish, ServingProgress, TrainingProgress
 from moe_core.contract.expert_map import ExpertMap
+from moe_core.contract.links import Links
 from moe_core.contract.names import ROLE_COORDINATOR, ROLE_RANK
 from moe_core.decide import decide
 from moe_core.experts.measure import coverage
@@ -104,6 +105,10 @@ class Sim:
     load_window_s: float = 0.0
     seconds_per_pick: float = 1e-5
     expert_packing: str = ""
+    seconds_of_rank: dict[int, float] = field(default_factory=dict)
+    """Ranks that take another time for a pick than the rest."""
+    pick_bytes: int = 0
+    links: Links | None = None
     owner_deleted: bool = False
     stuck_terminating: bool = False
     uids: int = 0
@@ -142,7 +147,8 @@ class Sim:
             phase = "Ready" if self.told is None or pod.index in self.told.ranks else "Left"
             if self.members.get(pod.index) == pod.uid:
                 phase = "Draining" if pod.uid in self.draining else "Active"
-            states.append(RankState(rank=pod.index, pod_uid=pod.uid, phase=phase))
+            seconds = self.seconds_of_rank.get(pod.index, self.seconds_per_pick)
+            states.append(RankState(rank=pod.index, pod_uid=pod.uid, phase=phase, seconds_per_pick=seconds))
         in_force = (
             self.told is not None
             and self.map_in_force is not None
@@ -169,6 +175,8 @@ class Sim:
             seconds_per_pick=self.seconds_per_pick,
             expert_bytes=1000,
             expert_packing=self.expert_packing,
+            pick_bytes=self.pick_bytes,
+            links=self.links,
             training=None if serving else TrainingProgress(step=self.epoch, done=self.training_done),
         )
 

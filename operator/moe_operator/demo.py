@@ -117,6 +117,8 @@ class Demo:
             self._view.fraction = max(shares)
             self._view.headline = f"training on the source of Python's standard library, step {training.step}"
             facts["tokens/s"] = f"{training.tokens_per_s:,.0f}"
+            if state is not None and state.step_time is not None:
+                facts["a step's time"] = state.step_time.told()
             if training.loss is not None:
                 facts["loss"] = f"{training.loss:.3f}"
                 self._view.sample("loss over time", training.loss)
@@ -187,6 +189,8 @@ class Demo:
             self._view.sample("tokens/s", load.tokens_per_s(window_s=3.0))
             if state is not None:
                 self._view.ranks = state.ranks
+                if state.step_time is not None:
+                    facts["a step's time"] = state.step_time.told()
                 if state.coverage is not None:
                     facts["experts with a live copy"] = f"{state.coverage.covered} of {state.coverage.total}"
                 if state.serving is not None:

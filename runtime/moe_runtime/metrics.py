@@ -25,6 +25,8 @@ class RankCounts:
     dispatch_bytes: Mapping[str, int] = field(default_factory=dict)
     moved_bytes: int = 0
     digest_mismatches: int = 0
+    step_us: Mapping[str, int] = field(default_factory=dict)
+    waited_us: Mapping[int, int] = field(default_factory=dict)
     expert_tokens_LE: Sequence[Sequence[int]] = ()
 
 
@@ -71,6 +73,15 @@ class _StateCollector(Collector):
             for leg, error in sorted(state.wire_error.items()):
                 lost.add_metric([leg], error)
             gauges.append(lost)
+        if state.links is not None:
+            latency = GaugeMetricFamily(
+                "moe_link_latency_seconds", "Between ranks, one way, by scope.", labels=["scope"]
+            )
+            speed = GaugeMetricFamily("moe_link_bytes_per_second", "Between ranks, by scope.", labels=["scope"])
+            for scope, link in sorted(state.links.scopes.items()):
+                latency.add_metric([scope], link.latency_us / 1e6)
+                speed.add_metric([scope], link.bytes_per_s)
+            gauges += [latency, speed]
         if state.coverage is not None:
             gauges += [
                 GaugeMetricFamily("moe_experts_covered", "(layer, expert) pairs alive.", value=state.coverage.covered),
@@ -95,8 +106,20 @@ class _StateCollector(Collector):
         )
         for scope, count in sorted(counts.dispatch_bytes.items()):
             sent.add_metric([scope], count)
+        spent = CounterMetricFamily(
+            "moe_step_seconds", "Time of all ranks' steps: compute, exchange, wait for another rank.", labels=["part"]
+        )
+        for part, micros in sorted(counts.step_us.items()):
+            spent.add_metric([part], micros / 1e6)
+        waited = CounterMetricFamily(
+            "moe_waited_seconds", "Time that the other ranks waited for a rank inside steps.", labels=["rank"]
+        )
+        for rank, micros in sorted(counts.waited_us.items()):
+            waited.add_metric([str(rank)], micros / 1e6)
         families: list[Metric] = [
             sent,
+            spent,
+            waited,
             CounterMetricFamily(
                 "moe_rebalance_moved_bytes", "Bytes of experts that new maps brought to ranks.", counts.moved_bytes
             ),

@@ -12,7 +12,9 @@ from pydantic import Field
 from moe_core.contract.base import WireModel
 from moe_core.contract.exchange import Coverage, Load, RankPhase, Recovery, Seconds, Share, TrainingProgress
 from moe_core.contract.expert_map import ExpertMap
+from moe_core.contract.links import Link
 from moe_core.contract.membership import Member, Membership
+from moe_core.contract.step_time import StepTime
 
 
 class RankReport(WireModel):
@@ -39,6 +41,13 @@ class RankReport(WireModel):
     """Sent by dispatch and combine, by scope: self, host, network."""
     wire_error: dict[str, Share] = Field(default_factory=dict)
     """Relative error of what dispatch, combine and gradients sent in fewer bits; nothing for what went as it is."""
+    pick_bytes: int = Field(default=0, ge=0)
+    """What one token sends to one expert and gets back from it."""
+    links: tuple[Link, ...] = ()
+    """From this rank to those that it measured last, itself included."""
+    step_time: StepTime = StepTime()
+    """Of all steps of this rank."""
+    recent_step_time: StepTime = StepTime()
     moved_bytes: int = 0
     """Of experts that new maps have brought to this rank."""
     expert_seconds: Seconds = 0.0
@@ -75,12 +84,14 @@ class Directive(WireModel):
     """The plan is a first epoch, to be formed; else it is a change of the committed one."""
     newest_epoch: int = 0
     """The newest epoch seen anywhere: an older rank may not go on by vouching."""
+    probe: int = 0
+    """Ranks that have measured their links for a lower number do so again."""
     load_every_s: float = 10.0
     """How often a rank tells its load: 61 layers x 256 experts are 80 kB of text, the rest of a report 8 (72 ranks)."""
 
     @property
     def seal(self) -> str:
-        rest = f"{self.vouched_dead}{self.ranks}{self.is_first}{self.newest_epoch}.{self.load_every_s}"
+        rest = f"{self.vouched_dead}{self.ranks}{self.is_first}{self.newest_epoch}.{self.load_every_s}.{self.probe}"
         map_seal = "" if self.expert_map is None else f"{self.expert_map.generation}.{self.expert_map.digest}"
         plan_seal = "" if self.plan is None else self.plan.canonical()
         return f"{map_seal}|{plan_seal}|{rest}"

@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
 from moe_core.contract.expert_map import ExpertMap
-from moe_core.experts.measure import balance, copies_of_logical
+from moe_core.contract.links import Links, LinkSpeed
+from moe_core.experts.measure import balance, copies_of_logical, load_of_ranks
 from moe_core.experts.survival import survival
+from moe_core.experts.traffic import StepShape, picks_between
 from moe_core.facts import ApplyObject, PutWish
 from moe_core.manifests import map_slices
 from simcluster import Sim, edit, gpu_nodes, gpu_template, make, running, service_spec
@@ -299,3 +302,48 @@ def test_two_promised_copies_stay_on_groups_of_ranks_and_survive_as_well_as_befo
         sim.settle()
         assert balance(told_map(sim), load).balancedness > 0.95
         assert survival(told_map(sim), failures=2).chance == before
+
+
+def test_a_rank_that_was_measured_to_be_slow_gets_less_of_the_load() -> None:
+    sim = of_policy(rebalance={"maxMovedPercent": 100})
+    sim.seconds_of_rank = {2: 4e-5}
+    counted(sim, EVEN)
+    sim.settle()
+    loads = load_of_ranks(told_map(sim), EVEN).sum(0)
+    assert loads[2] < 0.6 * np.delete(loads, 2).mean()
+    assert "rank 2 is 0.25 times as fast as most" in sim.message("Balanced")
+
+
+def test_ranks_that_differ_by_less_than_they_do_anyway_count_as_equal() -> None:
+    sim = running()
+    before = told_map(sim).digest
+    sim.seconds_of_rank = {2: 1.3e-5}
+    counted(sim, EVEN)
+    sim.settle()
+    assert told_map(sim).digest == before
+
+
+SLOW_NETWORK = Links(
+    scopes={
+        "host": LinkSpeed(latency_us=50, bytes_per_s=5e9),
+        "network": LinkSpeed(latency_us=200, bytes_per_s=2e7),
+    }
+)
+
+
+def test_links_that_were_measured_to_be_slow_keep_popular_experts_on_both_machines() -> None:
+    """Two ranks a node; two experts get nearly all picks, and have one copy each."""
+    sim = make("MoEService", service_spec(template=gpu_template()), gpu_nodes(2, gpus=2))
+    edit(sim, experts={"redundantPerRank": 2, "rebalance": {"maxMovedPercent": 100}})
+    sim.settle()
+    nodes = [next(p.node for p in sim.pods if p.role == "rank" and p.index == rank) or "" for rank in range(4)]
+    assert len(set(nodes)) == 2
+    crossing = {}
+    for links in (None, SLOW_NETWORK):
+        sim.links, sim.pick_bytes = links, 4096
+        counted(sim, SKEWED)
+        sim.settle()
+        picks_LRR = picks_between(told_map(sim), SKEWED, StepShape(100, 8, 2), domain_of_rank=nodes)
+        far = np.asarray([[a != b for b in nodes] for a in nodes])
+        crossing[links is not None] = float(picks_LRR.sum(0)[far].sum())
+    assert crossing[True] < 0.8 * crossing[False]

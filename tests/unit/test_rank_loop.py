@@ -37,6 +37,7 @@ class Model:
 
     packing = FULL
     slot_digest, holds, expert_bytes = (lambda *_: 70), (lambda *_: True), (lambda _: 12)
+    pick_bytes = expert_bytes
 
 
 class Work:
@@ -117,6 +118,18 @@ def test_a_rank_is_settled_by_its_first_step_and_not_by_entering(lab: Lab) -> No
     assert lab.steps == 0
     lab.step(ranks=(0,))
     assert lab.steps == 1
+
+
+def test_where_the_time_of_steps_went_is_told_one_boundary_later(lab: Lab) -> None:
+    lab.work.tokens = 5
+    lab.step(ranks=(0,))
+    assert lab.loop.report().step_time.steps == 0
+    lab.work.tokens = 0
+    lab.step(ranks=(0,))
+    lab.step(ranks=(0,))  # nobody had tokens: no step
+    told = lab.loop.report().step_time
+    assert (told.steps, told.wait_us) == (1, 0)
+    assert told.compute_us > 0
 
 
 def test_only_steps_with_tokens_are_numbered_and_an_epoch_takes_no_number_of_the_last(tmp_path: Path) -> None:

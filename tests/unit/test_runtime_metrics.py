@@ -4,6 +4,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from moe_core.contract.exchange import RankPhase, TrainingProgress
 from moe_core.contract.membership import Member
+from moe_core.contract.step_time import StepTime
 from moe_runtime.coordinator.book import Book
 from moe_runtime.metrics import CoordinatorMetrics, GatewayMetrics, RankCounts
 from moe_runtime.registration import GatewayReport, RankReport
@@ -98,3 +99,20 @@ def test_what_fewer_bits_lose_is_one_figure_for_each_leg_whatever_the_number_of_
     found = scrape(book)
     assert found["moe_dispatch_wire_error", "leg=dispatch"] == 0.0354
     assert [name for name, _ in found].count("moe_dispatch_wire_error") == 1
+
+
+def test_time_of_steps_is_told_by_part_and_by_the_rank_that_was_waited_for() -> None:
+    book = Book(lambda: 0.0, is_serving=False)
+    for uid, waited in (("a", {1: 3_000_000}), ("b", {})):
+        time = StepTime(steps=2, compute_us=5_000_000, exchange_us=1_000_000, waited_us=waited)
+        book.note_rank(rank(uid, 1).model_copy(update={"step_time": time, "recent_step_time": time}))
+    found = scrape(book)
+    assert {part: found["moe_step_seconds_total", f"part={part}"] for part in ("compute", "exchange", "wait")} == {
+        "compute": 10,
+        "exchange": 2,
+        "wait": 3,
+    }
+    assert found["moe_waited_seconds_total", "rank=1"] == 3
+    told = book.state().step_time
+    assert told is not None
+    assert told.most_waited_for == 1

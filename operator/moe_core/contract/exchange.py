@@ -12,6 +12,8 @@ from pydantic import AfterValidator, Field
 
 from moe_core.contract.base import WireModel
 from moe_core.contract.expert_map import ExpertMap
+from moe_core.contract.links import Links
+from moe_core.contract.step_time import StepTime
 
 
 def _rectangular(rows: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
@@ -39,6 +41,8 @@ class RuntimeWish(WireModel):
     """The newest epoch the operator remembers: a coordinator that starts beside no living rank counts on from it."""
     load_window_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
     """How far back `RuntimeState.load` shall reach."""
+    probe: int = Field(default=0, ge=0)
+    """A number above the last one has the links between ranks measured again."""
 
 
 RankPhase = Literal["Starting", "Loading", "Ready", "Active", "Draining", "Left", "Failed"]
@@ -52,6 +56,8 @@ class RankState(WireModel):
     memory_bytes: int = 0
     tokens: int = 0
     message: str = ""
+    seconds_per_pick: Seconds = 0.0
+    """Time that one token takes at one expert of this rank; 0 while it computed nothing."""
 
 
 class Coverage(WireModel):
@@ -126,12 +132,18 @@ class RuntimeState(WireModel):
     """Seconds that `load` covers: less than was wished while the coordinator has not listened for so long."""
     seconds_per_pick: Seconds = 0.0
     """Time that one token takes at one expert, over all ranks since they started; 0 while nothing was computed."""
+    pick_bytes: int = Field(default=0, ge=0)
+    """What one token sends to one expert and gets back from it; 0 while no rank has loaded."""
+    links: Links | None = None
+    """As the ranks measured them last; None before they did."""
     expert_bytes: int = Field(default=0, ge=0)
     """One physical expert of one layer; 0 while no rank has loaded."""
     expert_packing: str = ""
     """How ranks keep their experts; empty while no rank has loaded, and in full."""
     wire_error: dict[str, Share] = Field(default_factory=dict)
     """Relative error of rows that travel in fewer bits, by leg (dispatch, combine, gradient), over all ranks."""
+    step_time: StepTime | None = None
+    """Of the newest steps, over all ranks together; None before the first."""
     failure: str = ""
     """A failure that no restart can mend, such as a model that cannot be loaded."""
 

@@ -185,6 +185,7 @@ def _plan(  # noqa: PLR0917
         num_layers=shape[1],
         redundant_per_rank=serving.experts.redundant_per_rank if serving else 0,
         policy="linear",  # without a load; decide.assignment follows one
+        probe=spec.dispatch.probe,
         rebalance=serving.experts.rebalance if serving and serving.experts.policy == "Balanced" else None,
         min_copies=serving.experts.min_copies if serving else 1,
         max_restarts=spec.failure_policy.max_restarts,

@@ -16,12 +16,14 @@ from moe_core.contract.exchange import RuntimeState
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.decide.crew import Seat
 from moe_core.decide.memory import Memory, condition_in
+from moe_core.decide.speeds import speeds_of, told_speeds
 from moe_core.experts.assign import even_slots
 from moe_core.experts.bounds import bound_of_slots
 from moe_core.experts.carry import carry_over
 from moe_core.experts.checks import FloatArray
 from moe_core.experts.fleet import Fleet
 from moe_core.experts.groups import replan_groups
+from moe_core.experts.links import seconds_per_byte
 from moe_core.experts.measure import balancedness_of, copies_of_logical
 from moe_core.experts.replan import Prices, Replan, Rows, replan
 from moe_core.facts import Condition, Facts, ObjectFact, Wish
@@ -87,7 +89,8 @@ def assigned(
     wait = _due_in(plan.rebalance, memory, runtime, now)
     if wait > 0:
         return Assigned(current.expert_map, None, memory.weighed_at, waking=(wait,))
-    weighed = _weighed(plan, plan.rebalance, current.expert_map, runtime, now, _fleet(slots, ranks))
+    fleet = replace(_fleet(slots, ranks), speed_of_rank=speeds_of(runtime, ranks, num_ranks))
+    weighed = _weighed(plan, plan.rebalance, current.expert_map, runtime, now, fleet)
     # Where nothing was counted the time stands too: a status would be written every window for its sake alone.
     return weighed if runtime.load else replace(weighed, weighed_at=memory.weighed_at)
 
@@ -243,19 +246,34 @@ def _weighed(  # noqa: PLR0917
         limits(rebalance, current, window_s=runtime.load_window_s),
         seconds_per_pick=runtime.seconds_per_pick,
         bytes_per_expert=runtime.expert_bytes,
+        bytes_per_pick=runtime.pick_bytes,
     )
-    way = replan_groups if plan.min_copies > 1 else replan
-    found = way(
-        load_LE,
-        fleet,
-        current.logical_of_slot,
-        current_shares=current.share_of_slot,
-        prices=prices,
-        least_copies=plan.min_copies,
-    )
-    stays = _why_stay(found)
+    links_RR = None
+    if plan.min_copies > 1:  # copies on fixed groups of ranks, whose links are not told apart
+        found = replan_groups(
+            load_LE,
+            fleet,
+            current.logical_of_slot,
+            current_shares=current.share_of_slot,
+            prices=prices,
+            least_copies=plan.min_copies,
+        )
+    else:
+        links_RR = seconds_per_byte(runtime.links, fleet.domain_of_rank)
+        found = replan(
+            load_LE,
+            fleet,
+            current.logical_of_slot,
+            current_shares=current.share_of_slot,
+            prices=prices,
+            least_copies=plan.min_copies,
+            links_RR=links_RR,
+        )
+    stays = _why_stay(found, pick_bytes=0 if links_RR is None else runtime.pick_bytes)
     is_new = not stays
     told, is_even = _said(load_LE, fleet, found, stays)
+    if unlike := told_speeds(fleet.speed_of_rank):
+        told = f"{told}; {unlike}"
     reason = Reason.REBALANCED if is_new else Reason.BALANCED if is_even else Reason.IMBALANCED
     new_map = _next_map(current, fleet.slots_of_rank, found.logical_of_slot, found.share_of_slot) if is_new else current
     return Assigned(new_map, Condition("Balanced", "True" if is_even else "False", reason, told), now)
@@ -270,15 +288,17 @@ def limits(rebalance: Rebalance, expert_map: ExpertMap, *, window_s: float | Non
     )
 
 
-def _why_stay(found: Replan) -> str:
-    """Nothing where the new map is to be taken up."""
+def _why_stay(found: Replan, *, pick_bytes: int) -> str:
+    """Nothing where the new map is to be taken up: when it spares the heaviest ranks, or the links between machines."""
     if found.gain_s <= found.cost_s:
         return found.reason
     saved_s, heaviest = found.gain_s - found.cost_s, sum(found.worst_before)
     if saved_s <= CHANGE_S:
         return f"stays: another map saves {saved_s:.3g} s, taking it up costs {CHANGE_S} s"
     fewer = heaviest - sum(found.worst_after)
-    if fewer <= CHANCE * sqrt(heaviest):
+    crossing = found.crossed_before / max(pick_bytes, 1)
+    no_longer = crossing - found.crossed_after / max(pick_bytes, 1)
+    if fewer <= CHANCE * sqrt(heaviest) and no_longer <= CHANCE * sqrt(crossing):
         return f"stays: another map spares the heaviest ranks {fewer:.0f} of {heaviest:.0f} picks, which may be chance"
     return ""
 

@@ -56,7 +56,7 @@ def follow(plan: Plan, memory: Memory, facts: Facts, *, num_ranks: int, expert_m
     known = memory.dead_pod_uids
     dead = (*known, *(uid for uid in proven_dead(facts) if uid not in known))[-MAX_DEAD_PODS:]
     window_s = float(plan.rebalance.window_seconds) if plan.rebalance is not None else LOAD_WINDOW_S
-    digest = digest_of(f"{num_ranks} {expert_map.digest} {','.join(dead)} {window_s}")
+    digest = digest_of(f"{num_ranks} {expert_map.digest} {','.join(dead)} {window_s} {plan.probe}")
     runtime = facts.runtime
     if runtime is None:  # nobody to tell; a wish that was never heard is not remembered
         return Following(
@@ -78,6 +78,7 @@ def follow(plan: Plan, memory: Memory, facts: Facts, *, num_ranks: int, expert_m
         dead_pod_uids=dead,
         newest_epoch=memory.epoch,
         load_window_s=window_s,
+        probe=plan.probe,
     )
     heard = facts.put_generation == generation
     return Following(

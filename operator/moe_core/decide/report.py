@@ -80,7 +80,7 @@ def status_of(
     return status
 
 
-_OF_RUNTIME = ("mapDigest", "expertCoveragePercent", "training", "serving", "recoveries")
+_OF_RUNTIME = ("mapDigest", "expertCoveragePercent", "training", "serving", "recoveries", "steps", "wireError", "links")
 
 
 def _of_runtime(runtime: RuntimeState) -> dict[str, Any]:
@@ -91,6 +91,23 @@ def _of_runtime(runtime: RuntimeState) -> dict[str, Any]:
         found["training"] = _camel(runtime.training.model_dump(mode="json", exclude_none=True))
     if runtime.serving is not None:
         found["serving"] = _camel(runtime.serving.model_dump(mode="json", exclude_none=True))
+    if (time := runtime.step_time) is not None:
+        found["steps"] = {
+            "computePercent": time.percent(time.compute_us),
+            "exchangePercent": time.percent(time.exchange_us),
+            "waitPercent": time.percent(time.wait_us),
+            **({} if time.most_waited_for is None else {"mostWaitedForRank": time.most_waited_for}),
+        }
+    if runtime.wire_error:
+        found["wireError"] = dict(runtime.wire_error)
+    if runtime.links is not None:
+        found["links"] = {
+            scope: {
+                "latencyMicroseconds": speed.latency_us,
+                "bytesPerSecond": round(speed.bytes_per_s),
+            }
+            for scope, speed in sorted(runtime.links.scopes.items())
+        }
     if runtime.recoveries:
         last = runtime.recoveries[-1]
         found["recoveries"] = {

@@ -5,6 +5,7 @@ To understand the policy, read in this order; every module says at its top what 
     what is known       fleet     ranks: slots, speeds, failure domains
                         checks    loads and slots as they come in, or refused
                         trace     who chose what with whom, from recorded routing
+                        links     how fast ranks reach each other, as measured
     from scratch        counts    how many copies each expert gets
                         pack      which rank holds which copy: deal, part, even
                         mirror    the same experts on fixed groups of ranks: safer, where there is room

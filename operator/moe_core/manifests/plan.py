@@ -41,6 +41,8 @@ class Plan:
     needs: Needs
     pack: Pack
     config: RuntimeConfig
+    probe: int = 0
+    """Raised by whoever wants the links measured again."""
     ranks_per_node: int = 0
     """0 for any number."""
     spares_per_domain: int = 0

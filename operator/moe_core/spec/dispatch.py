@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from moe_core.contract.dispatch import Hierarchy, Wire
-from moe_core.spec.base import SpecModel
+from moe_core.spec.base import Rule, SpecModel
 
 
 class Dispatch(SpecModel):
@@ -21,6 +21,24 @@ class Dispatch(SpecModel):
         "ranks. Auto goes by node where that spares a tenth of the rows between nodes, except in small steps.",
     )
 
+    probe: int = Field(
+        default=0,
+        ge=0,
+        le=2147483647,
+        description="Ranks measure their links when one joins; raise this number to have them measured again.",
+    )
+
     @property
     def way_back(self) -> Wire:
         return self.combine_wire or self.wire
+
+
+_NOW, _BEFORE = "self.dispatch", "oldSelf.dispatch"
+ONLY_PROBE_CHANGES = Rule(
+    f"{_NOW}.wire == {_BEFORE}.wire && {_NOW}.hierarchy == {_BEFORE}.hierarchy && "
+    f"has({_NOW}.combineWire) == has({_BEFORE}.combineWire) && "
+    f"(!has({_NOW}.combineWire) || {_NOW}.combineWire == {_BEFORE}.combineWire)",
+    "of dispatch only probe can be changed; create another object",
+    keeps=lambda spec: spec.dispatch.model_copy(update={"probe": 0}),
+)
+"""Of the spec of a job and of a service."""

@@ -17,7 +17,7 @@ from moe_core.spec.common import (
     RoutingTrace,
     TopologyConstraint,
 )
-from moe_core.spec.dispatch import Dispatch
+from moe_core.spec.dispatch import ONLY_PROBE_CHANGES, Dispatch
 from moe_core.spec.router import RouterSpec
 
 
@@ -129,6 +129,7 @@ class MoEJobSpec(SpecModel):
     rules: ClassVar[tuple[Rule, ...]] = (
         TRACE_IS_WRITABLE,
         WHOLE_NODES,
+        ONLY_PROBE_CHANGES,
         Rule(
             "!has(self.model.router) || !has(self.training.auxLossCoefficient)",
             "training.auxLossCoefficient means nothing with model.router; give model.router.auxLossCoeff",
@@ -141,7 +142,6 @@ class MoEJobSpec(SpecModel):
                 "training",
                 "output",
                 "parallelism",
-                "dispatch",
                 "topologyConstraint",
                 "drills",
                 "trace",

@@ -17,7 +17,7 @@ from moe_core.spec.common import (
     RoutingTrace,
     TopologyConstraint,
 )
-from moe_core.spec.dispatch import Dispatch
+from moe_core.spec.dispatch import ONLY_PROBE_CHANGES, Dispatch
 from moe_core.spec.packing import ExpertPacking
 
 
@@ -172,9 +172,10 @@ class MoEServiceSpec(SpecModel):
             lambda spec: spec.experts.min_copies <= spec.parallelism.expert,
         ),
         WHOLE_NODES,
+        ONLY_PROBE_CHANGES,
         *(
             unchangeable(field, lever="create another MoEService")
-            for field in ("model", "serving", "dispatch", "topologyConstraint", "drills", "trace", "template")
+            for field in ("model", "serving", "topologyConstraint", "drills", "trace", "template")
         ),
         TRACE_IS_WRITABLE,
         Rule(

@@ -54,6 +54,8 @@ class Counts:
         self._gateways = Tally()
         self._dispatch_bytes = Tally()
         self._moves = Tally()
+        self._step_us = Tally()
+        self._waited_us = Tally()
         self._past_load_LE: npt.NDArray[np.int64] | None = None
         self._load_of: dict[str, npt.NDArray[np.int64]] = {}
 
@@ -64,6 +66,10 @@ class Counts:
         self._tokens.note(f"{rank} {uid}", {rank: report.tokens})
         self._dispatch_bytes.note(uid, report.dispatch_bytes)
         self._moves.note(uid, {"bytes": report.moved_bytes, "mismatches": report.digest_mismatches})
+        time = report.step_time
+        parts = {"compute": time.compute_us, "exchange": time.exchange_us, "wait": time.wait_us}
+        self._step_us.note(uid, parts)
+        self._waited_us.note(uid, {str(rank): waited for rank, waited in time.waited_us.items()})
         if report.load:
             self._load_of[uid] = np.array(report.load, dtype=np.int64)
 
@@ -102,5 +108,7 @@ class Counts:
             dispatch_bytes=self._dispatch_bytes.total(),
             moved_bytes=moves.get("bytes", 0),
             digest_mismatches=moves.get("mismatches", 0),
+            step_us=self._step_us.total(),
+            waited_us={int(rank): waited for rank, waited in self._waited_us.total().items()},
             expert_tokens_LE=np.sum(ever, axis=0).tolist() if is_one_model else [],
         )

@@ -15,7 +15,10 @@ from moe_core.contract.exchange import (
     ServingProgress,
     TrainingProgress,
 )
+from moe_core.contract.links import Links
 from moe_core.contract.membership import Member, Membership
+from moe_core.contract.step_time import StepTime, in_sum
+from moe_runtime.coordinator.links import links_of
 from moe_runtime.registration import Directive, MembersView, RankReport, RankView
 
 _NEWEST_RECOVERIES = 16
@@ -56,6 +59,7 @@ def next_directive(
         ranks=tuple(sorted(wish.ranks)),
         is_first=committed is None,
         newest_epoch=max(last_epoch, committed.epoch if committed else 0),
+        probe=wish.probe,
         load_every_s=min(MOST_LOAD_EVERY_S, wish.load_window_s / LOADS_PER_WINDOW),
     )
 
@@ -129,6 +133,7 @@ def runtime_state(
                 memory_bytes=r.memory_bytes,
                 tokens=r.tokens,
                 message=r.message,
+                seconds_per_pick=r.expert_seconds / r.expert_rows if r.expert_rows else 0.0,
             )
             for r in sorted(reports.values(), key=lambda r: (r.member.rank, r.member.pod_uid))
         ),
@@ -140,9 +145,12 @@ def runtime_state(
         load=load,
         load_window_s=load_window_s,
         seconds_per_pick=_seconds_per_pick(reports),
+        pick_bytes=max((r.pick_bytes for r in reports.values()), default=0),
+        links=_links(committed, reports),
         expert_bytes=max((r.expert_bytes for r in reports.values()), default=0),
         expert_packing=max((r.expert_packing for r in reports.values()), default=""),
         wire_error=_wire_error(reports),
+        step_time=_step_time(reports),
         failure=next((r.failure for _, r in sorted(reports.items()) if r.failure), ""),
     )
 
@@ -150,6 +158,19 @@ def runtime_state(
 def _seconds_per_pick(reports: Mapping[str, RankReport]) -> float:
     rows = sum(report.expert_rows for report in reports.values())
     return sum(report.expert_seconds for report in reports.values()) / rows if rows else 0.0
+
+
+def _links(committed: Membership | None, reports: Mapping[str, RankReport]) -> Links | None:
+    if committed is None:
+        return None
+    place_of = {member.rank: member.place for member in committed.members}
+    told = {r.member.rank: r.links for uid, r in sorted(reports.items()) if uid in committed.pod_uids}
+    return links_of(place_of, told)
+
+
+def _step_time(reports: Mapping[str, RankReport]) -> StepTime | None:
+    found = in_sum(report.recent_step_time for report in reports.values() if report.phase in ("Active", "Draining"))
+    return found if found.steps else None
 
 
 def _wire_error(reports: Mapping[str, RankReport]) -> dict[str, float]:

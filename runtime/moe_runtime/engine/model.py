@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from moe_core.contract.dispatch import goes_by_node
+from moe_core.contract.dispatch import goes_by_node, row_bytes
 from moe_core.contract.expert_map import EMPTY_SLOT, ExpertMap
 from moe_core.contract.packing import FULL
 from moe_core.contract.router import LocalityConfig
@@ -34,7 +34,7 @@ from moe_runtime.engine.cache import StepCache
 from moe_runtime.engine.forward import BatchedForward, RowForward, Step, choose_forward
 from moe_runtime.experts.build import BuiltModel, build, open_weights
 from moe_runtime.experts.digest import slot_digests
-from moe_runtime.experts.families import ModelFacts, check_map
+from moe_runtime.experts.families import ModelFacts, check_map, text_config
 from moe_runtime.experts.generalists import Generalists, read_generalists
 from moe_runtime.experts.layout import layouts
 from moe_runtime.experts.routed import RouterRequest
@@ -300,6 +300,11 @@ class ExpertParallelModel:
     def wire_error(self) -> dict[str, float]:
         """By leg (dispatch, combine, gradient) the relative error of what this rank sent since it was last asked."""
         return self._context.legs.error.take()
+
+    def pick_bytes(self) -> int:
+        """What one token sends to one expert and gets back from it."""
+        legs, dim = self._context.legs, int(text_config(self.module.config).hidden_size)
+        return row_bytes(legs.there.wire, dim) + row_bytes(legs.back.wire, dim)
 
     def expert_bytes(self) -> int:
         """Of one physical expert of one layer; layers are alike."""

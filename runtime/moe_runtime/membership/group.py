@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ from moe_runtime.errors import GroupFault
 from moe_runtime.membership.rendezvous import RendezvousStore
 from moe_runtime.membership.wire import split_address
 
+_TAG = 1
+"""Of messages between two members; they go one after the other."""
 _DEVICES: dict[str, object] = {}
 """Gloo devices by bound address: each has a thread and a listening socket, so one serves every group of the process."""
 
@@ -61,6 +64,8 @@ class EpochGroup:
         self._broken = ""
         self.sent_bytes = [0] * len(self.ranks)
         """By position: what all-to-alls have sent there; at this rank's own position, what stayed."""
+        self.blocked_s = 0.0
+        """Time inside collectives so far: moving bytes and waiting for others."""
         self._backend: Any = None  # a c10d.Backend; torch's stubs leave its operations out
         if len(self.ranks) > 1:
             try:
@@ -177,6 +182,22 @@ class EpochGroup:
         for position, count in enumerate(in_splits):
             self.sent_bytes[position] += count * row_bytes
 
+    def send(self, tensor: torch.Tensor, position: int, *, timeout_ms: int | None = None) -> None:
+        """To one other member, which receives as many numbers. Returns when the tensor may be changed."""
+        self._one_to_one("send", lambda: self._backend.send([tensor], position, _TAG), timeout_ms)
+
+    def receive(self, tensor: torch.Tensor, position: int, *, timeout_ms: int | None = None) -> None:
+        """From one other member, into `tensor`."""
+        self._one_to_one("receive", lambda: self._backend.recv([tensor], position, _TAG), timeout_ms)
+
+    def _one_to_one(self, what: str, start: Callable[[], Any], timeout_ms: int | None) -> None:
+        self._check(what)
+        try:
+            start().wait(_timedelta(timeout_ms or self._timeout_ms))
+        except RuntimeError as error:
+            self._broken = f"{what}: {_first_line(error)}"
+            raise GroupFault(self._broken) from None
+
     def all_gather_ints(self, row: Sequence[int], *, timeout_ms: int | None = None) -> list[list[int]]:
         """Every member's row of equally many integers, by position."""
         if self._backend is None:
@@ -224,7 +245,10 @@ class EpochGroup:
     def _run(self, what: str, start: Callable[[], Any], options: Any, timeout_ms: int | None) -> None:
         self._check(what)
         options.timeout = _timedelta(timeout_ms or self._timeout_ms)
-        if reason := self._attempt(start, options.timeout):
+        began = time.monotonic()
+        reason = self._attempt(start, options.timeout)
+        self.blocked_s += time.monotonic() - began
+        if reason:
             self._broken = f"{what}: {reason}"
             raise GroupFault(self._broken)
 

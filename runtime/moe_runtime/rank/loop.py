@@ -21,10 +21,12 @@ from moe_runtime.host.processes import resident_bytes
 from moe_runtime.membership.deadlines import Deadlines
 from moe_runtime.membership.group import EpochGroup
 from moe_runtime.membership.keeper import MembershipKeeper
+from moe_runtime.rank.links import LinkBook
 from moe_runtime.rank.recorder import Recorder
 from moe_runtime.rank.recovery import Recovering
 from moe_runtime.rank.slot_check import SlotCheck
 from moe_runtime.rank.staging import Staging
+from moe_runtime.rank.stalls import TOLD, Stalls
 from moe_runtime.rank.traffic import Traffic
 from moe_runtime.rank.work import ModelUnusable, Work, coverage
 from moe_runtime.registration import Directive, RankReport
@@ -58,6 +60,8 @@ class StepLoop:
         self._staging = Staging()
         self._slots = SlotCheck()
         self._traffic = Traffic(rank)
+        self._stalls = Stalls(rank)
+        self._links = LinkBook()
         self._recorder = (
             Recorder(config.trace, name=config.name, rank=rank, pod_uid=keeper.me.pod_uid, say=self._say)
             if config.trace is not None
@@ -108,6 +112,10 @@ class StepLoop:
             digest_mismatches=self._slots.mismatches,
             dispatch_bytes=self._traffic.by_scope(),
             wire_error=work.wire_error,
+            pick_bytes=epm.pick_bytes() if epm is not None else 0,
+            links=self._links.links,
+            step_time=self._stalls.total,
+            recent_step_time=self._stalls.recent,
             moved_bytes=self._moved_bytes,
             expert_seconds=work.expert_work[0],
             expert_rows=work.expert_work[1],
@@ -224,6 +232,7 @@ class StepLoop:
             timeout_ms=Deadlines().step_ms,
         )
         self._traffic.follow(membership, self._group.sent_bytes)
+        self._stalls.forget()
         self._apply_map(membership.map_digest)
         epm.bind(self._group)
         if self._config.mode == "serve":  # a training run takes its experts from snapshots that carry digests
@@ -251,7 +260,11 @@ class StepLoop:
         self._phase = "Draining" if directive.ranks and self._rank not in directive.ranks else "Active"
         self._follow_map(directive, outside=False)
         plan = self._ready_plan(directive, current)
-        rows = group.all_gather_ints((self._work.prepare(), _key(plan), self._next_step))
+        asks = self._links.asks(current, probe=directive.probe)
+        rows = group.all_gather_ints((self._work.prepare(), _key(plan), self._next_step, asks, *self._stalls.own))
+        self._stalls.account(group.ranks, [row[-TOLD:] for row in rows])
+        if self._links.follow(current, group, [row[3] for row in rows]):
+            self._say(f"measured its links to {len(self._links.links) - 1} ranks")
         if plan is not None and all(row[1] == _key(plan) for row in rows):
             if self._may_change(plan):
                 return self._change(plan)
@@ -260,7 +273,10 @@ class StepLoop:
         step = max(row[2] for row in rows)
         if self._recorder is not None:
             self._recorder.step = step
+        began, blocked_s = time.monotonic(), group.blocked_s
         self._work.run(tokens)
+        if any(tokens):
+            self._stalls.made(run_s=time.monotonic() - began, blocked_s=group.blocked_s - blocked_s)
         self._next_step = step + any(tokens)
         self._settled()
         self._resumed()

@@ -1,0 +1,44 @@
+"""How fast each rank is beside the others, as far as its experts' time tells it."""
+
+from collections.abc import Mapping
+from statistics import median
+
+from moe_core.contract.exchange import RuntimeState
+from moe_core.decide.crew import Seat
+
+SAME = 1.5
+"""Up to so many times as fast as another one is no difference: ranks that share a machine were seen to differ by a
+third, and a pick costs less where there are more of them at once."""
+_STEPS = 4
+"""Speeds are told in quarters, so that a jitter does not make a new plan."""
+
+
+def speeds_of(runtime: RuntimeState, ranks: Mapping[int, Seat], num_ranks: int) -> tuple[float, ...]:
+    """[R] in parts of the median rank's speed; 1 for one that is about as fast, or has not said."""
+    known = {
+        state.rank: state.seconds_per_pick
+        for state in runtime.ranks
+        if state.seconds_per_pick > 0 and state.rank in ranks and _is(ranks[state.rank], state.pod_uid)
+    }
+    if not known:
+        return (1.0,) * num_ranks
+    middle = median(known.values())
+    return tuple(_rounded(middle / known[rank]) if rank in known else 1.0 for rank in range(num_ranks))
+
+
+def told_speeds(speeds: tuple[float, ...]) -> str:
+    """Of those that differ; nothing where none does.
+
+    >>> told_speeds((1.0, 0.5, 1.0))
+    'rank 1 is 0.5 times as fast as most'
+    """
+    unlike = [(rank, speed) for rank, speed in enumerate(speeds) if speed != 1]
+    return ", ".join(f"rank {rank} is {speed:g} times as fast as most" for rank, speed in unlike)
+
+
+def _is(seat: Seat, pod_uid: str) -> bool:
+    return seat.live is not None and seat.live.uid == pod_uid
+
+
+def _rounded(ratio: float) -> float:
+    return 1.0 if 1 / SAME < ratio < SAME else max(round(ratio * _STEPS), 1) / _STEPS
