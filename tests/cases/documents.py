@@ -198,6 +198,7 @@ BROKEN: tuple[Broken, ...] = (
     Broken("MoEService", "spec.experts.policy", "DeepSeek", ("policy", "Linear")),
     Broken("MoEService", "spec.experts.redundantPerRank", -1, ("redundantPerRank", "0")),
     Broken("MoEService", "spec.experts.fallback", "Ignore", ("fallback", "Generalist")),
+    Broken("MoEService", "spec.model.routerClassPath", "mine.Router", ("routerClassPath",)),
     Broken("MoEService", "spec.experts.locality", {"bias": "0"}, ("bias must be > 0",)),
     Broken("MoEService", "spec.experts.locality", {"bias": 1}, ("bias", "string")),
     Broken("MoEService", "spec.experts.locality", {"budgetPercent": 101}, ("budgetPercent", "100")),

@@ -78,6 +78,9 @@ class BatchedForward:
             )
         if not step.rows_B:
             return StepResult(output.logits.new_zeros(0, output.logits.shape[-1]), [])
+        if output.logits.ndim != 3 or output.logits.shape[1] not in {1, ids_BQ.shape[1]}:
+            # an index beyond them would end a GPU's process, not this way of running only
+            raise ValueError(f"its logits are {list(output.logits.shape)} where one token of each row was asked for")
         # some families give logits of all tokens, whatever was asked
         kept_B = last_B if output.logits.shape[1] > 1 else torch.zeros_like(last_B)
         num_rows, degraded_T = positions_BQ.shape[0], self._context.degraded_T
