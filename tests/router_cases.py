@@ -27,6 +27,7 @@ CASES: list[dict[str, Any]] = [
         "class_first_ids": (97,),
     },
     {"type": "TopK", "expert_dropout": 0.3, "input_jitter_eps": 0.01, "locality_bias": 1.0},
+    {"type": "TopK", "locality_bias": 1.0, "locality_by": "Domain", "locality_budget_percent": 10},
     {"type": "Switch", **LOSSES, "expert_capacity_factor": 1.25},
     {"type": "NoisyTopK", "load_loss_coeff": 0.1, **LOSSES, "expert_capacity_factor": 1.0},
     {"type": "GumbelTopK", "expert_capacity_factor": 1.0, "overflow": "Reroute"},

@@ -20,7 +20,11 @@ def pair(options: dict[str, Any]) -> tuple[LayerRouter, LayerRouter]:
     here, there = make_router(8, 2, **options), make_router(8, 2, **options).cuda()
     distance_E = torch.tensor([0.0, 1, 0, 2, 1, 0, 2, 2])
     for router, device in ((here, "cpu"), (there, "cuda")):
-        router.use_layout(Layout(distance_E.to(device), torch.eye(4, device=device).bool().repeat_interleave(2, dim=1)))
+        router.use_layout(
+            Layout(
+                distance_E.to(device), torch.eye(4, device=device).bool().repeat_interleave(2, dim=1), torch.arange(4)
+            )
+        )
     return here, there
 
 

@@ -79,6 +79,11 @@ class RouterConfig(WireModel):
     locality_bias: Annotated[float, Field(gt=0.0, le=1e6)] | None = Field(
         default=None, description="How much score an expert loses per unit of distance from the token's rank, at most."
     )
+    locality_by: Literal["Pick", "Domain"] | None = Field(
+        default=None,
+        description="What the distance counts for: Pick, each of a token's experts; Domain, each domain that a token "
+        "crosses to, once for all its experts there, as dispatch by node does.",
+    )
     locality_budget_percent: Percent | None = Field(
         default=None, description="Part of its chosen experts' probability that a token may give up for nearer ones."
     )
@@ -206,10 +211,11 @@ class RouterConfig(WireModel):
 
 
 class LocalityConfig(WireModel):
-    """What a service adds to a checkpoint's routing: `locality_bias` and `locality_budget_percent` of its router."""
+    """What a service adds to a checkpoint's routing: the options `locality_...` of its router."""
 
     bias: Annotated[float, Field(gt=0.0, le=1e6)]
     budget_percent: Percent
+    by: Literal["Pick", "Domain"] = "Pick"
 
 
 def why_misfit(config: RouterConfig, *, num_experts: int, top_k: int) -> list[str]:

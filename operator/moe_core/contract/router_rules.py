@@ -29,7 +29,7 @@ RouterType = Literal[
 _SCORE = {"score_function", "pre_softmax", "norm_topk_prob", "topk_scaling_factor"}
 _GROUPS = {"num_groups", "group_topk", "group_score", "group_by"}
 _BIAS = {"enable_expert_bias", "bias_update_rate"}
-_LOCALITY = {"locality_bias", "locality_budget_percent"}
+_LOCALITY = {"locality_bias", "locality_by", "locality_budget_percent"}
 _CAPACITY = {
     *("expert_capacity_factor", "token_drop_policy", "overflow", "queue_passes", "norm_kept_prob"),
     *("adaptive_capacity_decay", "class_capacity_percents", "class_first_ids"),
@@ -73,6 +73,7 @@ DEFAULTS: Mapping[str, Any] = {
     "gumbel_scale": 1.0,
     "top_p": 0.4,
     "anneal_until_percent": 50,
+    "locality_by": "Pick",
     "locality_budget_percent": 5,
     "rows_per_expert": 1,
     "soft_normalize": True,
@@ -112,6 +113,7 @@ NEEDS: Mapping[str, tuple[tuple[str, Any], ...]] = {
     "norm_topk_prob": (("pre_softmax", True), ("score_function", "Sigmoid")),
     "bias_update_rate": (("enable_expert_bias", True),),
     "locality_budget_percent": (("locality_bias", GIVEN),),
+    "locality_by": (("locality_bias", GIVEN),),
     "num_classes": (("heuristic", "Class"),),
     **dict.fromkeys(sorted(_CAPACITY - {"expert_capacity_factor"}), (("expert_capacity_factor", GIVEN),)),
     "queue_passes": (("overflow", "Queue"),),

@@ -124,7 +124,9 @@ def _dispatch(dispatch: Dispatch) -> DispatchConfig:
 
 
 def _locality(near: Locality | None) -> LocalityConfig | None:
-    return None if near is None else LocalityConfig(bias=float(near.bias), budget_percent=near.budget_percent)
+    if near is None:
+        return None
+    return LocalityConfig(bias=float(near.bias), budget_percent=near.budget_percent, by=near.by)
 
 
 def _device(template: PodTemplate) -> Literal["cpu", "cuda"]:

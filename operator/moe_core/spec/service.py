@@ -85,6 +85,11 @@ class Locality(SpecModel):
         le=100,
         description="Part of its chosen experts' probability that a token may give up for nearer ones.",
     )
+    by: Literal["Pick", "Domain"] = Field(
+        default="Pick",
+        description="What counts: Pick, the distance of each of a token's experts; Domain, each domain that a token "
+        "crosses to, once for all its experts there, as dispatch by node does (bias is then per domain).",
+    )
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             "double(self.bias) > 0.0 && double(self.bias) <= 1000000.0",

@@ -27,6 +27,9 @@ def layouts(expert_map: ExpertMap, plan: DispatchPlan, domains: Sequence[str] | 
     if domains is not None:
         distance_G[[name == domains[here] for name in domains]] = WITHIN_DOMAIN
     distance_G[here] = 0.0
+    names = domains if domains is not None else [str(rank) for rank in plan.ranks]  # each rank a domain of its own
+    number_of = {name: number for number, name in enumerate(dict.fromkeys([names[here], *names]))}
+    domain_G = torch.tensor([number_of[name] for name in names])
     found = []
     for layer_idx, layer in enumerate(plan.layers):
         address_WE = layer.address_WE.cpu()
@@ -38,5 +41,5 @@ def layouts(expert_map: ExpertMap, plan: DispatchPlan, domains: Sequence[str] | 
             holds_GE[position, held] = True
         holds_GE[here, list(layer.lost)] = True
         device = layer.address_WE.device
-        found.append(Layout(distance_G[position_WE].mean(dim=0).to(device), holds_GE.to(device)))
+        found.append(Layout(distance_G[position_WE].mean(dim=0).to(device), holds_GE.to(device), domain_G.to(device)))
     return found

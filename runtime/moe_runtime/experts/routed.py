@@ -296,7 +296,11 @@ def with_locality(
     facts: ModelFacts,
 ) -> Routed:
     """The same routers, which prefer near experts. Raises InvalidInput for a type that cannot."""
-    options = {"locality_bias": locality.bias, "locality_budget_percent": locality.budget_percent}
+    options: dict[str, Any] = {
+        "locality_bias": locality.bias,
+        "locality_budget_percent": locality.budget_percent,
+        "locality_by": locality.by,
+    }
     asked = RouterConfig.parse(json.dumps(routed.config.model_dump(exclude_none=True) | options))
     return restored(model, entries, SavedRouter(asked, routed.tensors()), facts=facts)
 

@@ -72,11 +72,13 @@ class Layout:
     """Where the experts lie as this rank sees it under the bound map; given anew at each epoch.
 
     distance_E   float32 >= 0: cost of sending a token to the nearest copy, 0 on this rank
-    holds_GE     bool: which experts each group (a rank, a node) holds a copy of; every expert is in some group
+    holds_GE     bool: which experts each group (a rank) holds a copy of; every expert is in some group
+    domain_G     int64: the domain (node, rack) each group lies in, 0 being this rank's own; None where nobody knows
     """
 
     distance_E: torch.Tensor
     holds_GE: torch.Tensor
+    domain_G: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,10 @@ class Recipe:
     @property
     def locality(self) -> Locality | None:
         bias, budget = self.option("locality_bias"), self.option("locality_budget_percent") / 100
-        return Locality(num_experts=self.num_experts, bias=bias, budget=budget) if bias is not None else None
+        if bias is None:
+            return None
+        by_domain = self.option("locality_by") == "Domain"
+        return Locality(num_experts=self.num_experts, bias=bias, budget=budget, by_domain=by_domain)
 
 
 def _top_k(recipe: Recipe) -> Kind:
