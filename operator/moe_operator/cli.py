@@ -139,6 +139,35 @@ def trace(  # noqa: PLR0917  typer's way
     )
 
 
+convert = typer.Typer(help="From one checkpoint to another.", no_args_is_help=True)
+app.add_typer(convert, name="convert")
+
+
+@convert.command("quantise")
+def convert_quantise(  # noqa: PLR0917  typer's way
+    source: Annotated[Path, typer.Argument(help="Folder of a safetensors checkpoint, its experts in full.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to write; empty or not there.")],
+    experts: Annotated[str, typer.Option(help="BFloat16, Float8, Int8 or Int4.")],
+    group_size: Annotated[
+        int | None, typer.Option(min=0, help="Numbers that share a scale, 0: a row. By default 64 for Int4, else 0.")
+    ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Choose codes by what experts give on text: stdlib, or a folder of text."),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=8, help="Rows that every expert is to be asked, with --calibrate.")] = 1024,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of text to read for that at most.")] = 2048,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
+) -> None:
+    """Pack routed experts into fewer bits; everything else stays as it is. A MoEService serves the result."""
+    from moe_operator.cli_convert import quantise
+
+    text = [] if calibrate is None else ["--calibrate", calibrate, "--rows", str(rows), "--windows", str(windows)]
+    raise typer.Exit(
+        quantise(source, destination, experts=experts, group_size=group_size, calibrate=text, as_json=as_json)
+    )
+
+
 @app.command()
 def demo(
     examples: Annotated[Path, typer.Option(help="Folder with job-tiny, service-tiny and drill-tiny.yaml.")] = Path(

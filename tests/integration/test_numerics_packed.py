@@ -11,12 +11,15 @@ import numerics_tasks as tasks
 from gloo_ranks import run_ranks
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.packing import Packing
-from moe_core.contract.runtime_config import ModelSource
+from moe_core.contract.runtime_config import DispatchConfig, ModelSource
 from moe_core.outcome import InvalidInput
+from moe_runtime.convert.calibrate import Calibration
 from moe_runtime.convert.quantise import quantise
 from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.experts import store
+from moe_runtime.experts.build import build
 from moe_runtime.experts.families import read_facts
+from moe_runtime.experts.packed_config import read_packed
 from numerics_reference import Reference
 from packed_reference import put_back
 
@@ -144,6 +147,39 @@ def test_experts_move_as_codes_and_arrive_with_their_digests(references: dict[st
     for rank_idx in range(2):
         for step, last in zip(results[rank_idx]["steps"], (4, 6, 8), strict=True):
             assert np.abs(step - whole[:, last]).max() <= TOLERANCE
+
+
+def calibrated(folder: Path) -> Calibration:
+    """On random tokens: whatever the model makes of them is what its experts are asked."""
+    source, facts = ModelSource(path=str(folder)), read_facts(ModelSource(path=str(folder)))
+    emap = expert_map(folder, ((facts.num_experts,), tuple(range(facts.num_experts))))
+    built = build(source, expert_map=emap, rank=0, device="cpu", seed=0, dispatch=DispatchConfig())
+    calibration = Calibration(built, rows_per_expert=128)
+    calibration.read(torch.randint(0, 60, (48, 16), generator=torch.Generator().manual_seed(1)))
+    return calibration
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
+def test_codes_chosen_by_what_experts_give_err_less_on_rows_that_only_score_than_the_nearest_codes(
+    family: str, references: dict[str, Reference], tmp_path: Path
+) -> None:
+    reference, packing = references[family], Packing.of("Int4", 8)
+    calibration = calibrated(reference.folder)
+    converted = quantise(reference.folder, tmp_path / "chosen", packing, calibration=calibration)
+
+    assert all("nearest, unread" not in layer["ways"] for layer in converted.layers)
+    assert all(layer["output_error_chosen"] < layer["output_error_nearest"] for layer in converted.layers)
+    assert all(layer["ways"]["gptq"] > 0 for layer in converted.layers)
+
+
+def test_a_packed_checkpoint_says_what_its_codes_were_chosen_by(
+    references: dict[str, Reference], tmp_path: Path
+) -> None:
+    folder = references["qwen3_moe"].folder
+    quantise(folder, tmp_path / "chosen", INT4, calibration=calibrated(folder))
+    said = read_packed(tmp_path / "chosen")
+    assert said is not None
+    assert said.calibration == "768 tokens of text"
 
 
 def flip_a_bit(folder: Path, *, of_layer: int) -> Path:

@@ -1,9 +1,11 @@
 """A checkpoint with packed experts of one in full: routed experts as few bits, everything else as it was.
 
     python -m moe_runtime.convert.quantise SOURCE DESTINATION --experts Int4 --group-size 64      # prints JSON
+    python -m moe_runtime.convert.quantise SOURCE DESTINATION --experts Int4 --calibrate stdlib
 
 Layer after layer and expert after expert, so that memory holds one layer's codes and one expert in full. Codes are the
-nearest ones under scales of least squared error.
+nearest ones under scales of least squared error; with text, what errs least on it (calibrate.py), and then the whole
+model is in memory, with a sample of every expert's rows.
 """
 
 import argparse
@@ -13,23 +15,30 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.packing import CONFIG_KEY, SCALED, PackedConfig, Packing
-from moe_core.contract.runtime_config import ModelSource
+from moe_core.contract.runtime_config import DispatchConfig, ModelSource
 from moe_core.outcome import InvalidInput, MoeratorError
-from moe_runtime.experts.families import ExpertsModule, describe
+from moe_runtime.convert.calibrate import Calibration, summary
+from moe_runtime.convert.text import heldin_windows
+from moe_runtime.experts.build import build
+from moe_runtime.experts.families import ExpertsModule, describe, read_facts
 from moe_runtime.experts.packed_config import read_packed
 from moe_runtime.experts.packed_files import INDEX, PackedWriter
 from moe_runtime.experts.packing import LayerPacking, Stacks
 from moe_runtime.experts.weights import CheckpointWeights
 from moe_runtime.kernels.quantise import Packed, best_scales, pack, unpack
+from moe_runtime.train.checkpoint import read_summary
+from moe_runtime.train.evaluate import DEFAULT_WINDOW
 
-Choose = Callable[[int, str, int, torch.Tensor], Packed]
-"""(MoE layer, parameter, logical expert, weight [N, M]) -> its codes."""
+Choose = Callable[[str, int, torch.Tensor], Packed]
+"""(parameter, logical expert, weight [N, M]) -> its codes."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -44,12 +53,12 @@ class Converted:
     full_bytes: int
     packed_bytes: int
     errors: tuple[float, ...]
+    layers: tuple[dict[str, Any], ...] = ()
+    """What calibration saw and chose, per MoE layer."""
 
 
-def quantise(
-    source: Path, destination: Path, packing: Packing, *, choose: Choose | None = None, calibration: str = ""
-) -> Converted:
-    """Write `destination`, which must be empty or not there. choose: how each matrix is packed, None: by itself.
+def quantise(source: Path, destination: Path, packing: Packing, *, calibration: Calibration | None = None) -> Converted:
+    """Write `destination`, which must be empty or not there. calibration: has read text; None: each matrix by itself.
 
     Raises InvalidInput, UnsupportedModel, OSError; nothing is left behind then.
     """
@@ -61,6 +70,8 @@ def quantise(
         raise InvalidInput(f"{destination} is not empty")
     model, entries, facts = describe(ModelSource(path=str(source)))
     weights = CheckpointWeights(source, model)
+    choose = partial(calibration.choose, packing) if calibration is not None else partial(_by_itself, packing)
+    told = "" if calibration is None else f"{calibration.tokens} tokens of text"
     staging = destination / f".packing-{os.getpid()}"
     staging.mkdir(parents=True)
     try:
@@ -71,8 +82,7 @@ def quantise(
         full_bytes = packed_bytes = 0
         for layer_idx, entry in enumerate(entries):
             layer = LayerPacking(entry, packing, family=facts.family)
-            chosen = choose or (lambda _i, _name, _e, weight_NM: nearest(weight_NM, packing))
-            stacks, error = _pack_layer(weights, entry, layer, layer_idx, chosen)
+            stacks, error = _pack_layer(weights, entry, layer, partial(choose, layer_idx))
             writer.write_experts(entry, stacks)
             errors.append(error)
             full_bytes += entry.num_experts * layer.unpacked_bytes
@@ -80,23 +90,49 @@ def quantise(
         writer.close()
         _copy_rest(source, staging, weights)
         config = json.loads((source / "config.json").read_text())
-        config[CONFIG_KEY] = PackedConfig(experts=packing, calibration=calibration).model_dump(mode="json")
+        config[CONFIG_KEY] = PackedConfig(experts=packing, calibration=told).model_dump(mode="json")
         (staging / "config.json").write_text(json.dumps(config, indent=2))
         # what makes a checkpoint of the files comes last
         for path in sorted(staging.iterdir(), key=lambda path: (path.name in {INDEX, "config.json"}, path.name)):
             path.replace(destination / path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return Converted(str(packing), calibration, full_bytes, packed_bytes, tuple(errors))
+    layers = () if calibration is None else tuple(summary(calibration.figures))
+    return Converted(str(packing), told, full_bytes, packed_bytes, tuple(errors), layers)
 
 
-def nearest(weight_NM: torch.Tensor, packing: Packing) -> Packed:
-    """The nearest codes under the scales of least squared error."""
+def calibrated(
+    source: Path, *, data: str, rows_per_expert: int, max_windows: int, length: int | None = None
+) -> Calibration:
+    """Has read held-in text. length: of a window, None: as trained.
+
+    Raises InvalidInput, UnsupportedModel, DataError, OSError.
+    """
+    if read_packed(source) is not None:
+        raise InvalidInput(f"{source} is packed already; give the checkpoint that it was packed from")
+    trained = read_summary(source)
+    length = length or (trained.window if trained is not None else DEFAULT_WINDOW)
+    ids_WQ = heldin_windows(source, data, count=max_windows, length=length)
+    model = ModelSource(path=str(source))
+    facts = read_facts(model)
+    expert_map = ExpertMap(
+        generation=0,
+        num_logical_experts=facts.num_experts,
+        slots_of_rank=(facts.num_experts,),
+        logical_of_slot=(tuple(range(facts.num_experts)),) * facts.num_layers,
+    )
+    built = build(model, expert_map=expert_map, rank=0, device="cpu", seed=0, dispatch=DispatchConfig())
+    calibration = Calibration(built, rows_per_expert=rows_per_expert)
+    calibration.read(ids_WQ)
+    return calibration
+
+
+def _by_itself(packing: Packing, _layer_idx: int, _name: str, _logical_id: int, weight_NM: torch.Tensor) -> Packed:
     return pack(weight_NM, packing, scales_XNG=best_scales(weight_NM, packing) if packing.is_scaled else None)
 
 
 def _pack_layer(
-    weights: CheckpointWeights, entry: ExpertsModule, layer: LayerPacking, layer_idx: int, choose: Choose
+    weights: CheckpointWeights, entry: ExpertsModule, layer: LayerPacking, choose: Choose
 ) -> tuple[Stacks, float]:
     stacks = layer.blank(entry.num_experts)
     lost = whole = 0.0
@@ -108,7 +144,7 @@ def _pack_layer(
                 continue
             matrix = layer.matrices[name]
             weight_NM = matrix.canonical(weight)
-            packed = choose(layer_idx, name, logical_id, weight_NM)
+            packed = choose(name, logical_id, weight_NM)
             for stack, value in layer.stacks_of(name, [packed]).items():
                 stacks[stack][logical_id] = value[0]
             back_NM = unpack(packed, layer.packing, num_columns=matrix.num_columns)
@@ -131,9 +167,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("destination", type=Path, help="folder to write, empty or not there")
     parser.add_argument("--experts", required=True, choices=["BFloat16", *sorted(SCALED)])
     parser.add_argument("--group-size", type=int, help="columns that share a scale, 0: the row (Int4: 64)")
+    parser.add_argument("--calibrate", metavar="TEXT", help="stdlib or a folder of text to choose codes by")
+    parser.add_argument("--rows", type=int, default=1024, help="rows that every expert is to be asked")
+    parser.add_argument("--windows", type=int, default=2048, help="windows of text to read for that at most")
     given: Any = parser.parse_args(arguments)
     try:
-        converted = quantise(given.source, given.destination, Packing.of(given.experts, given.group_size))
+        packing = Packing.of(given.experts, given.group_size)
+        calibration = None
+        if given.calibrate is not None:
+            calibration = calibrated(
+                given.source, data=given.calibrate, rows_per_expert=given.rows, max_windows=given.windows
+            )
+        converted = quantise(given.source, given.destination, packing, calibration=calibration)
     except (MoeratorError, OSError, ValueError) as error:
         sys.stderr.write(f"{error}\n")
         return 1

@@ -4,7 +4,7 @@ The module keeps its class and its own forward, which runs the slots as top-1 wi
 only its parameters (slots instead of experts) and its entry are ours.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from moe_runtime.experts.routed import RoutedLayer
 from moe_runtime.experts.store import make_store
 from moe_runtime.experts.weights import WeightSource
 from moe_runtime.router.face import NO_EXPERT
+
+Watch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Sees (x_TD, expert_TK, weight_TK) of a layer, as routed."""
 
 
 class SlottedExperts:
@@ -42,6 +45,7 @@ class SlottedExperts:
         """packing: how experts are kept; None: in full, as parameters that can be trained."""
         self.entry, self.layer_idx, self._context = entry, layer_idx, context
         self.store = make_store(entry, packing)
+        self.watch: Watch | None = None
         self.logical_of_slot: tuple[int, ...] = ()
         self.ladder = LayerLadder(shared)
         self.compute = SlotCompute(entry, entry.module.forward)
@@ -104,6 +108,8 @@ class SlottedExperts:
     def _mixture(
         self, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor, *, of_tokens: bool = True
     ) -> torch.Tensor:
+        if self.watch is not None:
+            self.watch(x_TD, expert_TK, weight_TK)
         context = self._context
         context.count(self.layer_idx, expert_TK, may_be_nobody=self.router is not None)
         layer = context.plan.layers[self.layer_idx]

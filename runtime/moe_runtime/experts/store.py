@@ -5,7 +5,8 @@ A store knows tensors by name with slots in front, and not who is in the slots.
 Suffixes: R rows, D model, S slots.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +44,22 @@ class SlotStore(Protocol):
 
 def make_store(entry: ExpertsModule, packing: LayerPacking | None) -> SlotStore:
     return WholeStore(entry) if packing is None else PackedStore(entry, packing)
+
+
+@contextlib.contextmanager
+def parameters_of(entry: ExpertsModule, parameters: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """The module's forward computes with these, [slots, ...] each, instead of its own."""
+    module: Any = entry.module
+    kept, num_slots = {name: module.get_parameter(name) for name in parameters}, module.num_experts
+    try:
+        for name, value in parameters.items():
+            module.register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
+            module.num_experts = len(value)
+        yield
+    finally:
+        module.num_experts = num_slots
+        for name, parameter in kept.items():
+            module.register_parameter(name, parameter)
 
 
 class WholeStore:
@@ -114,7 +131,8 @@ class PackedStore:
         module.num_experts = num_slots = len(next(iter(stacks.values())))
         for name in self._entry.parameter_names:
             shape = (num_slots, *module.get_parameter(name).shape[1:])
-            self._set(name, torch.zeros((), device=device).expand(shape))
+            value = torch.zeros((), device=device).expand(shape)
+            module.register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
 
     def run(
         self, forward: FamilyForward, rows_RD: torch.Tensor, slot_RK: torch.Tensor, weight_RK: torch.Tensor
@@ -143,18 +161,5 @@ class PackedStore:
         slots: Sequence[int],
     ) -> torch.Tensor:
         """Through these slots alone, index_RK counting in them."""
-        module: Any = self._entry.module
-        kept = {name: module.get_parameter(name) for name in self._entry.parameter_names}
-        num_slots = module.num_experts
-        try:
-            for name, stack in self.packing.unpack_slots(self._stacks, slots).items():
-                self._set(name, stack)
-            module.num_experts = len(slots)
+        with parameters_of(self._entry, self.packing.unpack_slots(self._stacks, slots)):
             return forward(rows_RD, index_RK, weight_RK)
-        finally:
-            module.num_experts = num_slots
-            for name, parameter in kept.items():
-                module.register_parameter(name, parameter)
-
-    def _set(self, name: str, value: torch.Tensor) -> None:
-        self._entry.module.register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
