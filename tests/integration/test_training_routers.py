@@ -203,3 +203,27 @@ def test_a_service_routes_as_the_model_was_trained(tmp_path: Path, text: Path) -
     assert all(sum(row[far]) for row in load)
     _, near_load = served("store3", LocalityConfig(bias=100.0, budget_percent=100))
     assert not any(sum(row[far]) for row in near_load), "rank 0's tokens stay with its own experts"
+
+
+def test_a_router_that_mixes_in_training_is_served_token_by_token_over_ranks(tmp_path: Path, text: Path) -> None:
+    """Every token then takes all experts, more than the model's own number."""
+    output = tmp_path / "output"
+    named: dict[str, Any] = {"num_ranks": 2, "size": 2, "output": str(output)}
+    store = str(tmp_path / "store1")
+    router = LOOKING_AHEAD["soft"]
+    run_ranks(train_tasks.train_to_the_end, store_path=store, text=str(text), router=router, **named)
+    held = evaluate_checkpoint(output, data=str(text))
+    assert held.whole_text is not None
+    alone = ExpertParallelModel.load(ModelSource(path=str(output)), expert_map=train_tasks.even_map(1), rank=0)
+    ids_BQ = train_tasks.own_texts(0)
+    with torch.no_grad():
+        expected_BV = alone.module(input_ids=ids_BQ).logits[:, -1]
+    logits, load = run_ranks(
+        train_tasks.serve_like_trained,
+        store_path=str(tmp_path / "store2"),
+        texts=ids_BQ.tolist(),
+        locality=None,
+        **named,
+    )[0]
+    torch.testing.assert_close(torch.tensor(logits), expected_BV, rtol=0, atol=1e-4)
+    assert load == [[ids_BQ.numel()] * train_tasks.NUM_EXPERTS] * train_tasks.NUM_LAYERS
