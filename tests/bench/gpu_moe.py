@@ -268,6 +268,24 @@ def float32_rows(name: str, layer: Layer, machine: Machine) -> Iterator[Row]:
         yield Row(name, "float32 forward / transformers", timed(layer.ours), theirs, machine.floor(flops=flops))
 
 
+def show(rows: list[Row], machine: Machine, output: Path) -> None:
+    """The table, and the same as JSON."""
+    import triton
+
+    figures = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    print(", ".join(f"{name} {value}" for name, value in figures.items()))
+    print(f"matrix product {machine.flops / 1e12:.0f} TFLOP/s, copy {machine.bytes / 1e12:.2f} TB/s")
+    print("\n| case | what | ours ms (20 %, 80 %) | torch ms (20 %, 80 %) | ours / torch | floor ms | of the floor |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        ours, low, high = row.ours
+        theirs = "{:.3f} ({:.3f}, {:.3f}) | {:.2f}".format(*row.torch, ours / row.torch[0]) if row.torch else "| "
+        share = f"{row.floor:.3f} | {row.floor / ours:.0%}"
+        print(f"| {row.case} | {row.what} | {ours:.3f} ({low:.3f}, {high:.3f}) | {theirs} | {share} |")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({**figures, **vars(machine), "rows": [vars(row) for row in rows]}, indent=2))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--case", nargs="*", choices=CASES, default=list(CASES))
@@ -277,12 +295,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("no CUDA device on this machine: nothing is measured")
         return 0
-    import triton
-
     machine = Machine()
-    name = torch.cuda.get_device_name()
-    print(f"{name}, torch {torch.__version__}, triton {triton.__version__}")
-    print(f"matrix product {machine.flops / 1e12:.0f} TFLOP/s, copy {machine.bytes / 1e12:.2f} TB/s\n")
     parts = {
         "layer": layer_rows,
         "kernels": kernel_rows,
@@ -296,16 +309,7 @@ def main() -> int:
         for part in options.part:
             rows += parts[part](case, layer, machine)
             torch.cuda.empty_cache()
-    print("\n| case | what | ours ms (20 %, 80 %) | torch ms (20 %, 80 %) | ours / torch | floor ms | of the floor |")
-    print("|---|---|---|---|---|---|---|")
-    for row in rows:
-        ours, low, high = row.ours
-        theirs = "{:.3f} ({:.3f}, {:.3f}) | {:.2f}".format(*row.torch, ours / row.torch[0]) if row.torch else "| "
-        share = f"{row.floor:.3f} | {row.floor / ours:.0%}"
-        print(f"| {row.case} | {row.what} | {ours:.3f} ({low:.3f}, {high:.3f}) | {theirs} | {share} |")
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    figures = {"device": name, "torch": torch.__version__, "triton": triton.__version__, **vars(machine)}
-    options.json.write_text(json.dumps({**figures, "rows": [vars(row) for row in rows]}, indent=2))
+    show(rows, machine, options.json)
     return 0
 
 
