@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C._distributed_c10d import FileStore
 
 from gloo_ranks import join_group
 from moe_core.contract.expert_map import ExpertMap
@@ -16,6 +17,7 @@ from moe_runtime.dispatch import mixture
 from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.errors import GroupFault
 from moe_runtime.membership.group import EpochGroup
+from moe_runtime.membership.group import _backend as backend_of
 from numerics_families import tiny_model
 
 NUM_LAYERS = 3
@@ -365,4 +367,22 @@ def on_a_gpu(rank: int, store_path: str, *, name: str, **arguments: Any) -> dict
     device = f"cuda:{rank % torch.cuda.device_count()}"
     torch.cuda.set_device(device)
     done: dict[str, Any] = globals()[name](rank, store_path, device=device, **arguments)
+    return done
+
+
+def alone_over_nccl(rank: int, store_path: str) -> dict[str, Any]:
+    """A group of one sends nothing; here it gets the backend of larger ones all the same."""
+    store = FileStore(store_path, 1)
+    group = EpochGroup(store, (0,), rank, address="127.0.0.1", device="cuda", timeout_ms=20000)
+    group._backend = backend_of(store, 0, 1, address="127.0.0.1", device=group.device, timeout_ms=20000)
+    rows = group.all_to_all(torch.tensor([[3.0], [4.0]], device="cuda"), (2,), (2,))
+    ints = group.all_gather_ints([5, -6])
+    total = torch.tensor([7.0], device="cuda")
+    group.all_reduce_sum(total)
+    done = {"rows": rows.flatten().tolist(), "ints": ints, "sum": total.tolist()}
+    group.destroy()
+    try:
+        group.all_gather_ints([1])
+    except GroupFault as fault:
+        done["after"] = str(fault).rpartition(" ")[2]
     return done

@@ -104,16 +104,16 @@ def test_permute_combine_and_their_gradients(num_tokens: int, dim: int, dtype: t
     probe_TD = drawn(num_tokens, dim, seed=3).to(dtype)
 
     results = []
-    for device, run_permute, run_combine in (
-        ("cpu", permute_reference, combine_reference),
-        ("cuda", permute, combine),
+    for device, exact, run_permute, run_combine in (
+        ("cpu", torch.float32, permute_reference, combine_reference),
+        ("cuda", dtype, permute, combine),
     ):
         index = rows if device == "cpu" else moved(rows)
-        leaves = [x_TD.to(device).requires_grad_(), weight_TK.to(device).requires_grad_()]
+        leaves = [x_TD.to(device, exact).requires_grad_(), weight_TK.to(device).requires_grad_()]
         permuted_PD = run_permute(leaves[0], index, top_k=top_k)
         out_TD = run_combine(permuted_PD * 2, leaves[1], index)
-        grads = torch.autograd.grad(out_TD, leaves, probe_TD.to(device))
-        results.append([part.detach().cpu() for part in (permuted_PD, out_TD, *grads)])
+        grads = torch.autograd.grad(out_TD, leaves, probe_TD.to(device, exact))
+        results.append([part.detach().cpu().float() for part in (permuted_PD, out_TD, *grads)])
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
     torch.testing.assert_close(results[1], results[0], rtol=tolerance, atol=tolerance)
 

@@ -74,18 +74,28 @@ class BatchedForward:
                 attention_mask=attention_masks(cache, self._windows, additive=self._additive),
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=last_B.unsqueeze(1),
+                # of single tokens all: transformers 5.17 has no other way that costs no more
+                logits_to_keep=last_B.unsqueeze(1) if positions_BQ.shape[1] > 1 else 0,
             )
         if not step.rows_B:
             return StepResult(output.logits.new_zeros(0, output.logits.shape[-1]), [])
-        if output.logits.ndim != 3 or output.logits.shape[1] not in {1, ids_BQ.shape[1]}:
-            # an index beyond them would end a GPU's process, not this way of running only
-            raise ValueError(f"its logits are {list(output.logits.shape)} where one token of each row was asked for")
-        # some families give logits of all tokens, whatever was asked
-        kept_B = last_B if output.logits.shape[1] > 1 else torch.zeros_like(last_B)
         num_rows, degraded_T = positions_BQ.shape[0], self._context.degraded_T
         degraded_B = [False] * num_rows if degraded_T is None else degraded_T.view(num_rows, -1).any(dim=1).tolist()
-        return StepResult(output.logits[torch.arange(num_rows), kept_B].float(), degraded_B)
+        return StepResult(_of_places(output.logits, last_B, positions_BQ.shape[1]).float(), degraded_B)
+
+
+def _of_places(logits: torch.Tensor, last_B: torch.Tensor, num_queries: int) -> torch.Tensor:
+    """[B, V] logits of each row's last token, in whichever form they come: [B, 1, V] as asked, [B, Q, V] from families
+    that give all, [B, B, 1, V] with every row's token at every row's place from transformers 5.17.
+
+    Raises ValueError for any other: a place that is not there would end the process on a GPU.
+    """
+    row_B = torch.arange(len(last_B), device=last_B.device)
+    if logits.ndim == 4 and logits.shape[:3] == (len(last_B), len(last_B), 1):
+        return logits[row_B, row_B, 0]
+    if logits.ndim == 3 and logits.shape[1] in {1, num_queries}:
+        return logits[row_B, last_B if logits.shape[1] > 1 else 0]
+    raise ValueError(f"its logits are {list(logits.shape)} where one token of each of {len(last_B)} rows was asked for")
 
 
 class RowForward:
