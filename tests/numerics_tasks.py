@@ -379,7 +379,7 @@ def alone_over_nccl(rank: int, store_path: str) -> dict[str, Any]:
     ints = group.all_gather_ints([5, -6])
     total = torch.tensor([7.0], device="cuda")
     group.all_reduce_sum(total)
-    done = {"rows": rows.flatten().tolist(), "ints": ints, "sum": total.tolist()}
+    done: dict[str, Any] = {"rows": rows.flatten().tolist(), "ints": ints, "sum": total.tolist()}
     group.destroy()
     try:
         group.all_gather_ints([1])

@@ -16,6 +16,7 @@ import torch
 
 from moe_runtime.dispatch.exchange import exchange_rows
 from moe_runtime.dispatch.group_face import Group
+from moe_runtime.dispatch.order import PickOrder, order_picks
 from moe_runtime.dispatch.plan import LOST, DispatchPlan
 from moe_runtime.dispatch.reference import RunSlots
 from moe_runtime.dispatch.wire import PLAIN, Legs
@@ -25,10 +26,10 @@ from moe_runtime.dispatch.wire import PLAIN, Legs
 class DispatchState:
     """What combine needs to bring results home: dispatch writes it, nobody changes it.
 
-    sent_P: indices into the N picks, in the order they were sent (by destination, then slot).
+    order: of the picks as they were sent (by destination, then slot).
     """
 
-    sent_P: torch.Tensor
+    order: PickOrder
     weight_TK: torch.Tensor
     send_counts: tuple[int, ...]
     receive_counts: tuple[int, ...]
@@ -44,27 +45,22 @@ def dispatch_picks(
     legs: Legs = PLAIN,
 ) -> tuple[torch.Tensor, torch.Tensor, DispatchState]:
     """Picks to their slots: (rows_RD, local_slot_R, state). LOST picks stay at home."""
-    size, stride, top_k = plan.size, plan.slots_stride, address_TK.shape[1]
-    address_N = address_TK.reshape(-1)
-    counts_GS = torch.bincount(address_N + 1, minlength=size * stride + 1)[1:].view(size, stride)
+    size, stride = plan.size, plan.slots_stride
+    order = order_picks(address_TK, size * stride)
+    counts_GS = order.counts_A.view(size, stride)
     received_GS = group.all_to_all(counts_GS, (1,) * size, (1,) * size)
     # device sync: sizes the next exchange
     send_counts, receive_counts = (tuple(c) for c in torch.stack([counts_GS.sum(1), received_GS.sum(1)]).tolist())
-    num_lost = address_N.numel() - sum(send_counts)
-    sent_P = torch.argsort(address_N, stable=True)[num_lost:]  # LOST sorts before every address
-    rows_RD = exchange_rows(group, x_TD[sent_P // top_k], send_counts, receive_counts, legs.there)
+    rows_RD = exchange_rows(group, order.send(x_TD, sum(send_counts)), send_counts, receive_counts, legs.there)
     slot_GS = torch.arange(stride, device=x_TD.device).repeat(size)
     slot_R = slot_GS.repeat_interleave(received_GS.reshape(-1), output_size=sum(receive_counts))
-    return rows_RD, slot_R, DispatchState(sent_P, weight_TK, send_counts, receive_counts)
+    return rows_RD, slot_R, DispatchState(order, weight_TK, send_counts, receive_counts)
 
 
 def combine_picks(outputs_RD: torch.Tensor, state: DispatchState, group: Group, legs: Legs) -> torch.Tensor:
     """Results home, weighted and summed per token by the sender: [T, D]."""
     home_PD = exchange_rows(group, outputs_RD, state.receive_counts, state.send_counts, legs.back)
-    num_tokens, top_k = state.weight_TK.shape
-    # rows of LOST picks stay zero
-    output_ND = home_PD.new_zeros(num_tokens * top_k, home_PD.shape[-1]).index_copy(0, state.sent_P, home_PD)
-    return (output_ND.view(num_tokens, top_k, home_PD.shape[-1]) * state.weight_TK.unsqueeze(-1)).sum(dim=1)
+    return state.order.bring_home(home_PD, state.weight_TK, len(home_PD))
 
 
 def run_by_pick(

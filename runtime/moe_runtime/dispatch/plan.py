@@ -16,6 +16,7 @@ import torch
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.experts.choice import choose_slots
 from moe_core.outcome import InvalidInput
+from moe_runtime.kernels.map_count import addresses_of
 
 LOST = -1
 
@@ -33,10 +34,7 @@ class LayerPlan:
 
     def addresses(self, expert_TK: torch.Tensor, *, first_way: int = 0) -> torch.Tensor:
         """[T, K] where each pick goes; token t takes the way (first_way + t) mod W."""
-        if len(self.address_WE) == 1:
-            return self.address_WE[0][expert_TK]
-        way_T = torch.arange(first_way, first_way + len(expert_TK), device=expert_TK.device) % len(self.address_WE)
-        return self.address_WE[way_T.unsqueeze(-1), expert_TK]
+        return addresses_of(expert_TK, self.address_WE, first_way=first_way)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from moe_runtime.dispatch.group_face import Group
 from moe_runtime.dispatch.plan import DispatchPlan
 from moe_runtime.dispatch.stopwatch import Stopwatch
 from moe_runtime.dispatch.wire import Legs
+from moe_runtime.kernels.map_count import map_and_count
 
 
 @dataclass(slots=True)
@@ -48,13 +49,20 @@ class StepContext:
     hierarchy: Hierarchy = "Auto"
     relay: Relay | None = None
 
-    def count(self, layer_idx: int, expert_TK: torch.Tensor, *, may_be_nobody: bool = False) -> None:
-        """`may_be_nobody`: negative ids stand among the picks, and count for none."""
-        picks_N = expert_TK.reshape(-1)
-        counted_N = picks_N[picks_N >= 0] if may_be_nobody else picks_N
-        self.pending_LE[layer_idx] += torch.bincount(counted_N, minlength=self.num_experts)
+    def address(self, layer_idx: int, expert_TK: torch.Tensor, *, may_be_nobody: bool = False) -> torch.Tensor:
+        """[T, K] where each pick goes; the picks are counted and recorded.
+
+        may_be_nobody: negative ids stand among the picks; they count for none and stay at home as the lost do.
+        """
         if self.routed is not None:
             self.routed.append((layer_idx, expert_TK))
+        return map_and_count(
+            expert_TK,
+            self.plan.layers[layer_idx].address_WE,
+            first_way=self.first_way,
+            load_E=self.pending_LE[layer_idx],
+            may_be_nowhere=may_be_nobody,
+        )
 
     def mark_degraded(self, layer_idx: int, expert_TK: torch.Tensor, *, of_tokens: bool = True) -> None:
         """`of_tokens`: a row of picks is a token's; else every token has a share in every row."""

@@ -11,7 +11,6 @@ import torch
 
 from moe_core.contract.expert_map import EMPTY_SLOT
 from moe_runtime.dispatch.mixture import mix
-from moe_runtime.dispatch.plan import LOST
 from moe_runtime.dispatch.step import StepContext
 from moe_runtime.experts.compute import SlotCompute
 from moe_runtime.experts.families import ExpertsModule
@@ -20,7 +19,6 @@ from moe_runtime.experts.packing import LayerPacking, Stacks
 from moe_runtime.experts.routed import RoutedLayer
 from moe_runtime.experts.store import make_store
 from moe_runtime.experts.weights import WeightSource
-from moe_runtime.router.face import NO_EXPERT
 
 Watch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 """Sees (x_TD, expert_TK, weight_TK) of a layer, as routed."""
@@ -111,14 +109,9 @@ class SlottedExperts:
         if self.watch is not None:
             self.watch(x_TD, expert_TK, weight_TK)
         context = self._context
-        context.count(self.layer_idx, expert_TK, may_be_nobody=self.router is not None)
+        # a pick that nobody takes has no weight: nobody answers for it
+        address_TK = context.address(self.layer_idx, expert_TK, may_be_nobody=self.router is not None)
         layer = context.plan.layers[self.layer_idx]
-        if self.router is None:
-            address_TK = layer.addresses(expert_TK, first_way=context.first_way)
-        else:
-            # who is taken by nobody stays at home as the lost do, but nobody answers for it: its weight is zero
-            addresses_TK = layer.addresses(expert_TK.clamp_min(0), first_way=context.first_way)
-            address_TK = addresses_TK.masked_fill(expert_TK == NO_EXPERT, LOST)
         local_TD: torch.Tensor | None = None
         if layer.lost:
             context.mark_degraded(self.layer_idx, expert_TK, of_tokens=of_tokens)

@@ -15,23 +15,49 @@ NOWHERE = -1
 
 
 def map_and_count(
-    expert_TK: torch.Tensor, address_WE: torch.Tensor, *, first_way: int, load_E: torch.Tensor
+    expert_TK: torch.Tensor,
+    address_WE: torch.Tensor,
+    *,
+    first_way: int,
+    load_E: torch.Tensor,
+    may_be_nowhere: bool = True,
 ) -> torch.Tensor:
-    """[T, K] int64 where each pick goes; adds the picks to load_E [E] int64."""
+    """[T, K] int64 where each pick goes; adds the picks to load_E [E] int64.
+
+    may_be_nowhere: NOWHERE stands among the experts; who knows better spares plain torch the looking.
+    """
     if runs_triton(expert_TK):
         from moe_runtime.kernels.map_count_triton import map_and_count_triton
 
         return map_and_count_triton(expert_TK, address_WE, first_way=first_way, load_E=load_E)
-    return map_and_count_reference(expert_TK, address_WE, first_way=first_way, load_E=load_E)
+    return map_and_count_reference(
+        expert_TK, address_WE, first_way=first_way, load_E=load_E, may_be_nowhere=may_be_nowhere
+    )
 
 
 def map_and_count_reference(
-    expert_TK: torch.Tensor, address_WE: torch.Tensor, *, first_way: int, load_E: torch.Tensor
+    expert_TK: torch.Tensor,
+    address_WE: torch.Tensor,
+    *,
+    first_way: int,
+    load_E: torch.Tensor,
+    may_be_nowhere: bool = True,
 ) -> torch.Tensor:
     """The same in plain torch, whatever the device."""
-    num_ways, num_experts = address_WE.shape
-    # picks of nobody count for one expert more, which is cut off
-    counted_N = torch.where(expert_TK < 0, num_experts, expert_TK).reshape(-1)
-    load_E += torch.bincount(counted_N, minlength=num_experts + 1)[:num_experts]
-    way_T = (torch.arange(len(expert_TK), device=expert_TK.device) + first_way) % num_ways
-    return address_WE[way_T.unsqueeze(-1), expert_TK.clamp_min(0)].masked_fill(expert_TK < 0, NOWHERE)
+    expert_N = expert_TK.reshape(-1)
+    if may_be_nowhere:
+        expert_N = expert_N[expert_N >= 0]
+    load_E += torch.bincount(expert_N, minlength=address_WE.shape[1])
+    if not may_be_nowhere:
+        return addresses_of(expert_TK, address_WE, first_way=first_way)
+    address_TK = addresses_of(expert_TK.clamp_min(0), address_WE, first_way=first_way)
+    return address_TK.masked_fill(expert_TK < 0, NOWHERE)
+
+
+def addresses_of(expert_TK: torch.Tensor, address_WE: torch.Tensor, *, first_way: int) -> torch.Tensor:
+    """[T, K] where picks of experts go, in plain torch."""
+    num_ways = len(address_WE)
+    if num_ways == 1:
+        return address_WE[0][expert_TK]
+    way_T = torch.arange(first_way, first_way + len(expert_TK), device=expert_TK.device) % num_ways
+    return address_WE[way_T.unsqueeze(-1), expert_TK]
