@@ -29,6 +29,7 @@ OPTIONS: tuple[tuple[dict[str, Any], str], ...] = (
     ),
     (BEFORE, "deepseek_ocr2 deepseek_v2 flex_olmo jamba olmoe qwen2_moe qwen3_moe"),
     (GROUPS, "mistral4 mistral_large4"),
+    ({"score_function": "SqrtSoftplus"}, "deepseek_v4"),
     (SIGMOID, "axk2 flint inkling2 laguna minimax_m3_vl step3p7"),
     ({**SIGMOID, "norm_topk_prob": False, **GROUPS}, "dots1"),
     (
@@ -42,7 +43,6 @@ SCALED_ELSEWHERE = {"beam", "minimax_m3_vl"}
 """The layer multiplies the experts' sum, not its gate the weights."""
 OTHERWISE = {
     "afmoe": "the layer hands its gate a correction of its own",
-    "deepseek_v4": "scores by the root of softplus, or by a table of token ids",
     "ernie4_5_moe": "a correction with a row for text and one for pictures",
     "ernie4_5_vl_moe": "a correction with a row for text and one for pictures",
     "gemma4": "a norm before the gate, a factor per expert on the weights",

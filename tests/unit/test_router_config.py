@@ -26,7 +26,7 @@ def test_the_tables_name_every_type_and_only_options_that_exist() -> None:
     assert set(OPTIONS_OF) == set(get_args(RouterType))
     assert set().union(*OPTIONS_OF.values()) == FIELDS
     named = {*DEFAULTS, *NEEDS, *CLASHES, *(other for needs in NEEDS.values() for other, _ in needs)}
-    assert named | {other for other, _ in CLASHES.values()} <= FIELDS
+    assert named | {other for clashes in CLASHES.values() for other, _ in clashes} <= FIELDS
 
 
 @pytest.mark.parametrize("name", DEFAULTS)

@@ -23,7 +23,9 @@ def naive(logits: np.ndarray[Any, Any], top_k: int, way: str) -> np.ndarray[Any,
     """[T, E] weights by a loop over tokens."""
     weights = np.zeros_like(logits)
     for token, row in enumerate(logits):
-        score = 1.0 / (1.0 + np.exp(-row)) if way == "sigmoid" else softmax(row)
+        score = softmax(row)
+        if way in ("sigmoid", "root-softplus"):
+            score = 1.0 / (1.0 + np.exp(-row)) if way == "sigmoid" else np.sqrt(np.log1p(np.exp(row)))
         chosen = sorted(range(len(row)), key=lambda e: -score[e])[:top_k]
         if way == "softmax-then-topk":
             weights[token, chosen] = score[chosen]
@@ -42,6 +44,7 @@ def naive(logits: np.ndarray[Any, Any], top_k: int, way: str) -> np.ndarray[Any,
         ("topk-then-softmax", {"pre_softmax": True, "norm_topk_prob": True}),
         ("topk-then-softmax", {}),
         ("sigmoid", {"score_function": "Sigmoid", "topk_scaling_factor": 2.5}),
+        ("root-softplus", {"score_function": "SqrtSoftplus", "topk_scaling_factor": 2.5}),
     ],
 )
 def test_weights_are_those_of_a_loop_over_tokens(
@@ -275,7 +278,9 @@ def test_with_the_kernel_a_router_answers_the_same(
     torch.testing.assert_close(fused[1:], plain[1:])
 
 
-@pytest.mark.parametrize("options", [{"locality_bias": 1.0}, {"group_by": "Device", "group_topk": 1}])
+@pytest.mark.parametrize(
+    "options", [{"locality_bias": 1.0}, {"group_by": "Device", "group_topk": 1}, {"score_function": "SqrtSoftplus"}]
+)
 def test_what_the_kernel_does_not_do_it_is_not_told(options: dict[str, Any]) -> None:
     router = make_router(8, 3, type="TopK", **options)
     assert isinstance(router.kind, TopK) and router.kind.rule() is None
@@ -286,7 +291,9 @@ def test_a_router_that_does_not_fit_is_not_built() -> None:
         build_router(RouterConfig(type="TopK", num_groups=3, group_topk=1), num_experts=8, top_k=2, dim=4, layer_idx=0)
 
 
-@pytest.mark.parametrize("options", [{}, {"pre_softmax": True}, {"score_function": "Sigmoid"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"pre_softmax": True}, {"score_function": "Sigmoid"}, {"score_function": "SqrtSoftplus"}]
+)
 def test_gradients_of_weights_are_right(options: dict[str, Any]) -> None:
     tokens = make_tokens(5, 6)
     assert tokens.logits_TE is not None

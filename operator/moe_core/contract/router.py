@@ -23,7 +23,7 @@ class RouterConfig(WireModel):
     type: RouterType
 
     # which experts, with what weight
-    score_function: Literal["Softmax", "Sigmoid"] | None = Field(
+    score_function: Literal["Softmax", "Sigmoid", "SqrtSoftplus"] | None = Field(
         default=None, description="What turns a gate's logits into scores."
     )
     pre_softmax: bool | None = Field(

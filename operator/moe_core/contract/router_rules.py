@@ -110,7 +110,7 @@ NEEDS: Mapping[str, tuple[tuple[str, Any], ...]] = {
     "group_topk": (("num_groups", GIVEN), ("group_by", "Device")),
     "group_score": (("group_topk", GIVEN),),
     "group_by": (("group_topk", GIVEN),),
-    "norm_topk_prob": (("pre_softmax", True), ("score_function", "Sigmoid")),
+    "norm_topk_prob": (("pre_softmax", True), ("score_function", "Sigmoid"), ("score_function", "SqrtSoftplus")),
     "bias_update_rate": (("enable_expert_bias", True),),
     "locality_budget_percent": (("locality_bias", GIVEN),),
     "locality_by": (("locality_bias", GIVEN),),
@@ -124,13 +124,13 @@ NEEDS: Mapping[str, tuple[tuple[str, Any], ...]] = {
 }
 """An option means something only beside one of these (option, value)."""
 
-CLASHES: Mapping[str, tuple[str, Any]] = {
-    "pre_softmax": ("score_function", "Sigmoid"),
-    "num_groups": ("group_by", "Device"),
-    "seed": ("frozen_gate", "Model"),
-    **dict.fromkeys(sorted(_BALANCE), ("heuristic", "Position")),
+CLASHES: Mapping[str, tuple[tuple[str, Any], ...]] = {
+    "pre_softmax": (("score_function", "Sigmoid"), ("score_function", "SqrtSoftplus")),
+    "num_groups": (("group_by", "Device"),),
+    "seed": (("frozen_gate", "Model"),),
+    **dict.fromkeys(sorted(_BALANCE), (("heuristic", "Position"),)),
 }
-"""An option means nothing beside this (option, value)."""
+"""An option means nothing beside any of these (option, value)."""
 
 
 def why_refused(router_type: RouterType, given: Mapping[str, Any]) -> list[str]:
@@ -144,8 +144,9 @@ def why_refused(router_type: RouterType, given: Mapping[str, Any]) -> list[str]:
         needs = NEEDS.get(name, ())
         if needs and not any(_is(given, other, wanted) for other, wanted in needs):
             problems.append(f"{name} needs {' or '.join(_told(*need) for need in needs)}")
-        if name in CLASHES and _is(given, *CLASHES[name]):
-            problems.append(f"{name} means nothing with {_told(*CLASHES[name])}")
+        for clash in CLASHES.get(name, ()):
+            if _is(given, *clash):
+                problems.append(f"{name} means nothing with {_told(*clash)}")
     shares = given.get("class_capacity_percents")
     if shares is not None and sum(shares) != 100:
         problems.append(f"class_capacity_percents must sum to 100 (got {list(shares)})")

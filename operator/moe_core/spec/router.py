@@ -76,7 +76,7 @@ def _rules() -> Iterator[Rule]:
         cel = " || ".join([f"!has(self.{to_camel(name)})", *(_is_cel(*need) for need in needs)])
         told = f"{to_camel(name)} needs {' or '.join(_told(*need) for need in needs)}"
         yield Rule(cel, told, _beside(name, needs=needs))
-    for name, clash in CLASHES.items():
+    for name, clash in ((name, clash) for name, clashes in CLASHES.items() for clash in clashes):
         cel = f"!has(self.{to_camel(name)}) || !({_is_cel(*clash)})"
         yield Rule(cel, f"{to_camel(name)} means nothing with {_told(*clash)}", _apart(name, clash=clash))
     yield Rule(

@@ -28,6 +28,7 @@ WAYS: tuple[dict[str, Any], ...] = (
     {"pre_softmax": True, "norm_topk_prob": True},
     {"score_function": "Sigmoid"},
     {"score_function": "Sigmoid", "norm_topk_prob": False},
+    {"score_function": "SqrtSoftplus"},
 )
 
 

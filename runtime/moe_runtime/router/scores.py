@@ -1,7 +1,8 @@
 """From a gate's logits to scores, to probabilities for the losses, and to the weights of a choice.
 
 Softmax over the chosen experts alone is the same as softmax over all and division by the sum (Mixtral, Qwen3); without
-the division it is Switch's and OLMoE's. Sigmoid scores are divided by their sum and scaled (DeepSeek-V3, 2412.19437).
+the division it is Switch's and OLMoE's. Sigmoid scores are divided by their sum and scaled (DeepSeek-V3, 2412.19437), and
+so are roots of softplus, which do not saturate (DeepSeek-V4).
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 
 from moe_runtime.router.picks import gather
 
+ScoreFunction = Literal["Softmax", "Sigmoid", "SqrtSoftplus"]
 TINY = 1e-20
 """Keeps a sum of scores that all underflowed from dividing by zero."""
 
@@ -20,13 +22,15 @@ TINY = 1e-20
 class Scores:
     """How logits become weights; `before` is whether softmax runs over all experts, before the choice."""
 
-    function: Literal["Softmax", "Sigmoid"] = "Softmax"
+    function: ScoreFunction = "Softmax"
     before: bool = False
     renormalise: bool = True
     scale: float = 1.0
 
     def score(self, logits_TE: torch.Tensor) -> torch.Tensor:
-        """What experts compete by, each in [0, 1]."""
+        """What experts compete by, each >= 0."""
+        if self.function == "SqrtSoftplus":
+            return torch.nn.functional.softplus(logits_TE).sqrt()
         return logits_TE.softmax(dim=-1) if self.function == "Softmax" else logits_TE.sigmoid()
 
     def probability(self, score_TE: torch.Tensor) -> torch.Tensor:

@@ -55,6 +55,8 @@ class TopK(Kind):
         grouped = self.groups is not None and not self.groups.by_device
         if self.locality is not None or (self.groups is not None and not grouped):
             return None
+        if self.scores.function == "SqrtSoftplus":
+            return None
         num_groups = self.groups.holds_GE.shape[0] if self.groups is not None else 1
         over_chosen = self.scores.function == "Softmax" and (self.scores.renormalise or not self.scores.before)
         return GateRule(
