@@ -1,7 +1,7 @@
 """From a gate's logits to scores, to probabilities for the losses, and to the weights of a choice.
 
 Softmax over the chosen experts alone is the same as softmax over all and division by the sum (Mixtral, Qwen3); without
-the division it is Switch's and OLMoE's. Sigmoid scores are divided by their sum and scaled (DeepSeek-V3, 2412.19437), and
+the division it is Switch's and OLMoE's. Sigmoid scores are divided by their sum and scaled (DeepSeek-V3, 2412.19437);
 so are roots of softplus, which do not saturate (DeepSeek-V4).
 """
 
