@@ -1,12 +1,15 @@
 """Every type of router: it is built, it answers with a routing at any shape, and a user's own is held to the same."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
 
+import moe_runtime.router as router_package
 from moe_core.contract.router import RouterConfig
 from moe_core.contract.router_rules import RouterType
 from moe_core.outcome import InvalidInput
@@ -131,6 +134,13 @@ def test_passes_beyond_the_last_are_no_routing() -> None:
     expert_TK, weight_TK = torch.tensor([[0], [1]]), torch.ones(2, 1)
     with pytest.raises(InvalidInput, match="passes from 0 to 1"):
         checked(Routing(expert_TK, weight_TK, pass_TK=expert_TK + 1, passes=2), tokens, num_experts=4)
+
+
+def test_the_guide_to_the_routers_names_every_module() -> None:
+    assert router_package.__doc__ is not None
+    folder = Path(router_package.__file__ or "").parent
+    guide = set(re.findall(r"`(\w+)`", router_package.__doc__))
+    assert guide == {path.stem for path in folder.glob("*.py")} - {"__init__"}
 
 
 def test_routers_import_without_ray_and_transformers() -> None:
