@@ -84,10 +84,15 @@ def even_map(num_ranks: int, *, redundant: int = 0) -> ExpertMap:
 
 
 def trainer_for(
-    config: TrainingConfig, expert_map: ExpertMap, rank: int, *, router: dict[str, Any] | None = None
+    config: TrainingConfig,
+    expert_map: ExpertMap,
+    rank: int,
+    *,
+    router: dict[str, Any] | None = None,
+    family: str = SHAPE.family,
 ) -> Trainer:
     """`router`: options of a RouterConfig."""
-    source = ModelSource(shape=SHAPE)
+    source = ModelSource(shape=SHAPE.model_copy(update={"family": family}))
     asked = None if router is None else asked_router(RouterConfig(**router), data=config.data)
     epm = ExpertParallelModel.load(source, expert_map=expert_map, rank=rank, seed=config.seed, router=asked)
     return Trainer(config, epm, run_id="test")

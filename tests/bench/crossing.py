@@ -15,8 +15,9 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ NODES = ("a", "a", "b", "b")
 RANKS = tuple(range(len(NODES)))
 LENGTH = 128
 PLANNING_BYTES, SCORED_BYTES = 32_768, 65_536
-BUDGETS = (2, 5, 10, 15, 20, 30)
+BUDGETS = (5, 10, 20, 30)
 BIAS = 10.0
 """More than any score, so that the budget alone decides."""
 OUTPUT = Path(".moerator/bench/crossing.json")
@@ -47,11 +48,11 @@ OUTPUT = Path(".moerator/bench/crossing.json")
 
 @dataclass(frozen=True)
 class Row:
-    """budget: percent a token may give up, None without locality. flat, by_node: bytes."""
+    """near: what counts as distance and the percent that a token may give up, or nothing. flat, by_node: bytes."""
 
     placement: str
     redundant: int
-    budget: int | None
+    near: str
     bits: float
     flat: float
     by_node: float
@@ -140,10 +141,9 @@ def table(rows: Sequence[Row]) -> str:
         "|---" * 9 + "|",
     ]
     for row in rows:
-        budget = "" if row.budget is None else row.budget
         more = 100 * (row.bits / base.bits - 1)
         lines.append(
-            f"| {row.placement} | {row.redundant} | {budget} | {row.bits:.4f} | {more:.2f} | {row.flat:.0f} | "
+            f"| {row.placement} | {row.redundant} | {row.near} | {row.bits:.4f} | {more:.2f} | {row.flat:.0f} | "
             f"{row.by_node:.0f} | {row.by_node / base.flat:.3f} | {row.balance:.3f} |"
         )
     return "\n".join(lines)
@@ -162,13 +162,13 @@ def main() -> int:
     rows = []
     for redundant, placed in maps.items():
         for name, expert_map in placed.items():
-            rows.append(Row(name, redundant, None, *measure(plain, corpus.heldout_N, chosen, expert_map)))
+            rows.append(Row(name, redundant, "", *measure(plain, corpus.heldout_N, chosen, expert_map)))
             sys.stderr.write(f"{rows[-1]}\n")
-    for budget in BUDGETS:
-        near = Scored(given.checkpoint, LocalityConfig(bias=BIAS, budget_percent=budget))
+    for by, budget in product(get_args(LocalityConfig.model_fields["by"].annotation), BUDGETS):
+        near = Scored(given.checkpoint, LocalityConfig(bias=BIAS, budget_percent=budget, by=by))
         for redundant, placed in maps.items():
             figures = measure(near, corpus.heldout_N, chosen, placed["planned"])
-            rows.append(Row("planned", redundant, budget, *figures))
+            rows.append(Row("planned", redundant, f"{by} {budget} %", *figures))
             sys.stderr.write(f"{rows[-1]}\n")
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
     OUTPUT.write_text(json.dumps([asdict(row) for row in rows], indent=1))

@@ -1,5 +1,6 @@
 """One process trains, stops, goes on and publishes: what needs no second rank."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,10 +26,10 @@ def begin(tmp_path: Path) -> Callable[..., Trainer]:
     text = train_tasks.write_text(tmp_path / "text")
 
     def fresh(
-        *, output: str = "output", run_id: str = "test", router: dict[str, Any] | None = None, **changes: object
+        *, output: str = "output", run_id: str = "test", model: dict[str, Any] | None = None, **changes: object
     ) -> Trainer:
         config = train_tasks.config_for(tmp_path / output, text, num_ranks=1, **changes)
-        epm = train_tasks.trainer_for(config, train_tasks.even_map(1), 0, router=router).epm
+        epm = train_tasks.trainer_for(config, train_tasks.even_map(1), 0, **(model or {})).epm
         trainer = Trainer(config, epm, run_id=run_id)
         trainer.bind(None)
         return trainer
@@ -181,6 +182,32 @@ def test_the_checkpoint_gives_transformers_the_same_logits(begin: Callable[..., 
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("family", "router", "is_the_same"),
+    [
+        ("glm4_moe", {"score_function": "Sigmoid", "enable_expert_bias": True, "bias_update_rate": 0.05}, True),
+        ("mixtral", {"aux_loss_coeff": 0.01}, True),
+        ("mixtral", {"score_function": "Sigmoid"}, False),
+    ],
+)
+def test_a_checkpoint_says_whether_transformers_alone_routes_as_it_was_trained(
+    begin: Callable[..., Trainer], family: str, router: dict[str, Any], is_the_same: bool
+) -> None:
+    """A family with a bias of its own is given the trained one."""
+    from transformers import AutoModelForCausalLM
+
+    trainer = begin(max_steps=4, model={"family": family, "router": {"type": "TopK", **router}})
+    trainer.restore()
+    _steps(trainer, 4)
+    trainer.finish()
+    assert json.loads((trainer.output / "router.json").read_text())["as_family"] == is_the_same
+    model = AutoModelForCausalLM.from_pretrained(trainer.output, local_files_only=True)
+    ids = torch.arange(48).view(2, 24)
+    with torch.no_grad():
+        ours, theirs = trainer.epm.module(input_ids=ids).logits, model(input_ids=ids).logits
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-5) == is_the_same
+
+
 def test_a_checkpoint_is_scored_whole_and_without_experts(begin: Callable[..., Trainer]) -> None:
     trainer = begin(max_steps=30)
     trainer.restore()
@@ -217,7 +244,7 @@ def test_a_failed_publication_leaves_no_mixture(begin: Callable[..., Trainer], m
 
 
 def test_a_run_without_a_router_leaves_no_earlier_runs_router_behind(begin: Callable[..., Trainer]) -> None:
-    with_one = begin(max_steps=2, router={"type": "Hash"})
+    with_one = begin(max_steps=2, model={"router": {"type": "Hash"}})
     with_one.restore()
     _steps(with_one, 2)
     with_one.finish()

@@ -4,7 +4,7 @@
     router.safetensors     the routers' own tensors; the gates' weights lie in the checkpoint, under the family's names
 
 Plain transformers knows nothing of these files: it loads the checkpoint and routes as the family does. Where the two
-are one (DeepSeek-V3's routing in a DeepSeek-V3 model, whose bias the checkpoint then holds), `as_family` is true.
+are one (DeepSeek-V3's routing in a GLM-4 MoE, whose bias the checkpoint then holds), `as_family` is true.
 """
 
 import json
