@@ -22,6 +22,8 @@ from torch._C import _distributed_c10d as c10d
 
 from moe_core.contract.membership import Member, Membership
 from moe_runtime.errors import GroupFault
+from moe_runtime.membership.all_to_all import AllToAll, Exchange
+from moe_runtime.membership.near_memory import NearMemory
 from moe_runtime.membership.rendezvous import RendezvousStore
 from moe_runtime.membership.wire import split_address
 
@@ -75,6 +77,14 @@ class EpochGroup:
             except RuntimeError as error:
                 self._broken = f"connect: {_first_line(error)}"
                 raise GroupFault(self._broken) from None
+        self._exchanges = AllToAll(position=self.position, near=None)
+        if self._backend is not None and self.device.type == "cpu":
+            try:
+                near = NearMemory.meet(self.all_gather_ints, position=self.position, size=self.size)
+            except GroupFault:
+                self.destroy()
+                raise
+            self._exchanges = AllToAll(position=self.position, near=near)
 
     @classmethod
     def build(
@@ -134,15 +144,25 @@ class EpochGroup:
             out.copy_(rows)
             self._count(rows, in_splits)
             return
-        options = c10d.AllToAllOptions()
-        source, outs, ins = rows.contiguous(), list(out_splits), list(in_splits)
-        self._run(
-            "all_to_all",
-            lambda: self._backend.alltoall_base(out, source, outs, ins, options),
-            options,
-            timeout_ms,
-        )
+        self._exchange(out, rows.contiguous(), out_splits, in_splits, timeout_ms)
         self._count(rows, in_splits)
+
+    def _exchange(
+        self,
+        out: torch.Tensor,
+        rows: torch.Tensor,
+        out_splits: Sequence[int],
+        in_splits: Sequence[int],
+        timeout_ms: int | None,
+    ) -> None:
+        options, exchange = c10d.AllToAllOptions(), self._exchanges.prepare(out, rows, out_splits, in_splits)
+        self._run("all_to_all", lambda: self._start(exchange, options), options, timeout_ms)
+        exchange.end()
+
+    def _start(self, exchange: Exchange, options: Any) -> Any:
+        return self._backend.alltoall_base(
+            exchange.received, exchange.sent, exchange.receive_counts, exchange.send_counts, options
+        )
 
     def post_all_to_all(
         self,
@@ -163,9 +183,9 @@ class EpochGroup:
             return Posted(lambda: received)
         options = c10d.AllToAllOptions()
         options.timeout = _timedelta(timeout_ms or self._timeout_ms)
-        source, outs, ins = rows.detach().contiguous(), list(receive_counts), list(send_counts)
+        exchange = self._exchanges.prepare(received, rows.detach().contiguous(), receive_counts, send_counts)
         try:
-            work = self._backend.alltoall_base(received, source, outs, ins, options)
+            work = self._start(exchange, options)
         except RuntimeError as error:
             self._broken = f"all_to_all: {_first_line(error)}"
             raise GroupFault(self._broken) from None
@@ -173,6 +193,7 @@ class EpochGroup:
 
         def wait() -> torch.Tensor:
             self._run("all_to_all", lambda: work, options, timeout_ms)
+            exchange.end()
             return received
 
         return Posted(wait)
@@ -223,6 +244,7 @@ class EpochGroup:
     def destroy(self) -> None:
         """Close the sockets and threads of this group; peers that wait for it fault at once. Idempotent."""
         self._broken = self._broken or "destroyed"
+        self._exchanges = AllToAll(position=self.position, near=None)  # its memory files go
         backend, self._backend = self._backend, None
         if backend is None:
             return
