@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 
 from moe_core.outcome import InvalidInput
 from moe_runtime.router.assignment import MOST_TOKENS, assign_evenly
@@ -193,6 +194,26 @@ def test_the_assignment_is_the_best_of_all_even_ones(num_tokens: int, num_expert
     got = assign_evenly(value_TE)
     assert {int((got == e).sum()) for e in range(num_experts)} <= allowed
     assert value_TE[np.arange(num_tokens), got].sum() == pytest.approx(best)
+
+
+@pytest.mark.parametrize(("num_tokens", "skew"), [(96, 0.0), (96, 3.0), (101, 1.0), (101, 50.0)])
+def test_prices_change_no_assignment(num_tokens: int, skew: float) -> None:
+    """Against the solver on the values as they are, for as many tokens as leave no rest and for a rest."""
+    value_TE = np.random.default_rng(1).normal(size=(num_tokens, 8)) - skew * np.arange(8)
+    got = assign_evenly(value_TE)
+    least, rest = divmod(num_tokens, 8)
+    assert sorted(np.bincount(got, minlength=8).tolist()) == [least] * (8 - rest) + [least + 1] * rest
+    place_E = np.concatenate([np.repeat(np.arange(8), least), np.arange(8) if rest else np.arange(0)])
+    nobody = np.tile(np.where(np.arange(place_E.size) < 8 * least, -np.inf, 0.0), (8 - rest if rest else 0, 1))
+    rows, places = linear_sum_assignment(np.concatenate([value_TE[:, place_E], nobody]), maximize=True)
+    best = value_TE[rows[:num_tokens], place_E[places[:num_tokens]]].sum()
+    assert value_TE[np.arange(num_tokens), got].sum() == pytest.approx(best, rel=1e-12)
+
+
+def test_values_that_are_not_finite_end_no_step_here() -> None:
+    value_TE = np.zeros((5, 2))
+    value_TE[3, 1] = np.nan
+    assert assign_evenly(value_TE).tolist() == [0, 1, 0, 1, 0]
 
 
 def test_base_weighs_by_the_sigmoid_and_decodes_greedily() -> None:
