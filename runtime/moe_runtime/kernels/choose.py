@@ -3,8 +3,16 @@
 The one place that decides it, so that a CPU pod never imports triton.
 """
 
+from functools import cache
+
 import torch
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; 1 elsewhere, in Triton's interpreter. Asking the driver at each launch would show."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1

@@ -80,6 +80,10 @@ def gate(
     if bias_E is not None and bias_E.shape != logits_TE.shape[1:]:
         raise InvalidInput(f"bias must be [{logits_TE.shape[1]}] as the experts are (got {list(bias_E.shape)})")
     if runs_triton(logits_TE):
+        if not (torch.is_grad_enabled() and logits_TE.requires_grad):  # autograd's way costs the host a launch more
+            from moe_runtime.kernels.gate_triton import gate_forward
+
+            return gate_forward(logits_TE, rule, bias_E)
         chosen: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _Gate.apply(logits_TE, rule, bias_E)
         return chosen
     return gate_reference(logits_TE, rule, bias_E)

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_runtime.kernels.choose import multiprocessors
 from moe_runtime.kernels.gate import TINY, GateRule
 
 _TAKEN = tl.constexpr(-(2**31))
@@ -32,6 +33,17 @@ class Launch:
     columns: int = 2048
     num_warps: int = 4
     programs: int = 8
+
+    @classmethod
+    def of(cls, columns: int) -> "Launch":
+        """For tokens of so many columns.
+
+        Beyond 128 the warps of a program would trade each pick's results through shared memory (104 barriers a tile at
+        512 experts, in what the compiler makes of it): a program is one warp then, as far as its registers go.
+        """
+        if columns <= 128:
+            return cls()
+        return cls(columns=max(512, columns), num_warps=max(1, columns // 512), programs=24)
 
 
 @triton.jit
@@ -239,17 +251,13 @@ def _gate_backward(
 
 
 def _grid(launch: Launch, num_tokens: int, tokens: int, device: torch.device) -> tuple[int]:
-    if device.type != "cuda":
-        return (min(3, triton.cdiv(num_tokens, tokens)),)
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return (min(launch.programs * multiprocessors, triton.cdiv(num_tokens, tokens)),)
+    return (min(launch.programs * multiprocessors(device), triton.cdiv(num_tokens, tokens)),)
 
 
 def gate_forward(
     logits_TE: torch.Tensor, rule: GateRule, bias_E: torch.Tensor | None, *, launch: Launch | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Equals `gate.gate_reference`, without a graph."""
-    launch = launch or Launch()
     logits_TE = logits_TE.contiguous()
     num_tokens, num_experts = logits_TE.shape
     expert_TK = torch.empty((num_tokens, rule.top_k), dtype=torch.int64, device=logits_TE.device)
@@ -258,6 +266,7 @@ def gate_forward(
     # without a limit on groups the experts are one group
     num_groups = rule.num_groups if rule.is_grouped else 1
     groups, of_group = (triton.next_power_of_2(n) for n in (num_groups, num_experts // num_groups))
+    launch = launch or Launch.of(groups * of_group)
     tokens = max(1, launch.columns // (groups * of_group))
     if num_tokens:
         _gate[_grid(launch, num_tokens, tokens, logits_TE.device)](
@@ -295,11 +304,11 @@ def gate_backward(
     launch: Launch | None = None,
 ) -> torch.Tensor:
     """[T, E] gradient of the logits, in their type."""
-    launch = launch or Launch()
     logits_TE = logits_TE.contiguous()
     num_tokens, num_experts = logits_TE.shape
     grad_logits_TE = torch.empty_like(logits_TE)
     columns = triton.next_power_of_2(num_experts)
+    launch = launch or Launch.of(columns)
     tokens = max(1, launch.columns // columns)
     if num_tokens:
         _gate_backward[_grid(launch, num_tokens, tokens, logits_TE.device)](

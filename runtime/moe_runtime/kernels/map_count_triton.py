@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_runtime.kernels.choose import multiprocessors
+
 _CHUNK = 1024
 _MIN_BINS = 32  # of tl.histogram
 _PROGRAMS = 4
@@ -52,10 +54,7 @@ def map_and_count_triton(
     num_picks = expert_TK.numel()
     if num_picks:
         chunks = triton.cdiv(num_picks, _CHUNK)
-        multiprocessors = 1
-        if expert_TK.is_cuda:
-            multiprocessors = torch.cuda.get_device_properties(expert_TK.device).multi_processor_count
-        _map_and_count[(min(chunks, _PROGRAMS * multiprocessors),)](
+        _map_and_count[(min(chunks, _PROGRAMS * multiprocessors(expert_TK.device)),)](
             expert_TK,
             address_WE,
             address_TK,
