@@ -3,9 +3,10 @@
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch._C._distributed_c10d import FileStore
@@ -20,6 +21,7 @@ from moe_runtime.membership.group import EpochGroup
 from moe_runtime.membership.group import _backend as backend_of
 from numerics_families import tiny_model
 
+T = TypeVar("T")
 NUM_LAYERS = 3
 COMMON = {
     "vocab_size": 64,
@@ -191,11 +193,17 @@ class FaultyGroup:
         return getattr(self._group, name)
 
     def all_to_all(self, rows: torch.Tensor, send_counts: Any, receive_counts: Any) -> torch.Tensor:
+        return self._hit(lambda: self._group.all_to_all(rows, send_counts, receive_counts))
+
+    def post_all_to_all(self, rows: torch.Tensor, send_counts: Any, receive_counts: Any) -> Any:
+        return self._hit(lambda: self._group.post_all_to_all(rows, send_counts, receive_counts))
+
+    def _hit(self, exchange: Callable[[], T]) -> T:
         self._done += 1
         hit = self._done == self._fault.exchange
         if hit and not self._fault.after:
             os.kill(os.getpid(), self._fault.signal)
-        received = self._group.all_to_all(rows, send_counts, receive_counts)
+        received = exchange()
         if hit and self._fault.after:
             os.kill(os.getpid(), self._fault.signal)
         return received

@@ -267,6 +267,8 @@ BROKEN: tuple[Broken, ...] = (
     Broken("MoEJob", "spec.dispatch", {"wire": "FP8"}, ("wire", "Float8")),
     Broken("MoEService", "spec.dispatch", {"combine_wire": "Int8"}, ("combine_wire",)),
     Broken("MoEService", "spec.dispatch", {"hierarchy": "Tree"}, ("hierarchy", "ByNode")),
+    Broken("MoEJob", "spec.dispatch", {"overlap": True}, ("overlap",)),
+    Broken("MoEJob", "spec.dispatch", {"probe": -1}, ("probe", "0")),
     Broken("MoEService", "spec.trace", {}, ("path",)),
     Broken("MoEService", "spec.trace", {"path": "/t", "everySteps": 0}, ("everySteps", "1")),
     Broken("MoEJob", "spec.trace", {"path": "/t", "maxMegabytes": 0}, ("maxMegabytes", "1")),

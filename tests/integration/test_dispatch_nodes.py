@@ -55,6 +55,10 @@ def test_by_node_logits_and_gradients_are_those_of_one_process(
 ) -> None:
     reference = references[FAMILY]
     results = forward(tmp_path, reference, expert_map, nodes=nodes, dispatch=BY_NODE)
+    assert_as_one_process(results, reference)
+
+
+def assert_as_one_process(results: dict[int, Any], reference: Reference) -> None:
     logits, gradients = reference.logits_and_gradients(4)
     for rank in range(4):
         assert np.abs(results[rank]["logits"] - logits[rank]).max() < 1e-4
@@ -66,6 +70,16 @@ def test_by_node_logits_and_gradients_are_those_of_one_process(
             rows = [results[r]["experts"].get(name, {}).get(expert) for r in range(4)]
             summed = sum(row for row in rows if row is not None)
             np.testing.assert_allclose(summed, gradients[name][expert].numpy(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("hierarchy", ["Flat", "ByNode"])
+def test_in_two_batches_logits_and_gradients_are_the_same(
+    hierarchy: Any, references: dict[str, Reference], tmp_path: Path
+) -> None:
+    reference = references[FAMILY]
+    dispatch = DispatchConfig(hierarchy=hierarchy, overlap="TwoBatch")
+    results = forward(tmp_path, reference, UNEVEN, nodes="aabb", dispatch=dispatch)
+    assert_as_one_process(results, reference)
 
 
 @pytest.mark.parametrize(("wire", "most"), [("BFloat16", 0.004), ("Float8", 0.04), ("Int8", 0.02)])
@@ -103,7 +117,21 @@ def test_a_rank_lost_in_the_middle_of_a_relay_faults_the_others_in_time_and_the_
     exchange: int, kind: signal.Signals, references: dict[str, Reference], tmp_path: Path
 ) -> None:
     """Five exchanges a layer forward (counts, across, fan out, home, across), four backward; three layers."""
-    reference = references[FAMILY]
+    lose_a_rank(exchange, kind, BY_NODE, references[FAMILY], tmp_path)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+@pytest.mark.parametrize("exchange", [2, 4, 9, 21, 28], ids=["counts", "rows", "second_layer", "backward", "later"])
+def test_a_fault_while_two_batches_are_on_their_way_ends_both_in_time(
+    exchange: int, kind: signal.Signals, references: dict[str, Reference], tmp_path: Path
+) -> None:
+    """Six exchanges a layer forward, four backward; three layers."""
+    lose_a_rank(exchange, kind, DispatchConfig(hierarchy="Flat", overlap="TwoBatch"), references[FAMILY], tmp_path)
+
+
+def lose_a_rank(
+    exchange: int, kind: signal.Signals, dispatch: DispatchConfig, reference: Reference, tmp_path: Path
+) -> None:
     results = run_ranks(
         tasks.train_through_fault,
         num_ranks=4,
@@ -113,7 +141,7 @@ def test_a_rank_lost_in_the_middle_of_a_relay_faults_the_others_in_time_and_the_
         world=4,
         fault=Fault(victim=3, exchange=exchange, after=False, signal=kind),
         nodes="aabb",
-        dispatch=BY_NODE,
+        dispatch=dispatch,
         timeout_ms=1500,
         expected_ranks={0, 1, 2},
     )

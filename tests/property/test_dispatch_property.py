@@ -7,14 +7,15 @@ from hypothesis import given, settings
 from dispatch_scenes import Scene, Way, answers, references, scenes
 from memory_group import MemoryGroup
 from moe_core.contract.dispatch import Wire
-from moe_runtime.dispatch.all_to_all import run_by_pick, run_by_token
-from moe_runtime.dispatch.by_node import Relay, run_by_node
-from moe_runtime.dispatch.mixture import finish
+from moe_runtime.dispatch.all_to_all import run_by_token
+from moe_runtime.dispatch.by_node import Relay
+from moe_runtime.dispatch.mixture import mix
 from moe_runtime.dispatch.plan import DispatchPlan
 from moe_runtime.dispatch.reference import RunSlots
+from moe_runtime.dispatch.step import StepContext
 from moe_runtime.dispatch.wire import Legs
 
-WAYS = ("pick", "node")
+WAYS = ("pick", "node", "pick in two batches", "node in two batches")
 TOLERANCE: dict[Wire, float] = {"Float32": 1e-5, "BFloat16": 0.06, "Float8": 0.5, "Int8": 0.2}
 """Of sums of a few numbers of size one, each coded up to four times on its way."""
 
@@ -29,10 +30,7 @@ def way_of(name: str, wire: Wire = "Float32") -> Way:
         run_slots: RunSlots,
     ) -> torch.Tensor:
         legs = Legs.of(dispatch=wire, combine=wire)
-        if name == "pick":
-            return run_by_pick(x_TD, address_TK, weight_TK, plan=plan, group=group, run_slots=run_slots, legs=legs)
         if name == "token":
-            tokens = [row[0] for row in group.all_gather_ints((len(x_TD),))]
             return run_by_token(
                 x_TD,
                 address_TK,
@@ -41,15 +39,19 @@ def way_of(name: str, wire: Wire = "Float32") -> Way:
                 group=group,
                 run_slots=run_slots,
                 legs=legs,
-                tokens_of_position=tokens,
+                tokens_of_position=[row[0] for row in group.all_gather_ints((len(x_TD),))],
             )
         assert group.domains is not None
-        relay = Relay.of(group.domains, position=group.position)
-        return finish(
-            run_by_node(
-                x_TD, address_TK, weight_TK, plan=plan, group=group, relay=relay, run_slots=run_slots, legs=legs
-            )
+        by_node = name.startswith("node")
+        context = StepContext(
+            plan,
+            group,
+            num_experts=1,
+            legs=legs,
+            overlap="TwoBatch" if name.endswith("batches") else "OneBatch",
+            relay=Relay.of(group.domains, position=group.position) if by_node else None,
         )
+        return mix(x_TD, address_TK, weight_TK, context=context, run_slots=run_slots)
 
     return way
 
@@ -68,7 +70,7 @@ def test_values_and_gradients_are_those_of_one_rank(name: str, scene: Scene) -> 
 
 
 @pytest.mark.parametrize("wire", ["BFloat16", "Float8", "Int8"])
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", WAYS[:2])
 @settings(max_examples=15)
 @given(scene=scenes())
 def test_fewer_bits_change_values_and_gradients_by_no_more_than_they_lose(name: str, wire: Wire, scene: Scene) -> None:
@@ -99,8 +101,9 @@ def test_by_node_a_token_crosses_once_to_each_node_that_it_needs(scene: Scene) -
     assert crossed == 2 * scene.crossings()  # there and back
 
 
+@pytest.mark.parametrize("name", WAYS)
 @settings(max_examples=20)
 @given(scene=scenes())
-def test_every_rank_makes_as_many_exchanges_as_the_others(scene: Scene) -> None:
-    found = answers(scene, way_of("node"))
+def test_every_rank_makes_as_many_exchanges_as_the_others(name: str, scene: Scene) -> None:
+    found = answers(scene, way_of(name))
     assert len({answer.num_exchanges for answer in found}) == 1

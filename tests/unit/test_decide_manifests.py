@@ -274,7 +274,8 @@ def test_ranks_are_bound_to_nodes_that_the_template_selects() -> None:
 
 @pytest.mark.parametrize(("kind", "spec"), [("MoEJob", job_spec), ("MoEService", service_spec)])
 def test_how_tokens_travel_reaches_the_pods(kind: str, spec: Any) -> None:
-    given = {"wire": "Float8", "hierarchy": "ByNode"}
+    given = {"wire": "Float8", "hierarchy": "ByNode", "overlap": "TwoBatch"}
     accepted = accept(Wish(kind, "d", "tiny", "u", 1, spec(dispatch=given)), Facts())  # type: ignore[arg-type]
     assert isinstance(accepted, Accepted)
-    assert accepted.plan.config.dispatch == DispatchConfig(wire="Float8", combine_wire="Float8", hierarchy="ByNode")
+    told = DispatchConfig(wire="Float8", combine_wire="Float8", hierarchy="ByNode", overlap="TwoBatch")
+    assert accepted.plan.config.dispatch == told

@@ -9,6 +9,7 @@ from memory_group import MemoryGroup, together
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.experts.choice import WAYS
 from moe_runtime.dispatch.all_to_all import run_by_pick, run_by_token
+from moe_runtime.dispatch.mixture import in_turn
 from moe_runtime.dispatch.plan import LOST, DispatchPlan, make_plan
 from moe_runtime.dispatch.reference import run_local
 
@@ -53,7 +54,7 @@ def one_rank(
         return torch.einsum("rd,rdf->rf", rows_RD, MATRIX_EDD[expert_R])
 
     if way == "by_pick":
-        ours = run_by_pick(x_TD, address_TK, weight_TK, plan=plan, group=group, run_slots=run_slots)
+        [ours] = in_turn([run_by_pick(x_TD, address_TK, weight_TK, plan=plan, group=group, run_slots=run_slots)])
         gradients = list(torch.autograd.grad(ours.square().sum(), [x_TD, weight_TK]))
     else:
         counts = [tokens_of(r, uneven) for r in range(group.size)]
@@ -119,7 +120,7 @@ def test_rows_that_arrive_at_the_copies_are_as_many_as_their_shares_say(way: str
 
         with torch.no_grad():
             if way == "by_pick":
-                run_by_pick(x_TD, address_TK, weight_TK, plan=plan, group=group, run_slots=run_slots)
+                in_turn([run_by_pick(x_TD, address_TK, weight_TK, plan=plan, group=group, run_slots=run_slots)])
             else:
                 run_by_token(
                     x_TD,

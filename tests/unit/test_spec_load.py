@@ -197,6 +197,7 @@ SERVICE_NOW: dict[str, Any] = {
         ({"experts": {"fallback": "Drop"}}, "experts.fallback cannot be changed"),
         ({"drills": "Allowed"}, "drills cannot be changed"),
         ({"template": {"spec": {"image": "b"}}}, "template cannot be changed"),
+        ({"dispatch": {"wire": "Int8"}}, "of dispatch only probe can be changed"),
         ({"topologyConstraint": {"topologyName": "net", "pack": {"required": "rack"}}}, "topologyConstraint cannot"),
     ],
 )
@@ -208,6 +209,7 @@ def test_a_change_that_the_api_server_refuses_is_known_without_one(change: dict[
 def test_what_may_change_may_change() -> None:
     wider = {**SERVICE_NOW, "parallelism": {"expert": 6}, "gateway": {"port": 8000, "replicas": 3}, "suspend": True}
     assert broken_changes(MoEServiceSpec, SERVICE_NOW, {**wider, "spares": {"perDomain": 1}}) == []
+    assert broken_changes(MoEServiceSpec, SERVICE_NOW, {**SERVICE_NOW, "dispatch": {"probe": 1}}) == []
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.kind)

@@ -11,6 +11,7 @@ layer instead of three, and more bytes."""
 Wire = Literal["Float32", "BFloat16", "Float8", "Int8"]
 """What a row of numbers travels as. Float8 (e4m3) and Int8 have a scale for each row."""
 Hierarchy = Literal["Auto", "Flat", "ByNode"]
+Overlap = Literal["OneBatch", "TwoBatch"]
 
 ADDRESS_BYTES = WEIGHT_BYTES = 4
 SCALE_BYTES = 4

@@ -9,7 +9,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from moe_core.contract.base import WireModel
-from moe_core.contract.dispatch import Hierarchy, Wire
+from moe_core.contract.dispatch import Hierarchy, Overlap, Wire
 from moe_core.contract.packing import Packing
 from moe_core.contract.router import LocalityConfig, RouterConfig
 
@@ -102,6 +102,7 @@ class DispatchConfig(WireModel):
     wire: Wire = "Float32"
     combine_wire: Wire = "Float32"
     hierarchy: Hierarchy = "Auto"
+    overlap: Overlap = "OneBatch"
 
 
 class TraceConfig(WireModel):

@@ -120,7 +120,12 @@ def _trace(trace: RoutingTrace | None) -> TraceConfig | None:
 
 
 def _dispatch(dispatch: Dispatch) -> DispatchConfig:
-    return DispatchConfig(wire=dispatch.wire, combine_wire=dispatch.way_back, hierarchy=dispatch.hierarchy)
+    return DispatchConfig(
+        wire=dispatch.wire,
+        combine_wire=dispatch.way_back,
+        hierarchy=dispatch.hierarchy,
+        overlap=dispatch.overlap,
+    )
 
 
 def _locality(near: Locality | None) -> LocalityConfig | None:

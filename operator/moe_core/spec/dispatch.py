@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from moe_core.contract.dispatch import Hierarchy, Wire
+from moe_core.contract.dispatch import Hierarchy, Overlap, Wire
 from moe_core.spec.base import Rule, SpecModel
 
 
@@ -21,6 +21,11 @@ class Dispatch(SpecModel):
         "ranks. Auto goes by node where that spares a tenth of the rows between nodes, except in small steps.",
     )
 
+    overlap: Overlap = Field(
+        default="OneBatch",
+        description="TwoBatch sends one half of a large step's tokens while experts compute the other half; it needs "
+        "cores or a network that would wait otherwise.",
+    )
     probe: int = Field(
         default=0,
         ge=0,
@@ -36,6 +41,7 @@ class Dispatch(SpecModel):
 _NOW, _BEFORE = "self.dispatch", "oldSelf.dispatch"
 ONLY_PROBE_CHANGES = Rule(
     f"{_NOW}.wire == {_BEFORE}.wire && {_NOW}.hierarchy == {_BEFORE}.hierarchy && "
+    f"{_NOW}.overlap == {_BEFORE}.overlap && "
     f"has({_NOW}.combineWire) == has({_BEFORE}.combineWire) && "
     f"(!has({_NOW}.combineWire) || {_NOW}.combineWire == {_BEFORE}.combineWire)",
     "of dispatch only probe can be changed; create another object",

@@ -9,58 +9,16 @@
 T own tokens, D model, K picks per token, N = T*K, R rows received, G ranks of the group, S slots_stride.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
 
 import torch
 
-from moe_runtime.dispatch.exchange import exchange_rows
 from moe_runtime.dispatch.group_face import Group
-from moe_runtime.dispatch.order import PickOrder, order_picks
+from moe_runtime.dispatch.order import order_picks
 from moe_runtime.dispatch.plan import LOST, DispatchPlan
 from moe_runtime.dispatch.reference import RunSlots
+from moe_runtime.dispatch.travel import Trip, post
 from moe_runtime.dispatch.wire import PLAIN, Legs
-
-
-@dataclass(frozen=True, slots=True)
-class DispatchState:
-    """What combine needs to bring results home: dispatch writes it, nobody changes it.
-
-    order: of the picks as they were sent (by destination, then slot).
-    """
-
-    order: PickOrder
-    weight_TK: torch.Tensor
-    send_counts: tuple[int, ...]
-    receive_counts: tuple[int, ...]
-
-
-def dispatch_picks(
-    x_TD: torch.Tensor,
-    address_TK: torch.Tensor,
-    weight_TK: torch.Tensor,
-    *,
-    plan: DispatchPlan,
-    group: Group,
-    legs: Legs = PLAIN,
-) -> tuple[torch.Tensor, torch.Tensor, DispatchState]:
-    """Picks to their slots: (rows_RD, local_slot_R, state). LOST picks stay at home."""
-    size, stride = plan.size, plan.slots_stride
-    order = order_picks(address_TK, size * stride)
-    counts_GS = order.counts_A.view(size, stride)
-    received_GS = group.all_to_all(counts_GS, (1,) * size, (1,) * size)
-    # device sync: sizes the next exchange
-    send_counts, receive_counts = (tuple(c) for c in torch.stack([counts_GS.sum(1), received_GS.sum(1)]).tolist())
-    rows_RD = exchange_rows(group, order.send(x_TD, sum(send_counts)), send_counts, receive_counts, legs.there)
-    slot_GS = torch.arange(stride, device=x_TD.device).repeat(size)
-    slot_R = slot_GS.repeat_interleave(received_GS.reshape(-1), output_size=sum(receive_counts))
-    return rows_RD, slot_R, DispatchState(order, weight_TK, send_counts, receive_counts)
-
-
-def combine_picks(outputs_RD: torch.Tensor, state: DispatchState, group: Group, legs: Legs) -> torch.Tensor:
-    """Results home, weighted and summed per token by the sender: [T, D]."""
-    home_PD = exchange_rows(group, outputs_RD, state.receive_counts, state.send_counts, legs.back)
-    return state.order.bring_home(home_PD, state.weight_TK, len(home_PD))
 
 
 def run_by_pick(
@@ -72,12 +30,35 @@ def run_by_pick(
     group: Group,
     run_slots: RunSlots,
     legs: Legs = PLAIN,
-) -> torch.Tensor:
-    """[T, D] like `reference.run_local`, over the group, differentiable. Raises GroupFault."""
-    rows_RD, slot_R, state = dispatch_picks(x_TD, address_TK, weight_TK, plan=plan, group=group, legs=legs)
+    overlaps: bool = False,
+) -> Generator[None, None, torch.Tensor]:
+    """[T, D] like `reference.run_local`, over the group, differentiable. Raises GroupFault.
+
+    A generator that stops wherever something is on its way; its return value is the result. LOST picks stay at home.
+    """
+    size, stride = plan.size, plan.slots_stride
+    order = order_picks(address_TK, size * stride)
+    counts_GS = order.counts_A.view(size, stride)
+    telling = post(group, counts_GS, (1,) * size, (1,) * size, overlaps=overlaps)
+    yield
+    received_GS = telling.wait()
+    # device sync: sizes the next exchange
+    send_counts, receive_counts = torch.stack([counts_GS.sum(1), received_GS.sum(1)]).tolist()
+
+    going = Trip(group, legs.there, send_counts, receive_counts, overlaps)
+    going.depart(order.send(x_TD, sum(send_counts)))
+    yield
+    rows_RD, _, _ = going.arrive()
+    slot_GS = torch.arange(stride, device=x_TD.device).repeat(size)
+    slot_R = slot_GS.repeat_interleave(received_GS.reshape(-1), output_size=sum(receive_counts))
     # Rows of no one stay part of the graph, so that this rank runs the exchanges of backward too.
     outputs_RD = run_slots(rows_RD, slot_R) if rows_RD.shape[0] else rows_RD
-    return combine_picks(outputs_RD, state, group, legs).to(x_TD.dtype)
+
+    returning = Trip(group, legs.back, receive_counts, send_counts, overlaps)
+    returning.depart(outputs_RD)
+    yield
+    home_PD, _, _ = returning.arrive()
+    return order.bring_home(home_PD, weight_TK, len(home_PD)).to(x_TD.dtype)
 
 
 def run_by_token(

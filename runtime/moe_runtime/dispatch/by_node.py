@@ -25,7 +25,7 @@ from moe_core.outcome import InvalidInput
 from moe_runtime.dispatch.group_face import Group
 from moe_runtime.dispatch.plan import LOST, DispatchPlan
 from moe_runtime.dispatch.reference import RunSlots
-from moe_runtime.dispatch.travel import Trip
+from moe_runtime.dispatch.travel import Trip, post
 from moe_runtime.dispatch.wire import Legs
 
 
@@ -89,7 +89,10 @@ def run_by_node(
     rank_TK = _ranks(address_TK, plan)
     reach_TR = _met(rank_TK, plan.size)
     meets_TG = _met(torch.where(rank_TK == LOST, LOST, relay.node_R[rank_TK]), relay.num_nodes)
-    counts = _tell_counts(reach_TR, meets_TG, relay, group)
+    told_R2 = _to_tell(reach_TR, meets_TG, relay)
+    telling = post(group, told_R2, (1,) * group.size, (1,) * group.size, overlaps=overlaps)
+    yield
+    counts = _counts(told_R2, telling.wait(), relay)
     home_C = torch.nonzero(meets_TG[:, relay.home]).squeeze(-1)  # device sync: own tokens with a pick at home
     parts = [(x_TD[home_C], weight_TK[home_C], address_TK[home_C])]
 
@@ -136,18 +139,19 @@ def _met(place_NK: torch.Tensor, num_places: int) -> torch.Tensor:
     return met.scatter(1, place_NK + 1, value=True)[:, 1:]
 
 
-def _tell_counts(reach_TR: torch.Tensor, meets_TG: torch.Tensor, relay: Relay, group: Group) -> _Counts:
-    """Every rank tells every other one how many rows cross to it as a gate, and how many of its tokens end there."""
-    size = group.size
-    gate_G = relay.gate_RG[relay.position]
+def _to_tell(reach_TR: torch.Tensor, meets_TG: torch.Tensor, relay: Relay) -> torch.Tensor:
+    """[R, 2] for every rank how many rows cross to it as a gate, and how many tokens of this rank end there."""
     crosses_G = meets_TG.sum(dim=0)
     crosses_G[relay.home] = 0
-    told_R2 = torch.zeros(size, 2, dtype=torch.int64, device=reach_TR.device)
-    told_R2[:, 0].index_add_(0, gate_G, crosses_G)
+    told_R2 = torch.zeros(reach_TR.shape[1], 2, dtype=torch.int64, device=reach_TR.device)
+    told_R2[:, 0].index_add_(0, relay.gate_RG[relay.position], crosses_G)
     told_R2[:, 1] = reach_TR.sum(dim=0)
-    heard_R2 = group.all_to_all(told_R2, (1,) * size, (1,) * size)
+    return told_R2
+
+
+def _counts(told_R2: torch.Tensor, heard_R2: torch.Tensor, relay: Relay) -> _Counts:
     # what ends here comes from the source itself, or by the gate of this node that takes that source's tokens
-    fanned_in_R = torch.zeros(size, dtype=torch.int64, device=reach_TR.device)
+    fanned_in_R = torch.zeros(len(told_R2), dtype=torch.int64, device=told_R2.device)
     fanned_in_R.index_add_(0, relay.gate_RG[:, relay.home], heard_R2[:, 1])
     # device sync: sizes the exchanges
     crossing, arriving, fanned_in = torch.stack([told_R2[:, 0], heard_R2[:, 0], fanned_in_R]).tolist()

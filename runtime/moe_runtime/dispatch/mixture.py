@@ -6,7 +6,7 @@ by token   a step without gradients and of few tokens
 by pick    everything else
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import TypeVar
 
 import torch
@@ -38,20 +38,8 @@ def mix(
         return run_local(x_TD, address_TK, weight_TK, run_slots)
     tokens = context.tokens_of_position
     is_small = tokens is not None and max(tokens) <= SMALL_STEP_TOKENS and not torch.is_grad_enabled()
-    if context.relay is not None and not only_by_pick and not (is_small and context.hierarchy == "Auto"):
-        return finish(
-            run_by_node(
-                x_TD,
-                address_TK,
-                weight_TK,
-                plan=plan,
-                group=group,
-                relay=context.relay,
-                run_slots=run_slots,
-                legs=legs,
-            )
-        )
-    if is_small and tokens is not None and not only_by_pick:
+    by_node = context.relay is not None and not only_by_pick and not (is_small and context.hierarchy == "Auto")
+    if is_small and tokens is not None and not only_by_pick and not by_node:
         return run_by_token(
             x_TD,
             address_TK,
@@ -62,14 +50,31 @@ def mix(
             legs=legs,
             tokens_of_position=tokens,
         )
-    return run_by_pick(x_TD, address_TK, weight_TK, plan=plan, group=group, run_slots=run_slots, legs=legs)
+    # the same on all ranks: one with a single token, or none, makes the exchanges of both batches all the same
+    overlaps = context.overlap == "TwoBatch" and not is_small
+    halves = 2 if overlaps else 1
+    ways = []
+    for part in zip(*(torch.tensor_split(given, halves) for given in (x_TD, address_TK, weight_TK)), strict=True):
+        if by_node and context.relay is not None:
+            way = run_by_node(
+                *part, plan=plan, group=group, relay=context.relay, run_slots=run_slots, legs=legs, overlaps=overlaps
+            )
+        else:
+            way = run_by_pick(*part, plan=plan, group=group, run_slots=run_slots, legs=legs, overlaps=overlaps)
+        ways.append(way)
+    parts = in_turn(ways)
+    return torch.cat(parts) if overlaps else parts[0]
 
 
-def finish(way: Generator[None, None, T]) -> T:
-    """What a dispatcher that stops on its way comes to when nothing else is done meanwhile."""
-    while True:
-        try:
-            next(way)
-        except StopIteration as stop:
-            result: T = stop.value
-            return result
+def in_turn(ways: Sequence[Generator[None, None, T]]) -> list[T]:
+    """What dispatchers that stop on their ways come to: while the bytes of one travel, the next goes on."""
+    results: list[T | None] = [None] * len(ways)
+    going = list(enumerate(ways))
+    while going:
+        for index, way in list(going):
+            try:
+                next(way)
+            except StopIteration as stop:
+                results[index] = stop.value
+                going.remove((index, way))
+    return [result for result in results if result is not None]

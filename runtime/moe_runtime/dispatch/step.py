@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from moe_core.contract.dispatch import Hierarchy
+from moe_core.contract.dispatch import Hierarchy, Overlap
 from moe_core.experts.choice import WAYS
 from moe_runtime.dispatch.by_node import Relay
 from moe_runtime.dispatch.group_face import Group
@@ -30,6 +30,7 @@ class StepContext:
     experts_off          the routed experts give zeros and exchange nothing
     stopwatch            time that this rank's experts take, over all steps
     legs                 what rows are while they travel
+    overlap              whether one half of the tokens travels while the other half's experts compute
     hierarchy, relay     what was asked for, and who passes tokens on in this epoch; None: nobody does
     """
 
@@ -47,6 +48,7 @@ class StepContext:
     stopwatch: Stopwatch = field(default_factory=lambda: Stopwatch("cpu"))
     legs: Legs = field(default_factory=Legs)
     hierarchy: Hierarchy = "Auto"
+    overlap: Overlap = "OneBatch"
     relay: Relay | None = None
 
     def address(self, layer_idx: int, expert_TK: torch.Tensor, *, may_be_nobody: bool = False) -> torch.Tensor:

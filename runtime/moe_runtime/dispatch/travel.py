@@ -3,6 +3,10 @@
 What is computed between the two is computed while the bytes travel, if the trip `overlaps`; in backward as well, where
 arrive's gradient departs first and depart's waits for it. A trip that does not overlap is made as it departs.
 
+torch's own `all_to_all_single_autograd` takes no time-out per operation, which is the only thing that ends the wait for
+a hung peer; hence this one. autograd runs what was made last first, so two batches whose halves take turns in forward
+take turns in backward too, in the same order on every rank, however little of it a rank has to do.
+
 Weights ([R, K] float32, with gradients) and addresses ([R, K]) may ride along with the rows. Every rank must run
 backward through every trip, or its peers wait for it: `anchor` makes the result require a gradient even on a rank whose
 rows do not.
@@ -26,6 +30,15 @@ class _Made:
 
     def wait(self) -> torch.Tensor:
         return self.received
+
+
+def post(
+    group: Group, rows: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], *, overlaps: bool
+) -> Posted:
+    """`Group.all_to_all`, begun now and waited for later, or made at once. Raises GroupFault."""
+    if overlaps:
+        return group.post_all_to_all(rows, send_counts, receive_counts)
+    return _Made(group.all_to_all(rows, send_counts, receive_counts))
 
 
 @dataclass(slots=True)
@@ -89,10 +102,7 @@ class Trip:
         return found[0], found[1] if self.columns else None
 
     def _post(self, bytes_RB: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> None:
-        if self.overlaps:
-            self._posted = self.group.post_all_to_all(bytes_RB, send_counts, receive_counts)
-        else:
-            self._posted = _Made(self.group.all_to_all(bytes_RB, send_counts, receive_counts))
+        self._posted = post(self.group, bytes_RB, send_counts, receive_counts, overlaps=self.overlaps)
 
     def _wait(self) -> torch.Tensor:
         assert self._posted is not None, "depart comes before arrive"

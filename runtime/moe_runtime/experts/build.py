@@ -90,6 +90,7 @@ def build(
         stopwatch=Stopwatch(device),
         legs=Legs.of(dispatch=dispatch.wire, combine=dispatch.combine_wire),
         hierarchy=dispatch.hierarchy,
+        overlap=dispatch.overlap,
     )
     packing = packing_of(source)
     layers = tuple(
