@@ -13,6 +13,7 @@ from moe_core.contract.dispatch import Wire
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.runtime_config import DispatchConfig
 from moe_core.experts.relayed import traffic_by_node
+from moe_core.experts.tiers import side_by_side
 from moe_core.experts.traffic import StepShape, Traffic, traffic_by_pick
 from numerics_reference import Reference
 from numerics_tasks import Fault
@@ -130,14 +131,20 @@ def test_a_fault_while_two_batches_are_on_their_way_ends_both_in_time(
 
 
 def lose_a_rank(
-    exchange: int, kind: signal.Signals, dispatch: DispatchConfig, reference: Reference, tmp_path: Path
+    exchange: int,
+    kind: signal.Signals,
+    dispatch: DispatchConfig,
+    reference: Reference,
+    tmp_path: Path,
+    *,
+    expert_map: ExpertMap = TWICE,
 ) -> None:
     results = run_ranks(
         tasks.train_through_fault,
         num_ranks=4,
         store_path=str(tmp_path / "store"),
         folder=str(reference.folder),
-        expert_map=TWICE,
+        expert_map=expert_map,
         world=4,
         fault=Fault(victim=3, exchange=exchange, after=False, signal=kind),
         nodes="aabb",
@@ -150,3 +157,31 @@ def lose_a_rank(
         assert results[rank]["outcome"] == "fault"
         assert results[rank]["seconds"] < 4
         assert np.abs(results[rank]["logits"] - logits).max() <= 1e-4
+
+
+GROUPS = side_by_side(
+    ExpertMap(
+        generation=1,
+        num_logical_experts=tasks.NUM_EXPERTS,
+        slots_of_rank=(4, 4),
+        logical_of_slot=((0, 1, 2, 6, 3, 4, 5, 7),) * LAYERS,
+    ),
+    2,
+)
+IN_GROUPS = DispatchConfig(hierarchy="Flat", group_ranks=2)
+
+
+def test_tokens_stay_in_their_ep_group_and_gradients_are_those_of_one_process(
+    references: dict[str, Reference], tmp_path: Path
+) -> None:
+    results = forward(tmp_path, references[FAMILY], GROUPS, nodes="abab", dispatch=IN_GROUPS)
+    assert_as_one_process(results, references[FAMILY])
+    sent_RR = np.asarray([results[rank]["sent"] for rank in range(4)])
+    counts = LAYERS * 4 * 8  # of four slots, told before the rows
+    assert (sent_RR[:2, 2:] == counts).all()
+    assert (sent_RR[2:, :2] == counts).all()
+    assert (sent_RR[:2, :2] > counts).all()
+
+
+def test_an_ep_group_that_lost_a_rank_asks_the_other_one(references: dict[str, Reference], tmp_path: Path) -> None:
+    lose_a_rank(9, signal.SIGKILL, IN_GROUPS, references[FAMILY], tmp_path, expert_map=GROUPS)

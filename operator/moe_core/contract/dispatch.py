@@ -67,8 +67,16 @@ def gate_of(nodes: Sequence[str]) -> list[list[int]]:
     ]
 
 
-def goes_by_node(hierarchy: Hierarchy, nodes: Sequence[str] | None, *, top_k: int) -> bool:
-    """Whether tokens cross to a node once and are passed on there. `nodes`: of each rank, None where none are known.
+def goes_by_node(
+    hierarchy: Hierarchy,
+    nodes: Sequence[str] | None,
+    *,
+    top_k: int,
+    ranks: Sequence[int] | None = None,
+    group_ranks: int = 0,
+) -> bool:
+    """Whether tokens cross to a node once and are passed on there. `nodes`: of each of `ranks` (by default 0, 1, ...),
+    None where none are known; group_ranks: of an EP group, within which tokens stay, 0 for one of all ranks.
 
     Auto does so where it saves enough rows, the same on every rank of an epoch.
     """
@@ -76,5 +84,11 @@ def goes_by_node(hierarchy: Hierarchy, nodes: Sequence[str] | None, *, top_k: in
         return False
     if hierarchy == "ByNode":
         return True
-    flat = rows_between_nodes(nodes, top_k=top_k, by_node=False)
-    return flat > 0 and rows_between_nodes(nodes, top_k=top_k, by_node=True) <= WORTH_RELAYING * flat
+    groups: dict[int, list[str]] = {}
+    for rank, node in zip(range(len(nodes)) if ranks is None else ranks, nodes, strict=True):
+        groups.setdefault(rank // group_ranks if group_ranks else 0, []).append(node)
+    flat, relayed = (
+        sum(len(group) * rows_between_nodes(group, top_k=top_k, by_node=by_node) for group in groups.values())
+        for by_node in (False, True)
+    )
+    return 0 < relayed <= WORTH_RELAYING * flat

@@ -103,6 +103,8 @@ class DispatchConfig(WireModel):
     combine_wire: Wire = "Float32"
     hierarchy: Hierarchy = "Auto"
     overlap: Overlap = "OneBatch"
+    group_ranks: int = Field(default=0, ge=0)
+    """Rank r is in EP group r // group_ranks, and tokens stay in theirs; 0: all ranks are one."""
 
 
 class TraceConfig(WireModel):

@@ -83,7 +83,10 @@ def _as_it_was(wish: Wish, memory: Memory) -> Iterator[Wish]:
         spec["model"] = {**spec["model"], "numExperts": memory.num_experts, "numMoeLayers": memory.num_layers}
     yield replace(wish, spec=spec)
     if memory.wish_ranks:
-        spec["parallelism"] = {"expert": memory.wish_ranks}
+        asked = spec.get("parallelism")
+        groups = asked.get("data", 1) if isinstance(asked, Mapping) else 1
+        groups = groups if isinstance(groups, int) and groups > 0 else 1
+        spec["parallelism"] = {"expert": memory.wish_ranks // groups, "data": groups}
     if wish.kind == "MoEService":
         experts = spec.get("experts")
         ran = {"redundantPerRank": memory.redundant_per_rank, "minCopies": 1}

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from moe_core.contract.families import why_refused
 from moe_core.contract.router import why_misfit
 from moe_core.decide.refusals import foreign_names
-from moe_core.experts.assign import even_slots
 from moe_core.facts import Facts, Wish
 from moe_core.manifests.config import job_config, service_config
 from moe_core.manifests.plan import Plan
@@ -73,9 +72,11 @@ def accept(wish: Wish, facts: Facts) -> Accepted | Refusal:  # noqa: PLR0911 - e
     refused = _coverage(plan)
     if refused is not None:
         return refused
-    slots = even_slots(plan.num_experts, plan.num_ranks, redundant_per_rank=plan.redundant_per_rank)
-    per_rank = str(slots[0]) if slots[0] == slots[-1] else f"{slots[-1]} to {slots[0]}"
+    slots = plan.slots(plan.num_ranks)
+    per_rank = str(slots[0]) if min(slots) == max(slots) else f"{min(slots)} to {max(slots)}"
     note = f"{plan.num_experts} experts in {plan.num_layers} layers over {plan.num_ranks} ranks, {per_rank} slots each"
+    if plan.num_groups > 1:
+        note = f"{note}, in {plan.num_groups} EP groups"
     return Accepted(plan, spec, note + _packing_told(spec, facts))
 
 
@@ -180,7 +181,8 @@ def _plan(  # noqa: PLR0917
         namespace=wish.namespace,
         name=wish.name,
         generation=wish.generation,
-        num_ranks=spec.parallelism.expert,
+        num_ranks=spec.parallelism.ranks,
+        num_groups=spec.parallelism.data,
         num_experts=shape[0],
         num_layers=shape[1],
         redundant_per_rank=serving.experts.redundant_per_rank if serving else 0,
@@ -204,14 +206,14 @@ def _plan(  # noqa: PLR0917
 def _coverage(plan: Plan) -> Refusal | None:
     """A size whose slots cannot hold what the spec promises is refused."""
     min_copies = plan.min_copies
-    per_layer = plan.num_experts + plan.num_ranks * plan.redundant_per_rank
+    per_layer = plan.num_experts * plan.num_groups + plan.num_ranks * plan.redundant_per_rank
     if per_layer > MAX_SLOTS:
         told = (
             f"spec.experts.redundantPerRank: {plan.redundant_per_rank} on each of {plan.num_ranks} ranks and "
             f"{plan.num_experts} experts make {per_layer} slots per layer, at most {MAX_SLOTS} are possible"
         )
         return Refusal(Reason.INVALID_SPEC, told)
-    slots = even_slots(plan.num_experts, plan.num_ranks, redundant_per_rank=plan.redundant_per_rank)
+    slots = plan.slots(plan.num_ranks)
     useful = sum(min(count, plan.num_experts) for count in slots)
     wanted = plan.num_experts * min_copies
     if useful < wanted:

@@ -17,7 +17,6 @@ from moe_core.contract.expert_map import ExpertMap
 from moe_core.decide.crew import Seat
 from moe_core.decide.memory import Memory, condition_in
 from moe_core.decide.speeds import speeds_of, told_speeds
-from moe_core.experts.assign import even_slots
 from moe_core.experts.bounds import bound_of_slots
 from moe_core.experts.carry import carry_over
 from moe_core.experts.checks import FloatArray
@@ -77,7 +76,7 @@ def assigned(
         return Assigned(plan.expert_map(num_ranks), _unknown(Reason.LOAD_NOT_FOLLOWED, "the policy is not Balanced"))
     found = _found(facts.objects)
     current = found.current
-    slots = even_slots(plan.num_experts, num_ranks, redundant_per_rank=plan.redundant_per_rank)
+    slots = plan.slots(num_ranks)
     if current is None or not _suits(current, plan, slots):
         anew = _anew(plan, current, facts, _fleet(slots, ranks), num_ranks)
         return Assigned(anew, _of_new_map(found.problem, "in order again" if current is None else "planned anew"))
@@ -89,7 +88,9 @@ def assigned(
     wait = _due_in(plan.rebalance, memory, runtime, now)
     if wait > 0:
         return Assigned(current.expert_map, None, memory.weighed_at, waking=(wait,))
-    fleet = replace(_fleet(slots, ranks), speed_of_rank=speeds_of(runtime, ranks, num_ranks))
+    fleet = _fleet(slots, ranks)
+    if not plan.in_mirrors:  # ranks that hold the same carry the same
+        fleet = replace(fleet, speed_of_rank=speeds_of(runtime, ranks, num_ranks))
     weighed = _weighed(plan, plan.rebalance, current.expert_map, runtime, now, fleet)
     # Where nothing was counted the time stands too: a status would be written every window for its sake alone.
     return weighed if runtime.load else replace(weighed, weighed_at=memory.weighed_at)
@@ -186,6 +187,8 @@ def _anew(plan: Plan, current: _Current | None, facts: Facts, fleet: Fleet, num_
     known = current.expert_map if current is not None else None
     if known is None or (known.num_logical_experts, known.num_layers) != (plan.num_experts, plan.num_layers):
         return plan.expert_map(num_ranks)
+    if plan.num_groups > 1:
+        return _next_map(known, fleet.slots_of_rank, plan.expert_map(num_ranks).logical_of_slot)
     load_LE = _load(plan, facts.runtime)
     if load_LE is None or load_LE.sum() < _needed_picks(plan):
         load_LE = np.ones((plan.num_layers, plan.num_experts))
@@ -249,14 +252,14 @@ def _weighed(  # noqa: PLR0917
         bytes_per_pick=runtime.pick_bytes,
     )
     links_RR = None
-    if plan.min_copies > 1:  # copies on fixed groups of ranks, whose links are not told apart
+    if plan.in_mirrors:  # copies on fixed groups of ranks, whose links are not told apart
         found = replan_groups(
             load_LE,
             fleet,
             current.logical_of_slot,
             current_shares=current.share_of_slot,
             prices=prices,
-            least_copies=plan.min_copies,
+            least_copies=max(plan.min_copies, plan.num_groups),
         )
     else:
         links_RR = seconds_per_byte(runtime.links, fleet.domain_of_rank)

@@ -6,6 +6,7 @@ sending it again after a crash can only hit the pod that was meant, never its su
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import prod
 from typing import Any, Literal
 
 from moe_core.contract.exchange import FaultRequest
@@ -177,8 +178,8 @@ def _is_untouched(target: TargetFact | None, injection: Injection) -> bool:
 def _num_ranks(target: TargetFact) -> int:
     """What the target wants; one that cannot be read is never restored."""
     parallelism = target.wish.spec.get("parallelism")
-    wanted = parallelism.get("expert") if isinstance(parallelism, Mapping) else None
-    return wanted if isinstance(wanted, int) else 1
+    degrees = [parallelism.get("expert"), parallelism.get("data", 1)] if isinstance(parallelism, Mapping) else [None]
+    return prod(degree if isinstance(degree, int) else 1 for degree in degrees)
 
 
 def _times(seen: Seen) -> str:

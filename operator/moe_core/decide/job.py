@@ -128,7 +128,7 @@ def after_the_end(wish: Wish, facts: Facts, now: float) -> Decision:
     before = condition_in(wish.status, kind) or {}
     try:
         spec = parse_spec(MoEJobSpec, wish.spec)
-        num_ranks, ttl = spec.parallelism.expert, spec.ttl_seconds_after_finished
+        num_ranks, ttl = spec.parallelism.ranks, spec.ttl_seconds_after_finished
     except InvalidSpec:  # an edit after the end, which changes nothing any more
         num_ranks, ttl = 0, None
     counts = count(num_ranks, seats(facts, now, ROLE_RANK), None)

@@ -20,6 +20,7 @@ To understand the policy, read in this order; every module says at its top what 
                         groups    the same where ranks hold the same in groups, and are to go on doing so
     in the data plane   parts     how much of its expert each live copy answers
                         choice    which copy a source's token goes to
+                        tiers     the same for EP groups side by side: own group first
                         degrade   who answers for what was lost
     what it is worth    measure   balancedness and coverage        bounds    the best that is possible
                         survival  the chance to keep every expert   traffic   bytes of a step, exactly

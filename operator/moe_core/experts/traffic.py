@@ -22,7 +22,8 @@ from numpy.typing import ArrayLike, NDArray
 from moe_core.contract.dispatch import ADDRESS_BYTES, WEIGHT_BYTES, Wire, gradient_wire, row_bytes
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.experts.checks import FloatArray, IntArray, as_load_LE
-from moe_core.experts.choice import NO_SLOT, deal_lanes
+from moe_core.experts.choice import NO_SLOT
+from moe_core.experts.tiers import Tiers
 from moe_core.outcome import InvalidInput
 
 COUNT_BYTES = 8
@@ -32,12 +33,13 @@ SAME_RANK = "rank"
 @dataclass(frozen=True, slots=True)
 class StepShape:
     """One step as every rank takes part in it: T tokens (or a mean) of D numbers, K picks each, in all MoE layers;
-    what their rows travel as there and back.
+    what their rows travel as there and back, and how many ranks an EP group has (0: all are one).
     """
 
     tokens_per_rank: float
     hidden_size: int
     top_k: int
+    group_ranks: int = 0
     wire: Wire = "Float32"
     combine_wire: Wire = "Float32"
 
@@ -122,9 +124,9 @@ def picks_between(
     num_layers, num_ranks = expert_map.num_layers, expert_map.num_ranks
     first_L1 = np.arange(num_layers)[:, None] * num_ranks
     found = np.zeros((num_layers, num_ranks, num_ranks))
-    lanes = deal_lanes(expert_map, ranks, domain_of_rank=domain_of_rank)
+    tiers = Tiers(expert_map, ranks, group_ranks=shape.group_ranks, domain_of_rank=domain_of_rank)
     for source in ranks:
-        chosen_WLE = lanes.of_source(source)
+        chosen_WLE = tiers.of_source(source)
         total_L1 = load_RLE[source].sum(1, keepdims=True)
         even = 1 / expert_map.num_logical_experts
         share_LE = np.where(total_L1 > 0, load_RLE[source] / np.maximum(total_L1, 1e-300), even)
@@ -179,7 +181,7 @@ def exchanging_pairs(expert_map: ExpertMap) -> NDArray[np.bool_]:
 
 
 def domains_per_token(
-    expert_map: ExpertMap, picks_of_layer: Sequence[IntArray], *, domain_of_rank: Sequence[str]
+    expert_map: ExpertMap, picks_of_layer: Sequence[IntArray], *, domain_of_rank: Sequence[str], group_ranks: int = 0
 ) -> float:
     """How many failure domains other than its own a token of a trace has to be sent to, on average over the layers.
 
@@ -190,8 +192,8 @@ def domains_per_token(
     ids = {name: index for index, name in enumerate(dict.fromkeys(domain_of_rank))}
     domain_R = np.asarray([ids[name] for name in domain_of_rank])
     domain_of_slot = domain_R[np.asarray(expert_map.rank_of_slot)]
-    lanes = deal_lanes(expert_map, ranks.tolist(), domain_of_rank=domain_of_rank)
-    chosen_RWLE = np.stack([lanes.of_source(rank) for rank in ranks.tolist()])
+    tiers = Tiers(expert_map, ranks.tolist(), group_ranks=group_ranks, domain_of_rank=domain_of_rank)
+    chosen_RWLE = np.stack([tiers.of_source(rank) for rank in ranks.tolist()])
     means = []
     for layer_idx, picks_TK in enumerate(picks_of_layer):
         token_of_rank_T, row_T = np.divmod(np.arange(len(picks_TK)), len(ranks))

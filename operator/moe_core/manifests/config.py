@@ -15,7 +15,7 @@ from moe_core.contract.runtime_config import (
     TrainingConfig,
 )
 from moe_core.facts import Facts, Wish
-from moe_core.spec.common import PodTemplate, RoutingTrace
+from moe_core.spec.common import Parallelism, PodTemplate, RoutingTrace
 from moe_core.spec.dispatch import Dispatch
 from moe_core.spec.job import MoEJobSpec
 from moe_core.spec.service import Locality, MoEServiceSpec
@@ -40,11 +40,11 @@ def job_config(wish: Wish, spec: MoEJobSpec, facts: Facts) -> RuntimeConfig:
         mode="train",
         model=ModelSource(shape=ModelShape(**spec.model.shape.model_dump())),
         router=None if spec.model.router is None else spec.model.router.config(),
-        num_ranks=spec.parallelism.expert,
+        num_ranks=spec.parallelism.ranks,
         faults_enabled=spec.drills == "Allowed",
         device=_device(spec.template),
         trace=_trace(spec.trace),
-        dispatch=_dispatch(spec.dispatch),
+        dispatch=_dispatch(spec.dispatch, spec.parallelism),
         training=TrainingConfig(
             data="stdlib" if data.path is None else data.path,
             sequence_length=training.sequence_length,
@@ -81,11 +81,11 @@ def service_config(wish: Wish, spec: MoEServiceSpec, facts: Facts) -> RuntimeCon
             router_class=spec.model.router_class_path,
             packing=packing.contract() if packing is not None else None,
         ),
-        num_ranks=spec.parallelism.expert,
+        num_ranks=spec.parallelism.ranks,
         faults_enabled=spec.drills == "Allowed",
         device=_device(spec.template),
         trace=_trace(spec.trace),
-        dispatch=_dispatch(spec.dispatch),
+        dispatch=_dispatch(spec.dispatch, spec.parallelism),
         serving=ServingConfig(
             max_sequences=spec.serving.max_sequences,
             max_context=spec.serving.max_context,
@@ -119,12 +119,13 @@ def _trace(trace: RoutingTrace | None) -> TraceConfig | None:
     return TraceConfig(folder=trace.path, every_steps=trace.every_steps, max_bytes=trace.max_megabytes * 1_000_000)
 
 
-def _dispatch(dispatch: Dispatch) -> DispatchConfig:
+def _dispatch(dispatch: Dispatch, parallelism: Parallelism) -> DispatchConfig:
     return DispatchConfig(
         wire=dispatch.wire,
         combine_wire=dispatch.way_back,
         hierarchy=dispatch.hierarchy,
         overlap=dispatch.overlap,
+        group_ranks=parallelism.group_ranks,
     )
 
 

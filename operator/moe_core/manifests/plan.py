@@ -14,6 +14,7 @@ from moe_core.experts.assign import Policy, assign, even_slots
 from moe_core.experts.fleet import Fleet
 from moe_core.experts.groups import pack_groups
 from moe_core.experts.measure import copies_of_logical
+from moe_core.experts.tiers import side_by_side
 from moe_core.facts import NetworkFact
 from moe_core.spec.common import PodTemplate
 from moe_core.spec.service import Rebalance
@@ -41,6 +42,8 @@ class Plan:
     needs: Needs
     pack: Pack
     config: RuntimeConfig
+    num_groups: int = 1
+    """EP groups side by side, of equally many ranks."""
     probe: int = 0
     """Raised by whoever wants the links measured again."""
     ranks_per_node: int = 0
@@ -60,15 +63,30 @@ class Plan:
 
         Where every expert is to have several copies and the load will be followed, they lie on fixed groups of ranks.
         """
-        slots = even_slots(self.num_experts, num_ranks, redundant_per_rank=self.redundant_per_rank)
-        if self.rebalance is not None and self.min_copies > 1:
-            return _in_groups(self.num_layers, self.num_experts, slots, self.min_copies, self.generation)
-        return _assigned(self.policy, self.num_layers, self.num_experts, slots, self.generation)
+        slots = self._slots_of_group(num_ranks)
+        copies = -(-self.min_copies // self.num_groups)
+        if self.rebalance is not None and copies > 1:
+            group = _in_groups(self.num_layers, self.num_experts, slots, copies, self.generation)
+        else:
+            group = _assigned(self.policy, self.num_layers, self.num_experts, slots, self.generation)
+        return group if self.num_groups == 1 else _side_by_side(group, self.num_groups)
+
+    def slots(self, num_ranks: int) -> tuple[int, ...]:
+        """Of each rank."""
+        return self._slots_of_group(num_ranks) * self.num_groups
+
+    def _slots_of_group(self, num_ranks: int) -> tuple[int, ...]:
+        return even_slots(self.num_experts, num_ranks // self.num_groups, redundant_per_rank=self.redundant_per_rank)
 
     def least_copies(self, num_ranks: int) -> int:
         """Copies that the worst off expert has by this plan."""
-        slots = even_slots(self.num_experts, num_ranks, redundant_per_rank=self.redundant_per_rank)
-        return _least_copies(self.policy, self.num_layers, self.num_experts, slots)
+        slots = self._slots_of_group(num_ranks)
+        return self.num_groups * _least_copies(self.policy, self.num_layers, self.num_experts, slots)
+
+    @property
+    def in_mirrors(self) -> bool:
+        """Whether copies lie on fixed sets of ranks that hold the same."""
+        return self.min_copies > 1 or self.num_groups > 1
 
 
 @lru_cache(maxsize=32)
@@ -77,6 +95,11 @@ def _assigned(policy: Policy, num_layers: int, num_experts: int, slots: tuple[in
     return assign(
         policy, num_layers=num_layers, num_logical_experts=num_experts, slots_of_rank=slots, generation=generation
     )
+
+
+@lru_cache(maxsize=32)
+def _side_by_side(group: ExpertMap, num_groups: int) -> ExpertMap:
+    return side_by_side(group, num_groups)
 
 
 @lru_cache(maxsize=32)

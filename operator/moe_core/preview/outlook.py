@@ -129,8 +129,9 @@ def look_ahead(
     nodes = _nodes_of(placement, plan.num_ranks)
     load_RLE = None if trace is None else _load_of_each(trace, expert_map)
     step = replace(_step(accepted, nodes, size), each_rank_its_own_load=load_RLE is not None)
+    group_ranks = plan.config.dispatch.group_ranks
     sent = load_LE if load_RLE is None else load_RLE
-    traffic = None if size is None else _traffic(step, expert_map, sent, size, nodes)
+    traffic = None if size is None else _traffic(step, expert_map, sent, size, nodes, group_ranks=group_ranks)
     fleet = Fleet(expert_map.slots_of_rank, domain_of_rank=tuple(nodes or ()))
     planned = None if trace is None else _planned(plan, expert_map, fleet, load_LE, load_RLE, size)
     return Outlook(
@@ -160,7 +161,11 @@ def resized(wish: Wish, num_ranks: int | None) -> Wish:
     """The same wish with another number of ranks; None leaves it its own."""
     if num_ranks is None:
         return wish
-    parallelism = {**dict(wish.spec.get("parallelism") or {}), "expert": num_ranks}
+    parallelism = dict(wish.spec.get("parallelism") or {})
+    groups = parallelism.get("data", 1)
+    if not isinstance(groups, int) or groups < 1 or num_ranks % groups:
+        raise InvalidInput(f"--ranks: {num_ranks} ranks are not {groups} EP groups of equally many")
+    parallelism["expert"] = num_ranks // groups
     return replace(wish, spec={**wish.spec, "parallelism": parallelism})
 
 
@@ -179,12 +184,19 @@ def _survivals(expert_map: ExpertMap, unit_of_rank: Sequence[str] | None) -> tup
 
 
 def _traffic(
-    step: Step, expert_map: ExpertMap, load: FloatArray, size: ModelSize, nodes: Sequence[str] | None
+    step: Step,
+    expert_map: ExpertMap,
+    load: FloatArray,
+    size: ModelSize,
+    nodes: Sequence[str] | None,
+    *,
+    group_ranks: int,
 ) -> Traffic:
     shape = StepShape(
         tokens_per_rank=step.tokens_per_rank,
         hidden_size=size.hidden_size,
         top_k=size.top_k,
+        group_ranks=group_ranks,
         wire=step.dispatch.wire,
         combine_wire=step.dispatch.combine_wire,
     )
@@ -264,7 +276,9 @@ def _balance_of(planned: Replan | None, load_LE: FloatArray, fleet: Fleet) -> fl
 
 def _step(accepted: Accepted, nodes: Sequence[str] | None, size: ModelSize | None) -> Step:
     spec, dispatch = accepted.spec, accepted.plan.config.dispatch
-    relayed = size is not None and goes_by_node(dispatch.hierarchy, nodes, top_k=size.top_k)
+    relayed = size is not None and goes_by_node(
+        dispatch.hierarchy, nodes, top_k=size.top_k, group_ranks=accepted.plan.config.dispatch.group_ranks
+    )
     if isinstance(spec, MoEJobSpec):
         tokens = spec.training.sequences_per_rank * spec.training.sequence_length
         return Step(tokens, trains=True, dispatch=dispatch, relayed=relayed)
@@ -285,8 +299,9 @@ def _planned(  # noqa: PLR0917
         way = plan.config.dispatch
         there_and_back = row_bytes(way.wire, size.hidden_size) + row_bytes(way.combine_wire, size.hidden_size)
         prices = replace(prices, bytes_per_expert=size.expert_bytes, bytes_per_pick=there_and_back)
-    if plan.min_copies > 1:  # copies on fixed groups of ranks, whose sources are not told apart
-        return replan_groups(load_LE, fleet, expert_map.logical_of_slot, prices=prices, least_copies=plan.min_copies)
+    if plan.in_mirrors:  # copies on fixed groups of ranks, whose sources are not told apart
+        least = max(plan.min_copies, plan.num_groups)
+        return replan_groups(load_LE, fleet, expert_map.logical_of_slot, prices=prices, least_copies=least)
     return replan(
         load_LE,
         fleet,

@@ -32,10 +32,39 @@ SOURCES = (
 """What a volume may come from, by wire name; those that Kubernetes has given up are left out."""
 
 
-class Parallelism(SpecModel):
-    """Degrees of parallelism. Only expert parallelism (dense layers data-parallel over the same ranks) works today."""
+MOST_RANKS = 1024
 
-    expert: int = Field(ge=1, le=1024, description="EP degree: the number of ranks that share one full set of experts.")
+
+class Parallelism(SpecModel):
+    """Degrees of parallelism. Dense layers are data-parallel over all ranks."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            f"self.expert * self.data <= {MOST_RANKS}",
+            f"expert times data must not exceed {MOST_RANKS} ranks",
+            lambda parallelism: parallelism.ranks <= MOST_RANKS,
+        ),
+    )
+
+    expert: int = Field(
+        ge=1, le=MOST_RANKS, description="EP degree: the number of ranks that share one full set of experts."
+    )
+    data: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="EP groups side by side, each of `expert` neighbouring ranks with all experts. A token leaves its "
+        "group only for an expert without a live copy there.",
+    )
+
+    @property
+    def ranks(self) -> int:
+        return self.expert * self.data
+
+    @property
+    def group_ranks(self) -> int:
+        """Of each of several EP groups; 0 where all ranks are one."""
+        return self.expert if self.data > 1 else 0
 
 
 class Pack(SpecModel):
@@ -71,14 +100,23 @@ class TopologyConstraint(SpecModel):
 
 WHOLE_NODES = Rule(
     "!has(self.topologyConstraint) || !has(self.topologyConstraint.pack.ranksPerNode) || "
-    "self.parallelism.expert % self.topologyConstraint.pack.ranksPerNode == 0",
-    "parallelism.expert must be a multiple of topologyConstraint.pack.ranksPerNode",
+    "self.parallelism.expert * self.parallelism.data % self.topologyConstraint.pack.ranksPerNode == 0",
+    "parallelism.expert must be a multiple of topologyConstraint.pack.ranksPerNode, or expert times data",
     lambda spec: (
         spec.topology_constraint is None
-        or spec.parallelism.expert % (spec.topology_constraint.pack.ranks_per_node or 1) == 0
+        or spec.parallelism.ranks % (spec.topology_constraint.pack.ranks_per_node or 1) == 0
     ),
 )
 """Of the spec of a job and of a service."""
+
+
+GROUPS_STAY = Rule(
+    "self.parallelism.data == oldSelf.parallelism.data && "
+    "(self.parallelism.data == 1 || self.parallelism.expert == oldSelf.parallelism.expert)",
+    "parallelism.data cannot be changed, nor parallelism.expert of several EP groups; create another MoEService",
+    keeps=lambda spec: (spec.parallelism.data, spec.parallelism.group_ranks),
+)
+"""Of the spec of a service: with another size every rank would be in another group."""
 
 
 class FailurePolicy(SpecModel):

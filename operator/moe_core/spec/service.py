@@ -8,6 +8,7 @@ from moe_core.contract.names import MANAGER
 from moe_core.contract.router import CLASS_PATH
 from moe_core.spec.base import Rule, SpecModel, unchangeable
 from moe_core.spec.common import (
+    GROUPS_STAY,
     TRACE_IS_WRITABLE,
     WHOLE_NODES,
     Decimal,
@@ -172,12 +173,13 @@ class MoEServiceSpec(SpecModel):
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            "self.experts.minCopies <= self.parallelism.expert",
-            "experts.minCopies must not exceed parallelism.expert: copies of one expert live on distinct ranks",
-            lambda spec: spec.experts.min_copies <= spec.parallelism.expert,
+            "self.experts.minCopies <= self.parallelism.expert * self.parallelism.data",
+            "experts.minCopies must not exceed parallelism.expert (times data): copies live on distinct ranks",
+            lambda spec: spec.experts.min_copies <= spec.parallelism.ranks,
         ),
         WHOLE_NODES,
         ONLY_PROBE_CHANGES,
+        GROUPS_STAY,
         *(
             unchangeable(field, lever="create another MoEService")
             for field in ("model", "serving", "topologyConstraint", "drills", "trace", "template")

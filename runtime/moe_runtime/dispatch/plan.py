@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from moe_core.contract.expert_map import ExpertMap
-from moe_core.experts.choice import choose_slots
+from moe_core.experts.tiers import Tiers
 from moe_core.outcome import InvalidInput
 from moe_runtime.kernels.map_count import addresses_of
 
@@ -57,12 +57,14 @@ def make_plan(
     *,
     rank: int,
     domains: Sequence[str] | None = None,
+    group_ranks: int = 0,
     device: str = "cpu",
 ) -> DispatchPlan:
     """The plan of `rank` while exactly `ranks` (ascending) live.
 
     domains: of each of `ranks`; equal names are near each other, None says that none are. All ranks must be given the
-    same, or copies get more than their part. Raises InvalidInput for ranks the map does not know.
+    same, or copies get more than their part. group_ranks: of an EP group, which tokens leave only for what it has lost;
+    0 where all ranks are one. Raises InvalidInput for ranks the map does not know.
     """
     living = tuple(ranks)
     if list(living) != sorted(set(living)) or rank not in living:
@@ -78,7 +80,8 @@ def make_plan(
     if domains is not None:
         domain_of = dict(zip(living, domains, strict=True))
         domain_of_rank = [domain_of.get(r, "") for r in range(expert_map.num_ranks)]
-    chosen_WLE = choose_slots(expert_map, living, source_rank=rank, domain_of_rank=domain_of_rank)
+    tiers = Tiers(expert_map, living, group_ranks=group_ranks, domain_of_rank=domain_of_rank)
+    chosen_WLE = tiers.of_source(rank)
     address_LWE = address_of_slot[chosen_WLE].transpose(1, 0, 2)
     layers = tuple(
         LayerPlan(torch.from_numpy(table.copy()).to(device), tuple(np.flatnonzero(table[0] == LOST).tolist()))

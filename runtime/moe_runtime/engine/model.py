@@ -79,13 +79,16 @@ class ExpertParallelModel:
     degraded_rows     whether each row of the last `forward_tokens` met a lost expert
     """
 
-    def __init__(self, built: BuiltModel, *, source: ModelSource, rank: int, seed: int, fallback: Fallback) -> None:
+    def __init__(
+        self, built: BuiltModel, *, source: ModelSource, rank: int, seed: int, fallback: Fallback, group_ranks: int = 0
+    ) -> None:
         self.module: Any = built.module
         self.facts: ModelFacts = built.facts
         self.expert_map: ExpertMap = built.expert_map
         self.routed = built.routed
         self.packing = built.packing
         self.rank = rank
+        self._group_ranks = group_ranks
         self.degraded_rows: list[bool] = []
         self._layers = built.layers
         self._forward: BatchedForward | RowForward | None = None
@@ -123,17 +126,18 @@ class ExpertParallelModel:
         Generalists and routers are read from the checkpoint's folder when they lie there; `router` is for a model that
         has none, and with `locality` tokens prefer near experts. Bound to no group: `bind` comes next.
         """
+        dispatch = dispatch or DispatchConfig()
         built = build(
             source,
             expert_map=expert_map,
             rank=rank,
             device=device,
             seed=seed,
-            dispatch=dispatch or DispatchConfig(),
+            dispatch=dispatch,
             router=router,
             locality=locality,
         )
-        return cls(built, source=source, rank=rank, seed=seed, fallback=fallback)
+        return cls(built, source=source, rank=rank, seed=seed, fallback=fallback, group_ranks=dispatch.group_ranks)
 
     @property
     def num_layers(self) -> int:
@@ -166,11 +170,15 @@ class ExpertParallelModel:
         self.expert_map = new_map
         ranks = group.ranks if group is not None else (self.rank,)
         domains = group.domains if group is not None else None
-        plan = make_plan(new_map, ranks, rank=self.rank, domains=domains, device=self._device)
+        plan = make_plan(
+            new_map, ranks, rank=self.rank, domains=domains, group_ranks=self._group_ranks, device=self._device
+        )
         self._context.plan = self._set_answers(plan)
         self._context.group = group if group is not None and group.size > 1 else None
         self._context.relay = None
-        if domains is not None and goes_by_node(self._context.hierarchy, domains, top_k=self.top_k):
+        if domains is not None and goes_by_node(
+            self._context.hierarchy, domains, top_k=self.top_k, ranks=ranks, group_ranks=self._group_ranks
+        ):
             self._context.relay = Relay.of(domains, position=plan.position, device=self._device)
         if self.routed is not None:
             self.routed.use_layouts(layouts(new_map, plan, domains))
