@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from moe_core.contract.packing import Packing
+from moe_core.contract.packing import Packing, Precision
 from moe_runtime.kernels.float8 import float8_rows, float8_rows_reference
+from moe_runtime.kernels.grouped_packed_triton import rows_times_packed
+from moe_runtime.kernels.index import index_rows
 from moe_runtime.kernels.mixture import mixture_float8, mixture_packed, mixture_reference
-from moe_runtime.kernels.quantise import pack, unpack
+from moe_runtime.kernels.quantise import Packed, pack, unpack
 
 SHAPES = [(1, 1, 4, 64, 32), (300, 4, 16, 512, 384), (4096, 8, 16, 1024, 256)]
 """T, K, S, D, F"""
@@ -60,3 +62,22 @@ def test_a_mixture_multiplied_as_float8_is_as_near_as_its_rounding(shape: tuple[
     expected_TD = mixture_reference(rounded_TD, slot_TK, weight_TK.double(), *numbers)
     # activations are rounded as well: a step of a code is 2^-3 of it, so the mean error of a number 2 %
     assert float((out_TD.double() - expected_TD).norm() / expected_TD.norm()) < 4e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("precision", ["Int8", "Float8", "Int4"])
+def test_every_code_becomes_its_number(precision: Precision, dtype: torch.dtype) -> None:
+    packing = Packing.of(precision, 0)
+    every_C = torch.arange(256, device="cuda").to(torch.uint8)
+    if precision == "Float8":
+        every_C[every_C & 0x7F == 0x7F] = 0  # not a number, and none is ever written
+        codes = every_C.view(torch.float8_e4m3fn)
+    else:
+        codes = every_C.view(torch.int8) if precision == "Int8" else every_C
+    num_columns = 512 if precision == "Int4" else 256
+    scale_dtype = torch.bfloat16 if precision == "Int4" else torch.float32
+    packed = Packed(codes.repeat(1, 16, 1), torch.ones(1, 16, 1, device="cuda", dtype=scale_dtype))
+    rows = index_rows(torch.zeros(num_columns, device="cuda", dtype=torch.int), num_slots=1, block_rows=64)
+    one_hot_PM = torch.eye(num_columns, device="cuda", dtype=dtype)
+    out_PN = rows_times_packed(one_hot_PM, packed, packing, rows)
+    assert torch.equal(out_PN.float(), unpack(packed, packing, num_columns=num_columns)[0].T)

@@ -140,6 +140,11 @@ class ExpertParallelModel:
         return cls(built, source=source, rank=rank, seed=seed, fallback=fallback, group_ranks=dispatch.group_ranks)
 
     @property
+    def experts_way(self) -> str:
+        """Which code ran this rank's slots last, in words (moe_runtime.experts.compute)."""
+        return self._layers[0].compute.way
+
+    @property
     def num_layers(self) -> int:
         return self.facts.num_layers
 

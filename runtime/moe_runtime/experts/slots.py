@@ -17,7 +17,7 @@ from moe_runtime.experts.families import ExpertsModule
 from moe_runtime.experts.ladder import LayerLadder, SharedExpert
 from moe_runtime.experts.packing import LayerPacking, Stacks
 from moe_runtime.experts.routed import RoutedLayer
-from moe_runtime.experts.store import make_store
+from moe_runtime.experts.store import PackedStore, make_store
 from moe_runtime.experts.weights import WeightSource
 
 Watch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -80,6 +80,10 @@ class SlottedExperts:
         """[R, D] this rank's slots on rows, unweighted. R >= 1."""
         ones_R1 = rows_RD.new_ones(len(rows_RD), 1)
         with self._context.stopwatch.running(rows_RD.shape[0]):
+            if isinstance(self.store, PackedStore):
+                done_RD = self.compute.packed(rows_RD, local_slot_R, self.store.packing, self.store.stacks())
+                if done_RD is not None:
+                    return done_RD
             return self.store.run(self._run_top_1, rows_RD, local_slot_R.unsqueeze(-1), ones_R1)
 
     def _run_top_1(self, rows_RD: torch.Tensor, slot_R1: torch.Tensor, _: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ from moe_runtime.kernels.grouped_triton import (
     descriptor,
     num_programs,
     precision_of,
+    silu,
 )
 from moe_runtime.kernels.index import SlotRows
 from moe_runtime.kernels.quantise import Packed
@@ -37,13 +38,19 @@ def block_rows_for(num_picks: int, num_slots: int) -> int:
     return next((rows for rows in (16, 64) if num_picks <= 2 * rows * num_slots), 128)
 
 
+def takes(packing: Packing, *, num_columns: int) -> bool:
+    """Whether rows of so many columns, packed so, can be read here."""
+    least = LEAST_DEPTH.get(packing.precision)
+    return least is not None and num_columns % least == 0 and packing.group_size % least == 0
+
+
 def packed_tile(dtype: torch.dtype, block_rows: int, packing: Packing) -> Tile:
     """What was fastest on an H100 (tests/bench/README.md). Raises InvalidInput on groups that no tile fits into."""
     is_wide = dtype == torch.float32  # what it is split into takes registers
     depth = (128 if block_rows <= 16 else 64) // (2 if is_wide else 1)
     if packing.group_size:
         depth = gcd(depth, packing.group_size)
-    if depth < LEAST_DEPTH[packing.precision]:
+    if depth % LEAST_DEPTH[packing.precision]:
         raise InvalidInput(
             f"group_size of {packing.precision} must be a multiple of {LEAST_DEPTH[packing.precision]} here, "
             f"not {packing.group_size}"
@@ -142,7 +149,7 @@ def _packed_kernel(
             sums *= tl.load(scales, mask=n < N, other=0.0).to(tl.float32)[:, None]
         if GATED:
             gate, up = sums.reshape(2, PART, ROWS).permute(1, 2, 0).split()
-            sums = gate * tl.sigmoid(gate) * up
+            sums = silu(gate) * up
         out.store([block * ROWS, column * PART], sums.to(out.dtype).T)
 
 

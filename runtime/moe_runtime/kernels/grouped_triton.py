@@ -32,6 +32,8 @@ LARGE_BLOCK, SMALL_BLOCK = 128, 64
 LARGE_TILE_BYTES = 227 << 10
 """Shared memory that the tiles of a large block take, which datacenter GPUs since Hopper have."""
 PROGRAMS_IN_INTERPRETER = 3
+INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+"""Triton's interpreter knows no machine instructions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,22 @@ def block_and_column(tile, num_blocks, num_columns, IN_TURN: tl.constexpr):
     within = tile % (IN_TURN * num_columns)
     blocks = tl.minimum(num_blocks - turn * IN_TURN, IN_TURN)
     return turn * IN_TURN + within % blocks, within // blocks
+
+
+@triton.jit
+def silu(x):
+    """Two instructions of the special units, a few units in float32's last place off; Triton's own sigmoid looks after
+    extremes that these two meet anyway (exp2 gives zero or infinity, whose reciprocals are right).
+    """
+    if INTERPRETED:
+        return x * tl.sigmoid(x)
+    power = _special("ex2.approx.ftz.f32", x * -1.4426950408889634)  # exp(-x)
+    return x * _special("rcp.approx.ftz.f32", 1.0 + power)
+
+
+@triton.jit
+def _special(name: tl.constexpr, x):
+    return tl.inline_asm_elementwise(name + " $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_picks", "top_k"])
@@ -138,7 +156,7 @@ def _gate_up_kernel(
             of_slot = weight_scale_ptr + slot.to(tl.int64) * 2 * F + n
             gate *= row_scale * tl.load(of_slot, mask=n < F, other=0.0)[None, :]
             up *= row_scale * tl.load(of_slot + F, mask=n < F, other=0.0)[None, :]
-        hidden.store([block * ROWS, column * COLUMNS], (gate * tl.sigmoid(gate) * up).to(hidden.dtype))
+        hidden.store([block * ROWS, column * COLUMNS], (silu(gate) * up).to(hidden.dtype))
         if KEEP:
             kept.store([block * ROWS, 0, column * COLUMNS], gate.reshape(ROWS, 1, COLUMNS).to(kept.dtype))
             kept.store([block * ROWS, 1, column * COLUMNS], up.reshape(ROWS, 1, COLUMNS).to(kept.dtype))

@@ -20,8 +20,8 @@ from moe_runtime.kernels.quantise import Packed
 PERMUTE_FROM_F = 4096
 """Expert hidden from which gathering the tokens in the product costs more than writing them in order once: the product
 reads each of them F / 128 times (tests/bench/README.md)."""
-LEAST_CAPABILITY = (8, 0)
-"""Ampere: what tf32 and bfloat16 products ask for."""
+LEAST_CAPABILITY, LEAST_PACKED_CAPABILITY = (8, 0), (9, 0)
+"""Ampere: what tf32 and bfloat16 products ask for. Hopper."""
 
 
 def mixture_reference(
@@ -43,13 +43,29 @@ def mixture_reference(
 
 def runs_here(x: torch.Tensor, gate_up_S2FD: torch.Tensor, down_SDF: torch.Tensor) -> bool:
     """Whether `mixture` takes these: on a GPU that has the instructions, one dtype that it knows, sides of 16 bytes."""
-    tensors, step = (x, gate_up_S2FD, down_SDF), 16 // x.dtype.itemsize
     return (
-        all(t.is_cuda and t.dtype == x.dtype for t in tensors)
+        _knows(x, least=LEAST_CAPABILITY)
+        and all(t.is_cuda and t.dtype == x.dtype for t in (gate_up_S2FD, down_SDF))
+        and all(side % (16 // x.dtype.itemsize) == 0 for side in down_SDF.shape[1:])
+    )
+
+
+def packed_runs_here(x: torch.Tensor, gate_up_S2FD: Packed, down_SDF: Packed, packing: Packing) -> bool:
+    """Whether `mixture_packed` takes these. Seen on Hopper only: other GPUs unpack."""
+    if not (_knows(x, least=LEAST_PACKED_CAPABILITY) and gate_up_S2FD.codes.is_cuda and down_SDF.codes.is_cuda):
+        return False
+    from moe_runtime.kernels.grouped_packed_triton import takes
+
+    sides = (x.shape[1], gate_up_S2FD.codes.shape[1] // 2)
+    return all(side % (16 // x.dtype.itemsize) == 0 and takes(packing, num_columns=side) for side in sides)
+
+
+def _knows(x: torch.Tensor, *, least: tuple[int, int]) -> bool:
+    return (
+        x.is_cuda
         and x.dtype in {torch.bfloat16, torch.float16, torch.float32}
         and torch.version.hip is None
-        and torch.cuda.get_device_capability(x.device) >= LEAST_CAPABILITY
-        and all(side % step == 0 for side in down_SDF.shape[1:])
+        and torch.cuda.get_device_capability(x.device) >= least
     )
 
 

@@ -150,7 +150,8 @@ class StepLoop:
         if self._recorder is not None and self._work.epm is not None:
             self._work.epm.record(self._recorder.take)
         self._phase = "Ready"
-        self._say(f"ready, loaded in {time.monotonic() - began:.1f} s, {resident_bytes() >> 20} MiB resident")
+        way = f", experts run by {self._work.epm.experts_way}" if self._work.epm is not None else ""
+        self._say(f"ready, loaded in {time.monotonic() - began:.1f} s, {resident_bytes() >> 20} MiB resident{way}")
 
     def _await_epoch(self) -> Membership | None:
         """Ready and outside: form the first epoch or be taken into a running one. None: look again."""
