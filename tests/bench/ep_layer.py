@@ -6,7 +6,8 @@ Ours is a layer of an `ExpertParallelModel`, as serving and training run it. The
 tokens of its own as ours has, and `AllReduceEP`, which wants every rank to hold the same batch: it gets the tokens of
 all four. Both run torch's grouped_mm and have equal shares of experts in order; ours places two redundant experts a
 rank by its planner where the load is skewed, from another sample of the same distribution. All get the same weights,
-tokens and picks, outputs are compared, and the ways work in turn.
+tokens and picks, outputs are compared, and the ways work in turn. Processes of theirs are as torchrun starts them, ours
+as a rank (`rank.assembly`), all with one thread.
 
 even: all experts alike; zipf: Zipf's law with exponent 1 over the experts in any order, K different ones a token.
 """
@@ -31,6 +32,7 @@ from moe_core.contract.runtime_config import ModelShape, ModelSource
 from moe_core.experts.anew import pack_anew
 from moe_core.experts.fleet import Fleet
 from moe_runtime.engine.model import ExpertParallelModel
+from moe_runtime.host.memory import keep_freed_memory
 
 NUM_RANKS = 4
 WAYS = ("moerator", "AllToAllEP", "AllReduceEP")
@@ -87,14 +89,8 @@ def picks(case: Case, *, tokens: int, seed: int) -> npt.NDArray[np.int64]:
 
 def planned_map(case: Case) -> ExpertMap:
     """As the operator would place after a window of such load."""
-    each = case.E // NUM_RANKS
     if case.load == "even":
-        return ExpertMap(
-            generation=0,
-            num_logical_experts=case.E,
-            slots_of_rank=(each,) * NUM_RANKS,
-            logical_of_slot=(tuple(range(case.E)),),
-        )
+        return plain_map(case)
     window = np.bincount(picks(case, tokens=4096, seed=99).reshape(-1), minlength=case.E)
     fleet = Fleet.even(case.E + NUM_RANKS * REDUNDANT, NUM_RANKS)
     placed = pack_anew(window[None].astype(np.float64), fleet).rows()
@@ -103,19 +99,36 @@ def planned_map(case: Case) -> ExpertMap:
     )
 
 
-def layer(rank: int, store_path: str, *, case: Case) -> Ways:
-    from torch._C._distributed_c10d import FileStore
-    from torch.distributed import init_process_group
-    from torch.distributed.device_mesh import init_device_mesh
-    from transformers.distributed.expert_parallel import AllReduceEP, AllToAllEP
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What all ways get on one rank."""
 
-    init_process_group("gloo", store=FileStore(f"{store_path}.theirs", NUM_RANKS), rank=rank, world_size=NUM_RANKS)
-    mesh = init_device_mesh("cpu", (NUM_RANKS, 1), mesh_dim_names=("ep", "tp"))
-    torch.manual_seed(rank)
-    x_TD = torch.randn(case.T, case.D)
-    expert_TK = torch.from_numpy(picks(case, tokens=case.T, seed=rank))
-    weight_TK = torch.rand(case.T, case.K).softmax(-1)
+    x_TD: torch.Tensor
+    expert_TK: torch.Tensor
+    weight_TK: torch.Tensor
 
+    @classmethod
+    def of(cls, case: Case, rank: int) -> "Scene":
+        numbers = torch.Generator().manual_seed(rank)
+        return cls(
+            torch.randn(case.T, case.D, generator=numbers),
+            torch.from_numpy(picks(case, tokens=case.T, seed=rank)),
+            torch.rand(case.T, case.K, generator=numbers).softmax(-1),
+        )
+
+
+def plain_map(case: Case) -> ExpertMap:
+    """Equal shares in order."""
+    each = case.E // NUM_RANKS
+    return ExpertMap(
+        generation=0,
+        num_logical_experts=case.E,
+        slots_of_rank=(each,) * NUM_RANKS,
+        logical_of_slot=(tuple(range(case.E)),),
+    )
+
+
+def model(case: Case, expert_map: ExpertMap, rank: int) -> ExpertParallelModel:
     shape = ModelShape(
         family="qwen3_moe",
         hidden_size=case.D,
@@ -129,56 +142,67 @@ def layer(rank: int, store_path: str, *, case: Case) -> Ways:
         vocab_size=16,
         max_position_embeddings=16,
     )
-    expert_map = planned_map(case)
-    epm = ExpertParallelModel.load(ModelSource(shape=shape), expert_map=expert_map, rank=rank, seed=0)
-    epm.bind(join_group(store_path, ranks=range(NUM_RANKS), rank=rank))
-    ours = epm._layers[0].entry.module
+    return ExpertParallelModel.load(ModelSource(shape=shape), expert_map=expert_map, rank=rank, seed=0)
 
+
+def silent(way: Callable[[], torch.Tensor]) -> Callable[[], bool]:
+    return lambda: way().numel() > 0  # tensors stay in their process
+
+
+def ours(rank: int, store_path: str, *, case: Case) -> Ways:
+    keep_freed_memory()
+    epm = model(case, planned_map(case), rank)
+    epm.bind(join_group(store_path, ranks=range(NUM_RANKS), rank=rank))
+    layer, scene = epm._layers[0].entry.module, Scene.of(case, rank)
+
+    @torch.no_grad()
     def moerator() -> torch.Tensor:
-        with torch.no_grad(), epm._context.running(None, case.T, (case.T,) * NUM_RANKS):
-            mixed: torch.Tensor = ours(x_TD, expert_TK, weight_TK)
+        with epm._context.running(None, case.T, (case.T,) * NUM_RANKS):
+            mixed: torch.Tensor = layer(scene.x_TD, scene.expert_TK, scene.weight_TK)
         return mixed
 
-    def theirs(kind: Any, ep_mesh: Any, tp_mesh: Any) -> Any:
-        each = case.E // NUM_RANKS
-        plain = ExpertMap(
-            generation=0,
-            num_logical_experts=case.E,
-            slots_of_rank=(each,) * NUM_RANKS,
-            logical_of_slot=(tuple(range(case.E)),),
-        )
-        held = ExpertParallelModel.load(ModelSource(shape=shape), expert_map=plain, rank=rank, seed=0)._layers[0]
+    return {"moerator": silent(moerator), "moerator's": lambda: moerator().numpy()}
+
+
+def theirs(rank: int, store_path: str, *, case: Case) -> Ways:
+    from torch._C._distributed_c10d import FileStore
+    from torch.distributed import init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+    from transformers.distributed.expert_parallel import AllReduceEP, AllToAllEP
+
+    init_process_group("gloo", store=FileStore(store_path, NUM_RANKS), rank=rank, world_size=NUM_RANKS)
+    mesh = init_device_mesh("cpu", (NUM_RANKS, 1), mesh_dim_names=("ep", "tp"))
+    scene = Scene.of(case, rank)
+
+    def implementation(kind: Any, ep_mesh: Any, tp_mesh: Any) -> Any:
+        held = model(case, plain_map(case), rank)._layers[0]
         experts: Any = held.entry.module
         experts.forward = held.compute.family_forward
         experts._is_expert_parallel = True  # as its `grouped_gemm` style sets it
         assert experts.config._experts_implementation == "grouped_mm"
         return kind(experts, ep_mesh, tp_mesh)
 
-    all_to_all, all_reduce = theirs(AllToAllEP, mesh["ep"], mesh["tp"]), theirs(AllReduceEP, mesh["ep"], mesh["ep"])
-    gathered = []
-    for mine in (x_TD, expert_TK, weight_TK):
-        parts = [torch.empty_like(mine) for _ in range(NUM_RANKS)]
-        torch.distributed.all_gather(parts, mine)
-        gathered.append(torch.cat(parts))
+    all_to_all = implementation(AllToAllEP, mesh["ep"], mesh["tp"])
+    all_reduce = implementation(AllReduceEP, mesh["ep"], mesh["ep"])
+    everyone = [Scene.of(case, other) for other in range(NUM_RANKS)]
+    shared = tuple(torch.cat([getattr(one, name) for one in everyone]) for name in ("x_TD", "expert_TK", "weight_TK"))
 
+    @torch.no_grad()
     def a2a() -> torch.Tensor:
-        with torch.no_grad():
-            mixed: torch.Tensor = all_to_all(x_TD, expert_TK, weight_TK)
+        mixed: torch.Tensor = all_to_all(scene.x_TD, scene.expert_TK, scene.weight_TK)
         return mixed
 
+    @torch.no_grad()
     def reduce() -> torch.Tensor:
-        with torch.no_grad():
-            mixed: torch.Tensor = all_reduce(*gathered)
+        mixed: torch.Tensor = all_reduce(*shared)
         return mixed[rank * case.T : (rank + 1) * case.T]
 
-    def compare() -> float:
-        mine = moerator()
-        return max(float((mine - other()).abs().max() / mine.abs().max()) for other in (a2a, reduce))
-
-    def silent(way: Callable[[], torch.Tensor]) -> Callable[[], bool]:
-        return lambda: way().numel() > 0  # tensors stay in their process
-
-    return {"moerator": silent(moerator), "AllToAllEP": silent(a2a), "AllReduceEP": silent(reduce), "compare": compare}
+    return {
+        "AllToAllEP": silent(a2a),
+        "AllReduceEP": silent(reduce),
+        "AllToAllEP's": lambda: a2a().numpy(),
+        "AllReduceEP's": lambda: reduce().numpy(),
+    }
 
 
 def main() -> None:
@@ -195,13 +219,19 @@ def main() -> None:
         turns: dict[str, list[float]] = {}
         with (
             tempfile.TemporaryDirectory(prefix="moe-bench-") as home,
-            Crew(layer, members=NUM_RANKS, store_path=f"{home}/store", case=case) as crew,
+            Crew(ours, members=NUM_RANKS, store_path=f"{home}/ours", case=case) as mine,
+            Crew(theirs, members=NUM_RANKS, store_path=f"{home}/theirs", case=case) as peers,
         ):
-            difference = max(crew.run("compare")[1])
-            repeats = {way: max(1, round(TURN_S / crew.run(way)[0].wall_s)) for way in WAYS}
+            crews = {way: mine if way == "moerator" else peers for way in WAYS}
+            outputs = {way: np.concatenate(crews[way].run(f"{way}'s")[1]) for way in WAYS}
+            difference = max(
+                float(np.abs(outputs["moerator"] - outputs[peer]).max() / np.abs(outputs[peer]).max())
+                for peer in WAYS[1:]
+            )
+            repeats = {way: max(1, round(TURN_S / crews[way].run(way)[0].wall_s)) for way in WAYS}
             for turn in range(options.turns + 1):  # the first warms up
                 for way in WAYS:
-                    timing, _ = crew.run(way, repeats=repeats[way])
+                    timing, _ = crews[way].run(way, repeats=repeats[way])
                     if turn:
                         turns.setdefault(way, []).append(timing.wall_s)
         times = {

@@ -6,8 +6,10 @@ T tokens, D model, K picks per token, N = T*K, A addresses, P picks that are sen
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 
+from moe_runtime.dispatch.weighted_sum import weighted_sum
 from moe_runtime.kernels.choose import runs_triton
 from moe_runtime.kernels.index import SlotRows, index_rows
 from moe_runtime.kernels.permute import combine, permute
@@ -41,17 +43,21 @@ class _SortedOrder:
     sent_P: torch.Tensor | None = None
 
     def send(self, x_TD: torch.Tensor, num_sent: int) -> torch.Tensor:
-        address_N = self.address_TK.reshape(-1)
         # LOST sorts before every address
-        self.sent_P = torch.argsort(address_N, stable=True)[address_N.numel() - num_sent :]
-        return x_TD[self.sent_P // self.address_TK.shape[1]]
+        self.sent_P = _sorted(self.address_TK.reshape(-1), len(self.counts_A))[self.address_TK.numel() - num_sent :]
+        return x_TD.index_select(0, self.sent_P // self.address_TK.shape[1])
 
     def bring_home(self, home_PD: torch.Tensor, weight_TK: torch.Tensor, num_sent: int) -> torch.Tensor:  # noqa: ARG002
         assert self.sent_P is not None, "nothing has been sent"
-        num_tokens, top_k = weight_TK.shape
-        # rows of LOST picks stay zero
-        output_ND = home_PD.new_zeros(num_tokens * top_k, home_PD.shape[-1]).index_copy(0, self.sent_P, home_PD)
-        return (output_ND.view(num_tokens, top_k, home_PD.shape[-1]) * weight_TK.unsqueeze(-1)).sum(dim=1)
+        return weighted_sum(home_PD, self.sent_P, weight_TK)
+
+
+def _sorted(address_N: torch.Tensor, num_addresses: int) -> torch.Tensor:
+    """[N] indices in the order of their addresses, each one's in their own."""
+    if address_N.device.type == "cpu" and num_addresses < 1 << 15:
+        # numpy sorts 16-bit numbers by radix, which torch does not
+        return torch.from_numpy(np.argsort(address_N.numpy().astype(np.int16), kind="stable"))
+    return torch.argsort(address_N, stable=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 
 from moe_core.contract.runtime_config import RuntimeConfig
+from moe_runtime.host.memory import keep_freed_memory
 from moe_runtime.membership.keeper import MembershipKeeper
 from moe_runtime.rank.desk import Desk
 from moe_runtime.rank.link import CoordinatorLink
@@ -28,6 +29,7 @@ def assemble(
 ) -> StepLoop:
     """The step loop with its link started; `run` it in a thread of its own. `settled` is called after each step."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    keep_freed_memory()
     keeper = MembershipKeeper(
         rank=rank,
         pod_uid=pod_uid,
