@@ -42,10 +42,12 @@ def mixture_reference(
 
 
 def runs_here(x: torch.Tensor, gate_up_S2FD: torch.Tensor, down_SDF: torch.Tensor) -> bool:
-    """Whether `mixture` takes these: on a GPU that has the instructions, one dtype that it knows, sides of 16 bytes."""
+    """Whether `mixture` takes these: on a GPU that has the instructions, one dtype that it knows, and whole 16 bytes
+    where weights and their rows begin.
+    """
     return (
         _knows(x, least=LEAST_CAPABILITY)
-        and all(t.is_cuda and t.dtype == x.dtype for t in (gate_up_S2FD, down_SDF))
+        and all(t.is_cuda and t.dtype == x.dtype and t.data_ptr() % 16 == 0 for t in (gate_up_S2FD, down_SDF))
         and all(side % (16 // x.dtype.itemsize) == 0 for side in down_SDF.shape[1:])
     )
 
