@@ -56,6 +56,7 @@ SENT: tuple[tuple[Hierarchy, Wire, Wire], ...] = (
     ("ByNode", "Float8", "BFloat16"),
     ("ByNode", "Int8", "Int8"),
 )
+TABLES = ("wires", "large", "batches")
 OUTPUT = Path(".moerator/bench/hierarchy.json")
 
 
@@ -233,18 +234,23 @@ def main() -> int:
     parser.add_argument("checkpoint", type=Path, nargs="?", default=Path(".moerator/tiny"))
     parser.add_argument("--data", default="stdlib")
     parser.add_argument("--turns", type=int, default=12)
+    parser.add_argument("--only", nargs="+", choices=TABLES, default=TABLES)
     given = parser.parse_args()
-    rows = wires(given.checkpoint, given.data)
-    sys.stdout.write(table_of_wires(rows) + "\n\n")
-    crossing = large()
-    base = crossing["linear, blind, flat"]
-    for name, count in crossing.items():
-        sys.stdout.write(f"{name}: {count:.3f} rows a token cross, {count / base:.3f} of the first\n")
-    timed = batches(given.turns)
-    for name, values in timed.items():
-        sys.stdout.write(f"{name}: {shown(values)}{'' if '/' in name else ' ms'}\n")
+    told: dict[str, Any] = json.loads(OUTPUT.read_text()) if OUTPUT.exists() else {}
+    if "wires" in given.only:
+        rows = wires(given.checkpoint, given.data)
+        told["wires"] = [asdict(row) for row in rows]
+        sys.stdout.write(table_of_wires(rows) + "\n\n")
+    if "large" in given.only:
+        told["large"] = crossing = large()
+        base = crossing["linear, blind, flat"]
+        for name, count in crossing.items():
+            sys.stdout.write(f"{name}: {count:.3f} rows a token cross, {count / base:.3f} of the first\n")
+    if "batches" in given.only:
+        told["batches"] = batches(given.turns)
+        for name, values in told["batches"].items():
+            sys.stdout.write(f"{name}: {shown(values)}{'' if '/' in name else ' ms'}\n")
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-    told = {"wires": [asdict(row) for row in rows], "large": crossing, "batches": timed}
     OUTPUT.write_text(json.dumps(told, indent=1))
     return 0
 
