@@ -30,7 +30,7 @@ def run_folder(tmp_path: Path) -> Path:
     store = ObjectStore(tmp_path / "objects", clock=lambda: 0.0)
     thing, _ = store.put_resource(SERVICE)
     ready = {"type": "Ready", "status": "True", "reason": "AllActive", "message": "4 of 4 ranks active"}
-    thing["status"] = {"ranks": {"active": 4}, "conditions": [ready], "memory": {"secret": 1}}
+    thing["status"] = {"ranks": {"desired": 4, "active": 4}, "conditions": [ready], "memory": {"secret": 1}}
     store.touch(thing)
     store.write_mirror()
     return tmp_path

@@ -59,7 +59,7 @@ KINDS: tuple[ResourceKind, ...] = (
         "moej",
         MoEJobSpec,
         (
-            Column("Ranks", ".spec.parallelism.expert", "integer"),
+            Column("Ranks", ".status.ranks.desired", "integer"),
             Column("Active", ".status.ranks.active", "integer"),
             Column("Step", ".status.training.step", "integer"),
             _condition("Complete", "Complete"),
@@ -76,7 +76,7 @@ KINDS: tuple[ResourceKind, ...] = (
         "moesvc",
         MoEServiceSpec,
         (
-            Column("Ranks", ".spec.parallelism.expert", "integer"),
+            Column("Ranks", ".status.ranks.desired", "integer"),
             Column("Active", ".status.ranks.active", "integer"),
             _condition("Ready", "Ready"),
             _condition("Coverage", "ExpertCoverage"),
