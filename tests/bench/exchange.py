@@ -23,6 +23,7 @@ from crew import Crew, Ways, shown
 from gloo_ranks import join_group
 from moe_core.contract.expert_map import ExpertMap
 from moe_runtime.dispatch.all_to_all import run_by_pick
+from moe_runtime.dispatch.mixture import in_turn
 from moe_runtime.dispatch.plan import make_plan
 from moe_runtime.host.memory import keep_freed_memory
 
@@ -77,7 +78,8 @@ def moerator(rank: int, store_path: str) -> Ways:
 
         @torch.no_grad()
         def way() -> bool:
-            mixed_TD = run_by_pick(x_TD, address_TK, weight_TK, plan=plan, group=group, run_slots=lambda rows, _: rows)
+            going = run_by_pick(x_TD, address_TK, weight_TK, plan=plan, group=group, run_slots=lambda rows, _: rows)
+            [mixed_TD] = in_turn([going])
             return mixed_TD.numel() > 0
 
         return way
