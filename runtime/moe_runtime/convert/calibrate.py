@@ -70,7 +70,7 @@ class Calibration:
             for layer in built.layers
         ]
         self._rows = rows_per_expert
-        self.figures = [LayerFigures() for _ in built.layers]
+        self.figures: list[LayerFigures] = []
         self.tokens = 0
 
     @torch.no_grad()
@@ -88,9 +88,19 @@ class Calibration:
         finally:
             for layer in self._built.layers:
                 layer.watch = None
-        for figures, sample in zip(self.figures, self._samples, strict=True):
-            figures.least_own_rows = min(sample.seen_E)
-            figures.filled_up = sum(seen < self._rows for seen in sample.seen_E)
+        self.forget_figures()
+
+    def forget_figures(self) -> None:
+        """Before another packing is chosen on the same text."""
+        self.figures = [
+            LayerFigures(min(sample.seen_E), sum(seen < self._rows for seen in sample.seen_E))
+            for sample in self._samples
+        ]
+
+    @property
+    def least_own_rows(self) -> int:
+        """Of the expert that text asked least."""
+        return min(figures.least_own_rows for figures in self.figures)
 
     @torch.no_grad()
     def choose(self, packing: Packing, layer_idx: int, name: str, logical_id: int, weight_OM: torch.Tensor) -> Packed:

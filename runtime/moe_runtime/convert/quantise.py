@@ -21,21 +21,20 @@ from typing import Any
 
 import torch
 
-from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.packing import CONFIG_KEY, SCALED, PackedConfig, Packing
 from moe_core.contract.runtime_config import DispatchConfig, ModelSource
 from moe_core.outcome import InvalidInput, MoeratorError
 from moe_runtime.convert.calibrate import Calibration, summary
 from moe_runtime.convert.text import heldin_windows
 from moe_runtime.experts.build import build
-from moe_runtime.experts.families import ExpertsModule, describe, read_facts
+from moe_runtime.experts.families import ExpertsModule, describe
 from moe_runtime.experts.packed_config import read_packed
 from moe_runtime.experts.packed_files import INDEX, PackedWriter
 from moe_runtime.experts.packing import LayerPacking, Stacks
 from moe_runtime.experts.weights import CheckpointWeights
 from moe_runtime.kernels.quantise import Packed, best_scales, pack, unpack
 from moe_runtime.train.checkpoint import read_summary
-from moe_runtime.train.evaluate import DEFAULT_WINDOW
+from moe_runtime.train.evaluate import DEFAULT_WINDOW, map_without
 
 Choose = Callable[[str, int, torch.Tensor], Packed]
 """(parameter, logical expert, weight [N, M]) -> its codes."""
@@ -113,14 +112,7 @@ def calibrated(
     trained = read_summary(source)
     length = length or (trained.window if trained is not None else DEFAULT_WINDOW)
     ids_WQ = heldin_windows(source, data, count=max_windows, length=length)
-    model = ModelSource(path=str(source))
-    facts = read_facts(model)
-    expert_map = ExpertMap(
-        generation=0,
-        num_logical_experts=facts.num_experts,
-        slots_of_rank=(facts.num_experts,),
-        logical_of_slot=(tuple(range(facts.num_experts)),) * facts.num_layers,
-    )
+    model, expert_map = ModelSource(path=str(source)), map_without(source, frozenset())
     built = build(model, expert_map=expert_map, rank=0, device="cpu", seed=0, dispatch=DispatchConfig())
     calibration = Calibration(built, rows_per_expert=rows_per_expert)
     calibration.read(ids_WQ)

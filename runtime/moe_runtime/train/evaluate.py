@@ -157,7 +157,7 @@ def evaluate_checkpoint(
     source = ModelSource(path=str(folder), router_class=router_class)
 
     def load(missing: frozenset[tuple[int, int]]) -> ExpertParallelModel:
-        epm = ExpertParallelModel.load(source, expert_map=_map_without(folder, missing), rank=0)
+        epm = ExpertParallelModel.load(source, expert_map=map_without(folder, missing), rank=0)
         prefer_plain_attention(epm, length=length)
         return epm
 
@@ -188,7 +188,7 @@ def order2_bits(corpus: Corpus, chosen: Sample) -> float:
     return model.bits_per_byte(corpus.heldout_N, scored_N=chosen.mask(len(corpus.heldout_N)))
 
 
-def _map_without(folder: Path, missing: frozenset[tuple[int, int]]) -> ExpertMap:
+def map_without(folder: Path, missing: frozenset[tuple[int, int]]) -> ExpertMap:
     """All experts on one rank, the missing ones' slots empty."""
     from moe_runtime.experts.families import read_facts
 
@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.checkpoint,
         data=given.data,
         length=given.length,
-        lost=parse_lost(given.lost, num_layers=_map_without(given.checkpoint, frozenset()).num_layers),
+        lost=parse_lost(given.lost, num_layers=map_without(given.checkpoint, frozenset()).num_layers),
         num_bytes=given.bytes,
         router_class=given.router_class,
     )
