@@ -19,8 +19,7 @@ import json
 import math
 import shutil
 import tempfile
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ import torch
 from moe_core.contract.packing import Packing
 from moe_core.contract.runtime_config import ModelSource
 from moe_runtime.convert.calibrate import Calibration
-from moe_runtime.convert.quantise import Converted, calibrated, quantise
+from moe_runtime.convert.quantise import calibrated, quantise
 from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.train.data import load_corpus
 from moe_runtime.train.evaluate import map_without, prefer_plain_attention, sample
@@ -55,7 +54,6 @@ class Row:
     output: float | None
     bits: float
     kl: float
-    seconds: float
 
 
 class Scorer:
@@ -89,41 +87,49 @@ class Scorer:
         return nats / num_bytes, kl / num_bytes, epm.expert_bytes()
 
 
-def measure(source: Path, packing: Packing, scorer: Scorer, calibration: Calibration | None, folder: Path) -> Row:
+def measure(source: Path, packing: Packing, scorer: Scorer, calibration: Calibration, folder: Path) -> list[Row]:
+    """One row without scales, else one by the weights alone and one by text."""
+    if not packing.is_scaled:
+        return [written(source, packing, scorer, folder, None)[0]]
+    calibration.forget_figures()
+    by_text, layers = written(source, packing, scorer, folder, calibration)
+    by_weights, _ = written(source, packing, scorer, folder, None)
+    nearest, chosen = (mean_of(layers, f"output_error_{way}") for way in ("nearest", "chosen"))
+    return [replace(by_weights, output=nearest), replace(by_text, output=chosen)]
+
+
+def written(
+    source: Path, packing: Packing, scorer: Scorer, folder: Path, calibration: Calibration | None
+) -> tuple[Row, tuple[dict[str, Any], ...]]:
     destination = folder / "packed"
     shutil.rmtree(destination, ignore_errors=True)
-    if calibration is not None:
-        calibration.forget_figures()
-    started = time.monotonic()
     converted = quantise(source, destination, packing, calibration=calibration)
-    seconds = time.monotonic() - started
     bits, kl, _ = scorer.score(destination)
-    return Row(
+    row = Row(
         packing=str(packing),
         way="text" if calibration is not None else "weights",
         mebibytes=converted.packed_bytes / 2**20,
         weights=sum(converted.errors) / len(converted.errors),
-        output=output_error(converted),
+        output=None,
         bits=bits,
         kl=kl,
-        seconds=seconds,
     )
+    return row, converted.layers
 
 
-def output_error(converted: Converted) -> float | None:
-    """Mean over layers; known where text was read."""
-    errors: list[float] = [layer["output_error_chosen"] for layer in converted.layers]
-    return sum(errors) / len(errors) if errors else None
+def mean_of(layers: tuple[dict[str, Any], ...], name: str) -> float:
+    values: list[float] = [layer[name] for layer in layers]
+    return sum(values) / len(values)
 
 
 def table(rows: list[Row]) -> str:
     full = rows[0]
-    lines = ["| experts | codes by | MiB | weights | output | bits per byte | above | kl | s |", "|---|" + "---|" * 8]
+    lines = ["| experts | codes by | MiB | weights | output | bits per byte | above | kl |", "|---|" + "---|" * 7]
     for row in rows:
         output = "" if row.output is None else f"{row.output:.1e}"
         lines.append(
             f"| {row.packing} | {row.way} | {row.mebibytes:.2f} | {row.weights:.1e} | {output} | {row.bits:.4f} | "
-            f"{row.bits - full.bits:+.4f} | {row.kl:.5f} | {row.seconds:.1f} |"
+            f"{row.bits - full.bits:+.4f} | {row.kl:.5f} |"
         )
     return "\n".join(lines)
 
@@ -139,13 +145,11 @@ def main() -> None:
     bits, kl, expert_bytes = scorer.score(given.checkpoint)
     layers = map_without(given.checkpoint, frozenset())
     mebibytes = expert_bytes * layers.num_layers * layers.num_logical_experts / 2**20
-    rows = [Row("Float32", "", mebibytes, 0.0, None, bits, kl, 0.0)]
+    rows = [Row("Float32", "", mebibytes, 0.0, None, bits, kl)]
     calibration = calibrated(given.checkpoint, data="stdlib", rows_per_expert=given.rows, max_windows=2048)
     with tempfile.TemporaryDirectory() as folder:
         for packing in PACKINGS:
-            for chosen in (None, calibration) if packing.is_scaled else (None,):
-                rows.append(measure(given.checkpoint, packing, scorer, chosen, Path(folder)))
-                print(table(rows[-1:]).splitlines()[-1], flush=True)
+            rows += measure(given.checkpoint, packing, scorer, calibration, Path(folder))
     print(f"{calibration.tokens} tokens of held-in text; fewest rows of an expert {calibration.least_own_rows}\n")
     print(table(rows))
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import numerics_tasks as tasks
 from gloo_ranks import run_ranks
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.packing import Packing
-from moe_core.contract.runtime_config import DispatchConfig, ModelSource
+from moe_core.contract.runtime_config import DispatchConfig, ModelShape, ModelSource
 from moe_core.outcome import InvalidInput
 from moe_runtime.convert.calibrate import Calibration
 from moe_runtime.convert.quantise import quantise
@@ -20,6 +20,7 @@ from moe_runtime.experts import store
 from moe_runtime.experts.build import build
 from moe_runtime.experts.families import read_facts
 from moe_runtime.experts.packed_config import read_packed
+from moe_runtime.kernels import mixture
 from numerics_reference import Reference
 from packed_reference import put_back
 
@@ -29,6 +30,19 @@ TOLERANCE = 1e-4
 INT4 = Packing.of("Int4", 16)
 ONE_RANK = ((9,), (3, 1, 0, 2, 4, 7, 6, 5, 0))
 TWO_RANKS = ((5, 5), (0, 2, 4, 6, 1, 1, 3, 5, 7, 0))
+SHAPE = ModelShape(
+    family="qwen3_moe",
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    num_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=32,
+    vocab_size=64,
+    max_position_embeddings=64,
+)
 OTHER_TWO_RANKS = ((5, 5), (0, 2, 4, 7, 3, 1, 3, 5, 6, 2))
 
 
@@ -73,6 +87,25 @@ def test_two_ranks_of_packed_experts_equal_one_process_with_the_same_numbers_in_
         for step, logits in enumerate(results[rank]["steps"]):
             for row, prompt in enumerate(expected[rank]):
                 assert np.abs(logits[row] - prompt.logits[step]).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["aria", "deepseek_v4", "gemma4", "muse_spark", "zaya"])
+def test_families_of_any_build_answer_as_with_the_same_numbers_in_full(
+    family: str, references: dict[str, Reference], tmp_path: Path
+) -> None:
+    folder, reference = packed(references[family], Packing.of("Int4", 8), tmp_path)
+    with torch.no_grad():
+        theirs = reference.model(input_ids=tasks.batch_of_rank(0, 1)).logits
+    assert float((logits_of(load(folder)) - theirs).abs().max()) <= TOLERANCE
+
+
+def test_a_matrix_whose_input_cannot_be_read_is_packed_without_text_and_said_so(
+    references: dict[str, Reference], tmp_path: Path
+) -> None:
+    """muse_spark normalises what its second matrix gives."""
+    folder = references["muse_spark"].folder
+    converted = quantise(folder, tmp_path / "packed", INT4, calibration=calibrated(folder))
+    assert [layer["ways"]["nearest, unread"] for layer in converted.layers] == [8] * len(converted.layers)
 
 
 def load(folder: Path, *, packing: Packing | None = None) -> ExpertParallelModel:
@@ -260,3 +293,16 @@ def test_transformers_alone_refuses_packed_experts_rather_than_filling_them_at_r
     folder, _ = packed(references["qwen3_moe"], INT4, tmp_path)
     with pytest.raises(OSError, match=r"no file named model\.safetensors"):
         AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+
+
+@pytest.mark.parametrize("packing", [Packing.of("Int4", 32), Packing.of("Float8")], ids=str)
+def test_where_kernels_multiply_codes_the_answer_is_that_of_unpacked_experts(
+    packing: Packing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In Triton's interpreter; tests/gpu holds the kernels themselves on a device."""
+    emap = ExpertMap(generation=0, num_logical_experts=8, slots_of_rank=(8,), logical_of_slot=(tuple(range(8)),) * 2)
+    epm = ExpertParallelModel.load(ModelSource(shape=SHAPE, packing=packing), expert_map=emap, rank=0)
+    unpacked = logits_of(epm)
+    monkeypatch.setattr(mixture, "packed_runs_here", lambda *_: True)
+    monkeypatch.setattr(store.PackedStore, "_run_unpacked", None)
+    assert float((logits_of(epm) - unpacked).abs().max()) <= TOLERANCE * float(unpacked.abs().max())

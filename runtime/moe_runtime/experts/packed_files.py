@@ -103,6 +103,7 @@ class PackedWriter:
         from safetensors.torch import save_file
 
         save_file(tensors, str(self._folder / name))
+        (self._folder / name).chmod(0o644)  # safetensors writes for its owner only, and a pod is somebody else
         self._file_of_key |= dict.fromkeys(tensors, name)
 
     def close(self) -> None:
