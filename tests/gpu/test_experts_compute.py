@@ -8,6 +8,7 @@ from moe_core.contract.runtime_config import ModelShape, ModelSource
 from moe_runtime.experts.compute import FAMILY, TRITON, SlotCompute
 from moe_runtime.experts.families import ExpertsModule, describe
 from moe_runtime.experts.packing import LayerPacking
+from moe_runtime.experts.store import PackedStore, WholeStore
 
 NUM_SLOTS = 5
 
@@ -40,8 +41,10 @@ def test_slots_run_by(family: str, way: str) -> None:
     rows_RD = torch.randn(37, 96, device="cuda", requires_grad=True)
     slot_R = torch.randint(0, NUM_SLOTS, (37,), device="cuda")
     leaves = (rows_RD, *(entry.module.get_parameter(name) for name in entry.parameter_names))
-    ours_RD = compute(rows_RD, slot_R)
-    theirs_RD = compute.family_forward(rows_RD, slot_R.unsqueeze(-1), torch.ones(37, 1, device="cuda"))
+    kernel = compute.kernel(rows_RD, WholeStore(entry))
+    ones_R1 = torch.ones(37, 1, device="cuda")
+    ours_RD = compute(rows_RD, slot_R) if kernel is None else kernel(rows_RD, slot_R.unsqueeze(-1), ones_R1)
+    theirs_RD = compute.family_forward(rows_RD, slot_R.unsqueeze(-1), ones_R1)
     assert compute.way == way
     torch.testing.assert_close(ours_RD, theirs_RD, rtol=1e-4, atol=1e-4)
     d_out_RD = torch.randn_like(ours_RD)
@@ -55,13 +58,17 @@ def test_packed_slots_are_multiplied_as_codes(packing: Packing) -> None:
     entry, compute = slots("qwen3_moe")
     layer = LayerPacking(entry, packing, family="qwen3_moe")
     whole = {name: entry.module.get_parameter(name).detach() for name in entry.parameter_names}
-    stacks = layer.pack_experts(whole)
+    store = PackedStore(entry, layer)
+    store.install(layer.pack_experts(whole), "cuda")
+    for name, value in whole.items():
+        entry.module.register_parameter(name, torch.nn.Parameter(value))
     rows_RD, slot_R = torch.randn(37, 96, device="cuda"), torch.randint(0, NUM_SLOTS, (37,), device="cuda")
     with torch.no_grad():
-        ours_RD = compute.packed(rows_RD, slot_R, layer, stacks)
+        kernel = compute.kernel(rows_RD, store)
+        assert kernel is not None
         assert compute.way == TRITON
-        for name, value in layer.unpack_slots(stacks, range(NUM_SLOTS)).items():
+        ours_RD = kernel(rows_RD, slot_R.unsqueeze(-1), torch.ones(37, 1, device="cuda"))
+        for name, value in layer.unpack_slots(store.stacks(), range(NUM_SLOTS)).items():
             entry.module.get_parameter(name).copy_(value)
         theirs_RD = compute.family_forward(rows_RD, slot_R.unsqueeze(-1), torch.ones(37, 1, device="cuda"))
-    assert ours_RD is not None
     torch.testing.assert_close(ours_RD, theirs_RD, rtol=1e-4, atol=1e-4)

@@ -9,15 +9,18 @@ told (`way`), and at the start it is held against the family's own forward (buil
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from moe_runtime.experts.families import ExpertsModule
-from moe_runtime.experts.packing import LayerPacking, Stacks
+from moe_runtime.experts.store import PackedStore, SlotStore
 from moe_runtime.kernels import experts_cpu, mixture
 
 FamilyForward = Callable[..., torch.Tensor]
+Mixes = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(x_TD, slot_TK, weight_TK) -> [T, D] the weighted sum over each token's picks; a pick of slot -1 gives nothing."""
 _SWIGLU_PARAMETERS = ("gate_up_proj", "down_proj")
 
 
@@ -41,29 +44,28 @@ class SlotCompute:
             if rows_RD.dtype == torch.float32 and experts_cpu.runs_here(gate_up_S2FD, down_SDF):
                 self.way = ONEDNN
                 return experts_cpu.run_experts(rows_RD, slot_R, gate_up_S2FD, down_SDF)
-            if mixture.runs_here(rows_RD, gate_up_S2FD, down_SDF):
-                self.way = TRITON
-                ones_R1 = rows_RD.new_ones(len(rows_RD), 1)
-                return mixture.mixture(rows_RD, slot_R.unsqueeze(-1), ones_R1, gate_up_S2FD, down_SDF)
         self.way = FAMILY
         ones_R1 = rows_RD.new_ones(len(rows_RD), 1)
         # by position: families name their arguments apart
         return self.family_forward(rows_RD, slot_R.unsqueeze(-1), ones_R1)
 
-    def packed(
-        self, rows_RD: torch.Tensor, slot_R: torch.Tensor, packing: LayerPacking, stacks: Stacks
-    ) -> torch.Tensor | None:
-        """The same from codes as they lie; None: not here, they must be unpacked."""
-        if not self._is_swiglu or (torch.is_grad_enabled() and rows_RD.requires_grad):
+    def kernel(self, x_TD: torch.Tensor, store: SlotStore) -> Mixes | None:
+        """What does a whole mixture of such rows in one call, from packed codes as they lie too; None: nothing here."""
+        if not self._is_swiglu:
             return None
-        gate_up_S2FD, down_SDF = (packing.packed(name, stacks) for name in _SWIGLU_PARAMETERS)
-        if not mixture.packed_runs_here(rows_RD, gate_up_S2FD, down_SDF, packing.packing):
+        if isinstance(store, PackedStore):
+            packing, stacks = store.packing, store.stacks()
+            gate_up, down = (packing.packed(name, stacks) for name in _SWIGLU_PARAMETERS)
+            may = not (torch.is_grad_enabled() and x_TD.requires_grad)  # the store says what is wrong with that
+            if not (may and mixture.packed_runs_here(x_TD, gate_up, down, packing.packing)):
+                return None
+            self.way = TRITON
+            return partial(mixture.mixture_packed, gate_up_S2FD=gate_up, down_SDF=down, packing=packing.packing)
+        gate_up_S2FD, down_SDF = self._module.gate_up_proj, self._module.down_proj
+        if not mixture.runs_here(x_TD, gate_up_S2FD, down_SDF):
             return None
         self.way = TRITON
-        ones_R1 = rows_RD.new_ones(len(rows_RD), 1)
-        return mixture.mixture_packed(
-            rows_RD, slot_R.unsqueeze(-1), ones_R1, gate_up_S2FD, down_SDF, packing=packing.packing
-        )
+        return partial(mixture.mixture, gate_up_S2FD=gate_up_S2FD, down_SDF=down_SDF)
 
 
 def is_swiglu(entry: ExpertsModule) -> bool:

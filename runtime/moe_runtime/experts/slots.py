@@ -17,7 +17,7 @@ from moe_runtime.experts.families import ExpertsModule
 from moe_runtime.experts.ladder import LayerLadder, SharedExpert
 from moe_runtime.experts.packing import LayerPacking, Stacks
 from moe_runtime.experts.routed import RoutedLayer
-from moe_runtime.experts.store import PackedStore, make_store
+from moe_runtime.experts.store import make_store
 from moe_runtime.experts.weights import WeightSource
 
 Watch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -80,11 +80,10 @@ class SlottedExperts:
         """[R, D] this rank's slots on rows, unweighted. R >= 1."""
         ones_R1 = rows_RD.new_ones(len(rows_RD), 1)
         with self._context.stopwatch.running(rows_RD.shape[0]):
-            if isinstance(self.store, PackedStore):
-                done_RD = self.compute.packed(rows_RD, local_slot_R, self.store.packing, self.store.stacks())
-                if done_RD is not None:
-                    return done_RD
-            return self.store.run(self._run_top_1, rows_RD, local_slot_R.unsqueeze(-1), ones_R1)
+            slot_R1 = local_slot_R.unsqueeze(-1)
+            if (kernel := self.compute.kernel(rows_RD, self.store)) is not None:
+                return kernel(rows_RD, slot_R1, ones_R1)
+            return self.store.run(self._run_top_1, rows_RD, slot_R1, ones_R1)
 
     def _run_top_1(self, rows_RD: torch.Tensor, slot_R1: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         return self.compute(rows_RD, slot_R1.squeeze(-1))
@@ -120,6 +119,10 @@ class SlottedExperts:
         if layer.lost:
             context.mark_degraded(self.layer_idx, expert_TK, of_tokens=of_tokens)
             weight_TK, local_TD = self.ladder.answer(x_TD, expert_TK, address_TK, weight_TK)
+        is_whole = context.group is None and self.router is None and not layer.lost  # every pick has a slot here
+        if is_whole and (kernel := self.compute.kernel(x_TD, self.store)) is not None:
+            with context.stopwatch.running(address_TK.numel()):
+                return kernel(x_TD, address_TK, weight_TK)
         mixed_TD = mix(
             x_TD,
             address_TK,
