@@ -267,6 +267,8 @@ BROKEN: tuple[Broken, ...] = (
     Broken("MoEJob", "spec.dispatch", {"wire": "FP8"}, ("wire", "Float8")),
     Broken("MoEService", "spec.dispatch", {"combine_wire": "Int8"}, ("combine_wire",)),
     Broken("MoEService", "spec.dispatch", {"hierarchy": "Tree"}, ("hierarchy", "ByNode")),
+    Broken("MoEJob", "spec.parallelism", {"expert": 4, "data": 0}, ("data", "1")),
+    Broken("MoEService", "spec.parallelism", {"expert": 64, "data": 17}, ("expert times data must not exceed 1024",)),
     Broken("MoEJob", "spec.dispatch", {"overlap": True}, ("overlap",)),
     Broken("MoEJob", "spec.dispatch", {"probe": -1}, ("probe", "0")),
     Broken("MoEService", "spec.trace", {}, ("path",)),

@@ -193,6 +193,9 @@ FROZEN = [
     ("MoEService", {"template": {"spec": {"image": "other"}}}, "template cannot be changed"),
     ("MoEService", {"experts": {"fallback": "Drop"}}, "experts.fallback cannot be changed"),
     ("MoEService", {"experts": {"minCopies": 5}}, "experts.minCopies must not exceed parallelism.expert"),
+    ("MoEService", {"parallelism": {"data": 2}}, "parallelism.data cannot be changed"),
+    ("MoEService", {"dispatch": {"combineWire": "Int8"}}, "of dispatch only probe can be changed"),
+    ("MoEJob", {"dispatch": {"overlap": "TwoBatch"}}, "of dispatch only probe can be changed"),
     ("MoEService", {"gateway": {"port": 9000}}, "gateway.port cannot be changed"),
     ("MoEDrill", {"fault": {"type": "HangRank"}}, "a drill cannot be changed; create another MoEDrill"),
 ]
@@ -212,7 +215,7 @@ async def test_a_change_that_would_be_ignored_is_refused(
 
 async def test_what_may_change_may_change(api: Api, service: str) -> None:
     change: Object = {
-        "parallelism": {"expert": 6},
+        "parallelism": {"expert": 6, "data": 1},
         "suspend": True,
         "failurePolicy": {"maxRestarts": 3},
         "spares": {"perDomain": 1},
@@ -222,6 +225,8 @@ async def test_what_may_change_may_change(api: Api, service: str) -> None:
     assert {key: changed["spec"][key] for key in change} == change
     widened = await api.patch(service, {"spec": {"gateway": {"replicas": 3}, "experts": {"redundantPerRank": 1}}})
     assert widened["spec"]["gateway"] == {"port": 8000, "replicas": 3}
+    probed = await api.patch(service, {"spec": {"dispatch": {"probe": 1}}})
+    assert probed["spec"]["dispatch"]["probe"] == 1
 
 
 async def test_status_is_a_subresource_of_its_own(api: Api, service: str) -> None:
@@ -243,7 +248,7 @@ async def test_kubectl_scales_a_service(cluster: ControlPlane, api: Api, service
     await api.patch(f"{service}/status", {"status": {"replicas": 4, "selector": "moerator.dev/owner=tiny"}})
     answer = await asyncio.to_thread(cluster.kubectl, "scale", "moesvc/tiny", "--replicas=6", "-n", namespace)
     assert "moeservice.moerator.dev/tiny scaled" in answer
-    assert (await api.get(service))["spec"]["parallelism"] == {"expert": 6}
+    assert (await api.get(service))["spec"]["parallelism"] == {"expert": 6, "data": 1}
     scale = await api.get(f"{service}/scale")
     assert scale["spec"]["replicas"] == 6
     assert scale["status"] == {"replicas": 4, "selector": "moerator.dev/owner=tiny"}
@@ -279,7 +284,7 @@ async def test_the_columns_show_what_a_person_asks_first(
         }
 
     conditions = [condition("Ready", "False", "3 of 4 ranks active"), condition("ExpertCoverage", "True", "16 of 16")]
-    status = {"ranks": {"active": 3}, "epoch": 7, "restarts": 1, "conditions": conditions}
+    status = {"ranks": {"desired": 4, "active": 3}, "epoch": 7, "restarts": 1, "conditions": conditions}
     await api.patch(f"{service}/status", {"status": status})
 
     async def shown(*more: str) -> list[list[str]]:
