@@ -67,10 +67,14 @@ def _print(converted: dict[str, Any], destination: Path) -> None:
     full, packed = converted["full_bytes"], converted["packed_bytes"]
     console.print(f"{destination}: experts as {converted['experts']}, {converted['calibration'] or 'without text'}")
     console.print(f"experts: {full / MEBI:.1f} MiB in Float32, {packed / MEBI:.1f} MiB packed ({full / packed:.1f}x)")
-    table = Table()
+    caption = "weights: squared error over square"
+    if converted["layers"]:
+        caption += "; output: the same of what they give; nearest: that of nearest codes\n"
+        caption += "rows: of the expert asked least; filled: experts that were given rows of other tokens"
+    table = Table(caption=caption, caption_justify="left")
     layers = converted["layers"]
-    more = ("output off", "by nearest", "least rows", "filled up", "codes") if layers else ()
-    for name in ("layer", "weights off", *more):
+    more = ("output", "nearest", "rows", "filled", "codes") if layers else ()
+    for name in ("layer", "weights", *more):
         table.add_column(name, no_wrap=True)
     for layer_idx, error in enumerate(converted["errors"]):
         row = [str(layer_idx), f"{error:.2e}"]
