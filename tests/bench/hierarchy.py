@@ -177,7 +177,7 @@ SHAPE = ModelShape(
     vocab_size=256,
     max_position_embeddings=256,
 )
-SEQUENCES, SEQUENCE = 8, 128
+SEQUENCES, SEQUENCE = 2, 128
 
 
 def stepping(rank: int, store_path: str) -> Ways:
@@ -220,7 +220,7 @@ def batches(turns: int) -> dict[str, list[float]]:
         names = [f"{hierarchy} {overlap}" for hierarchy in ("Flat", "ByNode") for overlap in ("OneBatch", "TwoBatch")]
         for turn in range(turns + 1):
             for name in names:
-                timing, _ = crew.run(name, repeats=2)
+                timing, _ = crew.run(name)
                 if turn:  # the first one warms up
                     found.setdefault(name, []).append(1000 * timing.wall_s)
     for hierarchy in ("Flat", "ByNode"):
