@@ -20,8 +20,10 @@ from moe_runtime.kernels.quantise import Packed
 PERMUTE_FROM_F = 4096
 """Expert hidden from which gathering the tokens in the product costs more than writing them in order once: the product
 reads each of them F / 128 times (tests/bench/README.md)."""
-LEAST_CAPABILITY, LEAST_PACKED_CAPABILITY = (8, 0), (9, 0)
-"""Ampere: what tf32 and bfloat16 products ask for. Hopper."""
+HOPPER = 9
+"""Compute capability of the GPUs that this has been seen on. The kernels compile for Ampere, Ada and Blackwell too, for
+the first two with spilled registers; whoever measures them there may let them in.
+"""
 
 
 def mixture_reference(
@@ -42,19 +44,19 @@ def mixture_reference(
 
 
 def runs_here(x: torch.Tensor, gate_up_S2FD: torch.Tensor, down_SDF: torch.Tensor) -> bool:
-    """Whether `mixture` takes these: on a GPU that has the instructions, one dtype that it knows, and whole 16 bytes
-    where weights and their rows begin.
+    """Whether `mixture` takes these: on a GPU that it was seen on, one dtype that it knows, and whole 16 bytes where
+    weights and their rows begin.
     """
     return (
-        _knows(x, least=LEAST_CAPABILITY)
+        _knows(x)
         and all(t.is_cuda and t.dtype == x.dtype and t.data_ptr() % 16 == 0 for t in (gate_up_S2FD, down_SDF))
         and all(side % (16 // x.dtype.itemsize) == 0 for side in down_SDF.shape[1:])
     )
 
 
 def packed_runs_here(x: torch.Tensor, gate_up_S2FD: Packed, down_SDF: Packed, packing: Packing) -> bool:
-    """Whether `mixture_packed` takes these. Seen on Hopper only: other GPUs unpack."""
-    if not (_knows(x, least=LEAST_PACKED_CAPABILITY) and gate_up_S2FD.codes.is_cuda and down_SDF.codes.is_cuda):
+    """Whether `mixture_packed` takes these."""
+    if not (_knows(x) and gate_up_S2FD.codes.is_cuda and down_SDF.codes.is_cuda):
         return False
     from moe_runtime.kernels.grouped_packed_triton import takes
 
@@ -62,12 +64,12 @@ def packed_runs_here(x: torch.Tensor, gate_up_S2FD: Packed, down_SDF: Packed, pa
     return all(side % (16 // x.dtype.itemsize) == 0 and takes(packing, num_columns=side) for side in sides)
 
 
-def _knows(x: torch.Tensor, *, least: tuple[int, int]) -> bool:
+def _knows(x: torch.Tensor) -> bool:
     return (
         x.is_cuda
         and x.dtype in {torch.bfloat16, torch.float16, torch.float32}
         and torch.version.hip is None
-        and torch.cuda.get_device_capability(x.device) >= least
+        and torch.cuda.get_device_capability(x.device)[0] == HOPPER
     )
 
 
