@@ -186,7 +186,10 @@ def test_nothing_outlives_a_control_plane_started_by_hand(tmp_path: Path, sent: 
         assert by_hand.stdout.readline().startswith("export KUBECONFIG=")
         assert len(processes_of(tmp_path)) == 4
         by_hand.send_signal(sent)
-        by_hand.wait(timeout=20)
+        try:
+            by_hand.wait(timeout=20)
+        finally:
+            by_hand.kill()  # leaving the block waits without end
     deadline = time.monotonic() + 10
     while processes_of(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.1)
