@@ -16,7 +16,7 @@ from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.errors import GroupFault
 from moe_runtime.membership.group import EpochGroup
 from moe_runtime.train import loop
-from moe_runtime.train.data import asked_router
+from moe_runtime.train.data import asked_router, load_corpus
 from moe_runtime.train.gradients import complete_gradients
 from moe_runtime.train.loop import Trainer
 from moe_runtime.train.losses import losses
@@ -93,9 +93,10 @@ def trainer_for(
 ) -> Trainer:
     """`router`: options of a RouterConfig."""
     source = ModelSource(shape=SHAPE.model_copy(update={"family": family}))
-    asked = None if router is None else asked_router(RouterConfig(**router), data=config.data)
+    corpus = load_corpus(config.data)
+    asked = None if router is None else asked_router(RouterConfig(**router), corpus)
     epm = ExpertParallelModel.load(source, expert_map=expert_map, rank=rank, seed=config.seed, router=asked)
-    return Trainer(config, epm, run_id="test")
+    return Trainer(config, epm, run_id="test", corpus=corpus)
 
 
 def everything(output: Path, step: int) -> dict[str, torch.Tensor]:

@@ -33,7 +33,7 @@ from moe_core.manifests.config import job_config
 from moe_core.spec.job import MoEJobSpec
 from moe_core.spec.load import parse_spec
 from moe_runtime.engine.model import ExpertParallelModel
-from moe_runtime.train.data import asked_router
+from moe_runtime.train.data import asked_router, load_corpus
 from moe_runtime.train.evaluate import heldout_bits, sample
 from moe_runtime.train.loop import Trainer
 
@@ -128,8 +128,8 @@ def demo(seed: int, steps: int, output: Path) -> tuple[ModelShape, TrainingConfi
 
 def train(rank: int, store_path: str, *, name: str, seed: int, steps: int, output: str) -> dict[str, Any]:
     shape, config = demo(seed, steps, Path(output))
-    options = ROUTERS[name]
-    asked = None if options is None else asked_router(RouterConfig(**options), data=config.data)
+    options, corpus = ROUTERS[name], load_corpus(config.data)
+    asked = None if options is None else asked_router(RouterConfig(**options), corpus)
     experts = tuple(range(shape.num_experts))
     each = shape.num_experts // len(DOMAINS)
     linear = ExpertMap(
@@ -139,7 +139,7 @@ def train(rank: int, store_path: str, *, name: str, seed: int, steps: int, outpu
         logical_of_slot=(experts,) * shape.num_hidden_layers,
     )
     epm = ExpertParallelModel.load(ModelSource(shape=shape), expert_map=linear, rank=rank, seed=seed, router=asked)
-    trainer = Trainer(config, epm)
+    trainer = Trainer(config, epm, corpus=corpus)
     with join_group(store_path, ranks=range(len(DOMAINS)), rank=rank, nodes=DOMAINS, timeout_ms=60_000) as group:
         epm.bind(group)
         trainer.bind(group)

@@ -43,7 +43,7 @@ def test_slots_run_by(family: str, way: str) -> None:
     leaves = (rows_RD, *(entry.module.get_parameter(name) for name in entry.parameter_names))
     kernel = compute.kernel(rows_RD, WholeStore(entry))
     ones_R1 = torch.ones(37, 1, device="cuda")
-    ours_RD = compute(rows_RD, slot_R) if kernel is None else kernel(rows_RD, slot_R.unsqueeze(-1), ones_R1)
+    ours_RD = (compute if kernel is None else kernel)(rows_RD, slot_R.unsqueeze(-1), ones_R1)
     theirs_RD = compute.family_forward(rows_RD, slot_R.unsqueeze(-1), ones_R1)
     assert compute.way == way
     torch.testing.assert_close(ours_RD, theirs_RD, rtol=1e-4, atol=1e-4)

@@ -12,6 +12,7 @@ from moe_core.contract.router import LocalityConfig
 from moe_core.contract.runtime_config import ModelSource
 from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.train.evaluate import evaluate_checkpoint
+from train_checks import assert_a_lost_rank_leaves_no_trace, assert_parameters_agree, trained
 
 pytestmark = pytest.mark.integration
 
@@ -36,21 +37,13 @@ def text(tmp_path: Path) -> Path:
     return train_tasks.write_text(tmp_path / "text")
 
 
-def _losses(tmp_path: Path, text: Path, name: str, *, num_ranks: int, router: dict[str, Any], **changes: Any) -> Any:
-    output = tmp_path / name
-    output.mkdir()
-    return run_ranks(
-        train_tasks.train,
-        num_ranks=num_ranks,
-        size=num_ranks,
-        store_path=str(tmp_path / f"{name}.store"),
-        output=str(output),
-        text=str(text),
-        redundant=int(num_ranks > 1),
-        steps=STEPS,
-        router=router,
-        **changes,
-    )[0]
+def _losses(
+    tmp_path: Path, text: Path, name: str, *, num_ranks: int, router: dict[str, Any], **changes: Any
+) -> tuple[list[float], list[float]]:
+    redundant = int(num_ranks > 1)
+    return trained(
+        tmp_path, text, name, num_ranks=num_ranks, steps=STEPS, redundant=redundant, router=router, **changes
+    )
 
 
 @pytest.mark.parametrize("router", [BIASED, EVERYWHERE], ids=["biased", "everywhere"])
@@ -60,10 +53,7 @@ def test_ranks_route_and_learn_like_one_process(tmp_path: Path, text: Path, rout
     losses, norms = _losses(tmp_path, text, "ranks", num_ranks=4, router=router)
     assert losses == pytest.approx(alone, rel=2e-5)
     assert norms == pytest.approx(alone_norms, rel=1e-3)
-    expected = train_tasks.everything(tmp_path / "alone", STEPS)
-    for name, tensor in train_tasks.everything(tmp_path / "ranks", STEPS).items():
-        if "#" not in name:
-            assert torch.allclose(tensor, expected[name], rtol=1e-3, atol=5e-4), name
+    assert_parameters_agree(tmp_path / "alone", tmp_path / "ranks", step=STEPS)
 
 
 LOOKING_AHEAD: dict[str, dict[str, Any]] = {
@@ -128,35 +118,7 @@ def test_each_experts_gradient_is_bounded_alike_on_all_its_copies(tmp_path: Path
 
 @pytest.mark.parametrize("where", ["forward", "gradients"])
 def test_a_step_that_is_run_again_draws_and_routes_the_same(tmp_path: Path, text: Path, where: str) -> None:
-    num_ranks, max_steps, at_step, last_snapshot = 2, 8, 4, 3
-    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
-    expected = run_ranks(
-        train_tasks.train_undisturbed,
-        num_ranks=num_ranks,
-        size=num_ranks,
-        store_path=str(tmp_path / "store1"),
-        output=str(undisturbed),
-        text=str(text),
-        router=DRAWN,
-    )[0]
-    results = run_ranks(
-        train_tasks.lose_a_rank,
-        num_ranks=num_ranks + 1,
-        store_path=str(tmp_path / "store2"),
-        expected_ranks=(0, num_ranks),
-        output=str(disturbed),
-        text=str(text),
-        at_step=at_step,
-        where=where,
-        router=DRAWN,
-    )
-    untouched, restored, losses = results[0]
-    assert untouched, "the failed step left traces"
-    assert restored == last_snapshot
-    assert losses == expected[last_snapshot:]
-    whole = train_tasks.everything(undisturbed, max_steps)
-    for name, tensor in train_tasks.everything(disturbed, max_steps).items():
-        assert torch.equal(tensor, whole[name]), name
+    assert_a_lost_rank_leaves_no_trace(tmp_path, text, where=where, at_step=4, router=DRAWN)
 
 
 def test_a_service_routes_as_the_model_was_trained(tmp_path: Path, text: Path) -> None:

@@ -135,7 +135,7 @@ def _pack_layer(
                 stacks[name][logical_id] = weight
                 continue
             matrix = layer.matrices[name]
-            weight_NM = matrix.canonical(weight)
+            weight_NM = matrix.turned(weight)
             packed = choose(name, logical_id, weight_NM)
             for stack, value in layer.stacks_of(name, [packed]).items():
                 stacks[stack][logical_id] = value[0]

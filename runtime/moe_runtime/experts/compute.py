@@ -15,10 +15,9 @@ from typing import Any
 import torch
 
 from moe_runtime.experts.families import ExpertsModule
-from moe_runtime.experts.store import PackedStore, SlotStore
+from moe_runtime.experts.store import FamilyForward, PackedStore, SlotStore
 from moe_runtime.kernels import experts_cpu, mixture
 
-FamilyForward = Callable[..., torch.Tensor]
 Mixes = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(x_TD, slot_TK, weight_TK) -> [T, D] the weighted sum over each token's picks; a pick of slot -1 gives nothing."""
 _SWIGLU_PARAMETERS = ("gate_up_proj", "down_proj")
@@ -37,17 +36,15 @@ class SlotCompute:
         self.family_forward = family_forward
         self._is_swiglu = is_swiglu(entry)
 
-    def __call__(self, rows_RD: torch.Tensor, slot_R: torch.Tensor) -> torch.Tensor:
-        """[R, D] each row through its slot's expert, unweighted. R >= 1."""
+    def __call__(self, rows_RD: torch.Tensor, slot_R1: torch.Tensor, ones_R1: torch.Tensor) -> torch.Tensor:
+        """[R, D] each row through its slot's expert. R >= 1; the ones are the weights that a family's forward wants."""
         if self._is_swiglu:
             gate_up_S2FD, down_SDF = self._module.gate_up_proj, self._module.down_proj
             if rows_RD.dtype == torch.float32 and experts_cpu.runs_here(gate_up_S2FD, down_SDF):
                 self.way = ONEDNN
-                return experts_cpu.run_experts(rows_RD, slot_R, gate_up_S2FD, down_SDF)
+                return experts_cpu.run_experts(rows_RD, slot_R1.squeeze(-1), gate_up_S2FD, down_SDF)
         self.way = FAMILY
-        ones_R1 = rows_RD.new_ones(len(rows_RD), 1)
-        # by position: families name their arguments apart
-        return self.family_forward(rows_RD, slot_R.unsqueeze(-1), ones_R1)
+        return self.family_forward(rows_RD, slot_R1, ones_R1)  # by position: families name them apart
 
     def kernel(self, x_TD: torch.Tensor, store: SlotStore) -> Mixes | None:
         """What does a whole mixture of such rows in one call, from packed codes as they lie too; None: nothing here."""

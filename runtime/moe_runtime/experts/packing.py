@@ -26,13 +26,9 @@ class Matrix:
     num_columns: int
     is_turned: bool
 
-    def canonical(self, weight_X: torch.Tensor) -> torch.Tensor:
-        """[.., N, M] of the family's own."""
-        return weight_X.transpose(-1, -2).contiguous() if self.is_turned else weight_X
-
-    def own(self, weight_XNM: torch.Tensor) -> torch.Tensor:
-        """The family's own of [.., N, M]."""
-        return weight_XNM.transpose(-1, -2).contiguous() if self.is_turned else weight_XNM
+    def turned(self, weight: torch.Tensor) -> torch.Tensor:
+        """[.., N, M] of the family's own, and the family's own of [.., N, M]."""
+        return weight.transpose(-1, -2).contiguous() if self.is_turned else weight
 
 
 class LayerPacking:
@@ -69,7 +65,7 @@ class LayerPacking:
         """[n, ...] of the family's own parameters, each expert for itself: who lies beside it must not matter."""
         stacks = {name: parameters[name].float() for name in self._plain}
         for name, matrix in self.matrices.items():
-            packed = [pack(matrix.canonical(weight), self.packing) for weight in parameters[name]]
+            packed = [pack(matrix.turned(weight), self.packing) for weight in parameters[name]]
             stacks |= self.stacks_of(name, packed)
         return stacks
 
@@ -91,7 +87,7 @@ class LayerPacking:
         for name, matrix in self.matrices.items():
             whole = self.packed(name, stacks)
             part = Packed(whole.codes[chosen], None if whole.scales is None else whole.scales[chosen])
-            parameters[name] = matrix.own(unpack(part, self.packing, num_columns=matrix.num_columns))
+            parameters[name] = matrix.turned(unpack(part, self.packing, num_columns=matrix.num_columns))
         return parameters
 
     @property

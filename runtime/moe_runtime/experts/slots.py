@@ -83,10 +83,7 @@ class SlottedExperts:
             slot_R1 = local_slot_R.unsqueeze(-1)
             if (kernel := self.compute.kernel(rows_RD, self.store)) is not None:
                 return kernel(rows_RD, slot_R1, ones_R1)
-            return self.store.run(self._run_top_1, rows_RD, slot_R1, ones_R1)
-
-    def _run_top_1(self, rows_RD: torch.Tensor, slot_R1: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-        return self.compute(rows_RD, slot_R1.squeeze(-1))
+            return self.store.run(self.compute, rows_RD, slot_R1, ones_R1)
 
     def _forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         hidden_TD, expert_TK, weight_TK = (*args, *kwargs.values())

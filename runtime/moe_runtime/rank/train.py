@@ -18,7 +18,7 @@ from moe_core.outcome import InvalidInput
 from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.membership.group import EpochGroup
 from moe_runtime.rank.work import ModelUnusable, WorkReport, loading
-from moe_runtime.train.data import asked_router
+from moe_runtime.train.data import asked_router, load_corpus
 from moe_runtime.train.loop import Diverged, OutOfStep, StepReport, Trainer
 from moe_runtime.train.snapshot import SnapshotDamaged
 
@@ -48,7 +48,7 @@ class TrainWork:
 
     def load(self, expert_map: ExpertMap) -> None:
         with loading("the training text"):
-            asked = None if self._config.router is None else asked_router(self._config.router, data=self._training.data)
+            corpus = load_corpus(self._training.data)
         with loading(self._config.model.path or "the configured shape"):
             self.epm = ExpertParallelModel.load(
                 self._config.model,
@@ -57,10 +57,10 @@ class TrainWork:
                 device=self._config.device,
                 seed=self._training.seed,
                 dispatch=self._config.dispatch,
-                router=asked,
+                router=None if self._config.router is None else asked_router(self._config.router, corpus),
             )
         with loading("the training run"):
-            self._trainer = Trainer(self._training, self.epm, run_id=self._config.uid)
+            self._trainer = Trainer(self._training, self.epm, run_id=self._config.uid, corpus=corpus)
         self.epm.module.train()
 
     def _parts(self) -> tuple[ExpertParallelModel, Trainer, EpochGroup]:

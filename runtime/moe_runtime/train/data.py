@@ -106,9 +106,9 @@ def load_corpus(data: str) -> Corpus:
     return Corpus(training_N, heldout_N, tuple(names[False]), tuple(names[True]))
 
 
-def asked_router(config: RouterConfig, *, data: str) -> RouterRequest:
-    """The router for a model that is trained on this text. Raises DataError."""
-    counts_V = np.bincount(load_corpus(data).training_N, minlength=256)
+def asked_router(config: RouterConfig, corpus: Corpus) -> RouterRequest:
+    """The router for a model that is trained on this text."""
+    counts_V = np.bincount(corpus.training_N, minlength=256)
     return RouterRequest(config, torch.from_numpy(counts_V))
 
 

@@ -41,7 +41,7 @@ from moe_runtime.train.checkpoint import (
     saved_router,
     whole_model,
 )
-from moe_runtime.train.data import WindowOrder, load_corpus
+from moe_runtime.train.data import Corpus, WindowOrder, load_corpus
 from moe_runtime.train.evaluate import heldout_bits, order2_bits, prefer_plain_attention, sample
 from moe_runtime.train.figures import Figures
 from moe_runtime.train.gradients import complete_gradients
@@ -101,13 +101,16 @@ class Trainer:
         epm: ExpertParallelModel,
         *,
         run_id: str = "",
+        corpus: Corpus | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`run_id` (the job's UID) tells the snapshots of this run from those of an earlier one in the same folder."""
+        """`run_id` (the job's UID) tells the snapshots of this run from those of an earlier one in the same folder.
+        corpus: that of `config.data`, where it has been read already.
+        """
         self.config = config
         self.epm = epm
         self.output = Path(config.output_path)
-        self.corpus = load_corpus(config.data)
+        self.corpus = corpus or load_corpus(config.data)
         self.state = RunState()
         self._order = WindowOrder(self.corpus.training_N, length=config.sequence_length + 1, seed=config.seed)
         self._clock = clock
