@@ -29,6 +29,15 @@ class WireModel(BaseModel):
             raise InvalidInput(f"{cls.__name__}.{where}: {first['msg']} (got {first['input']!r:.120})") from error
 
 
+def three_digits(value: float) -> float:
+    """What is told of a measurement: more would be news every time.
+
+    >>> three_digits(123456.7)
+    123000.0
+    """
+    return float(f"{value:.3g}")
+
+
 def digest_of(text: str) -> str:
     """Sixteen hex digits of SHA-256: enough to tell maps and specs of one owner apart."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -129,9 +129,8 @@ def look_ahead(
     nodes = _nodes_of(placement, plan.num_ranks)
     load_RLE = None if trace is None else _load_of_each(trace, expert_map)
     step = replace(_step(accepted, nodes, size), each_rank_its_own_load=load_RLE is not None)
-    group_ranks = plan.config.dispatch.group_ranks
     sent = load_LE if load_RLE is None else load_RLE
-    traffic = None if size is None else _traffic(step, expert_map, sent, size, nodes, group_ranks=group_ranks)
+    traffic = None if size is None else _traffic(step, expert_map, sent, size, nodes)
     fleet = Fleet(expert_map.slots_of_rank, domain_of_rank=tuple(nodes or ()))
     planned = None if trace is None else _planned(plan, expert_map, fleet, load_LE, load_RLE, size)
     return Outlook(
@@ -189,14 +188,12 @@ def _traffic(
     load: FloatArray,
     size: ModelSize,
     nodes: Sequence[str] | None,
-    *,
-    group_ranks: int,
 ) -> Traffic:
     shape = StepShape(
         tokens_per_rank=step.tokens_per_rank,
         hidden_size=size.hidden_size,
         top_k=size.top_k,
-        group_ranks=group_ranks,
+        group_ranks=step.dispatch.group_ranks,
         wire=step.dispatch.wire,
         combine_wire=step.dispatch.combine_wire,
     )
@@ -277,7 +274,7 @@ def _balance_of(planned: Replan | None, load_LE: FloatArray, fleet: Fleet) -> fl
 def _step(accepted: Accepted, nodes: Sequence[str] | None, size: ModelSize | None) -> Step:
     spec, dispatch = accepted.spec, accepted.plan.config.dispatch
     relayed = size is not None and goes_by_node(
-        dispatch.hierarchy, nodes, top_k=size.top_k, group_ranks=accepted.plan.config.dispatch.group_ranks
+        dispatch.hierarchy, nodes, top_k=size.top_k, group_ranks=dispatch.group_ranks
     )
     if isinstance(spec, MoEJobSpec):
         tokens = spec.training.sequences_per_rank * spec.training.sequence_length

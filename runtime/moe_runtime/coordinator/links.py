@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from moe_core.contract.base import three_digits
 from moe_core.contract.links import MOST_PLACES, Link, Links, LinkSpeed, Scope
 
 
@@ -39,4 +40,4 @@ def _mean(speeds: Iterable[LinkSpeed]) -> LinkSpeed:
     found = list(speeds)
     per_byte = sum(1 / speed.bytes_per_s for speed in found) / len(found)
     latency = sum(speed.latency_us for speed in found) / len(found)
-    return LinkSpeed(latency_us=float(f"{latency:.3g}"), bytes_per_s=float(f"{1 / per_byte:.3g}"))
+    return LinkSpeed(latency_us=three_digits(latency), bytes_per_s=three_digits(1 / per_byte))

@@ -6,6 +6,7 @@ never removes a member that the ranks still count as one: losses are agreed amon
 
 from collections.abc import Mapping
 
+from moe_core.contract.base import three_digits
 from moe_core.contract.exchange import (
     Coverage,
     RankState,
@@ -177,7 +178,7 @@ def _wire_error(reports: Mapping[str, RankReport]) -> dict[str, float]:
     """Root of the mean square over the ranks: a rank's rows are as many as another's, and as large."""
     legs = sorted({leg for report in reports.values() for leg in report.wire_error})
     errors = {leg: [r.wire_error[leg] for r in reports.values() if leg in r.wire_error] for leg in legs}
-    return {leg: float(f"{(sum(e * e for e in found) / len(found)) ** 0.5:.3g}") for leg, found in errors.items()}
+    return {leg: three_digits((sum(e * e for e in found) / len(found)) ** 0.5) for leg, found in errors.items()}
 
 
 def _knowledge(training: TrainingProgress) -> tuple[int, bool, bool]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from moe_core.contract.base import three_digits
 from moe_core.contract.links import LinkSpeed
 from moe_runtime.membership.group import EpochGroup
 
@@ -88,7 +89,7 @@ def _measure(group: EpochGroup, partner: int, clock: Callable[[], float], *, may
     group.send(header, partner)
     # the echo is on its way for half of a ping; a clock that cannot tell them apart knows of no more than this
     alone_s = max(seconds - there_and_back_s / 2, seconds / 2, 1e-9)
-    return LinkSpeed(latency_us=_short(there_and_back_s / 2 * 1e6), bytes_per_s=_short(num_bytes / alone_s))
+    return LinkSpeed(latency_us=three_digits(there_and_back_s / 2 * 1e6), bytes_per_s=three_digits(num_bytes / alone_s))
 
 
 def _answer(group: EpochGroup, partner: int) -> None:
@@ -114,9 +115,4 @@ def _own_speed(group: EpochGroup, clock: Callable[[], float]) -> LinkSpeed:
         if group.device.type == "cuda":
             torch.cuda.synchronize(group.device)  # device sync: the copy is what is timed
         seconds.append(clock() - began)
-    return LinkSpeed(latency_us=0.0, bytes_per_s=_short(_MOST_BYTES / max(min(seconds), 1e-9)))
-
-
-def _short(value: float) -> float:
-    """Three digits: more would be news with every probe."""
-    return float(f"{value:.3g}")
+    return LinkSpeed(latency_us=0.0, bytes_per_s=three_digits(_MOST_BYTES / max(min(seconds), 1e-9)))
