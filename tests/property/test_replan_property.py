@@ -1,17 +1,21 @@
 """Replanning from the map there is: what holds for any load, ranks, prices and budget."""
 
+from dataclasses import replace
+
 import numpy as np
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from moe_core.contract.expert_map import EMPTY_SLOT, ExpertMap
 from moe_core.experts.align import arrivals, copies_in, slots_on_ranks
+from moe_core.experts.anew import pack_anew
 from moe_core.experts.bounds import bound_of_copies, bound_of_slots
-from moe_core.experts.checks import FloatArray
+from moe_core.experts.carry import carry_over
+from moe_core.experts.checks import FloatArray, IntArray
 from moe_core.experts.fleet import Fleet
 from moe_core.experts.measure import load_of_ranks
 from moe_core.experts.pack import pack
-from moe_core.experts.replan import WORTH_CHANGING, Prices, Rows, replan
+from moe_core.experts.replan import Prices, Rows, replan
 from moe_core.experts.shelf import Shelf
 from planner_cases import copies_of, problems
 
@@ -160,15 +164,76 @@ def test_a_layer_without_load_stays(case: tuple[FloatArray, Fleet, Rows]) -> Non
     assert replan(load, fleet, current, prices=FREE).logical_of_slot[0] == current[0]
 
 
-@settings(max_examples=60)
-@given(problems(), st.data())
-def test_the_names_of_the_experts_do_not_matter(problem: tuple[FloatArray, Fleet], data: st.DataObject) -> None:
-    load, fleet = problem
-    assume(all(len(set(row)) == len(row) for row in load.tolist()))  # without ties
-    order = data.draw(st.permutations(range(load.shape[1])))
-    plain = replan(load, fleet, packed(load, fleet), prices=FREE)
-    renamed = replan(load[:, order], fleet, packed(load[:, order], fleet), prices=FREE)
-    np.testing.assert_allclose(renamed.worst_after, plain.worst_after, rtol=WORTH_CHANGING, atol=1e-9)
+def named(order_LE: IntArray, rows: Rows) -> Rows:
+    """The same layout where expert order_LE[l][n] is called n."""
+    names = np.argsort(order_LE, axis=1)
+    return tuple(
+        tuple(EMPTY_SLOT if e == EMPTY_SLOT else int(own[e]) for e in row) for own, row in zip(names, rows, strict=True)
+    )
+
+
+@st.composite
+def renamed(draw: st.DrawFn) -> tuple[FloatArray, Fleet, Rows, IntArray]:
+    """A load, the ranks, a map, and other names for the experts of each layer."""
+    load, fleet, current = draw(drifted())
+    orders = [draw(st.permutations(range(load.shape[1]))) for _ in load]
+    return load, fleet, current, np.asarray(orders)
+
+
+SIXTEENS = np.asarray([[0.0, 1, 2, 3, 4, 5, 6, 8, 9, 16]])
+UNEVEN = Fleet((0, 1, 4, 7))
+
+
+@settings(max_examples=40)
+@given(renamed(), prices(), st.integers(1, 2))
+@example((SIXTEENS, UNEVEN, packed(SIXTEENS, UNEVEN), np.asarray([[0, 1, 2, 3, 4, 5, 6, 8, 9, 7]])), FREE, 1)
+def test_the_names_of_the_experts_do_not_matter(
+    case: tuple[FloatArray, Fleet, Rows, IntArray], price: Prices, least: int
+) -> None:
+    load, fleet, current, order_LE = case
+    assume(load.shape[1] * min(least, fleet.ranks_with_slots) <= fleet.room_for(load.shape[1]))
+    plain = replan(load, fleet, current, prices=price, least_copies=least)
+    other_load = np.take_along_axis(load, order_LE, axis=1)
+    other = replan(other_load, fleet, named(order_LE, current), prices=price, least_copies=least)
+    assert other == replace(plain, logical_of_slot=named(order_LE, plain.logical_of_slot))
+
+
+@settings(max_examples=20)
+@given(renamed())
+@example((SIXTEENS, UNEVEN, packed(SIXTEENS, UNEVEN), np.asarray([[0, 1, 2, 3, 4, 5, 6, 8, 9, 7]])))
+def test_a_plan_from_scratch_is_as_even_whatever_the_experts_are_called(
+    case: tuple[FloatArray, Fleet, Rows, IntArray],
+) -> None:
+    load, fleet, _, order_LE = case
+    other = np.take_along_axis(load, order_LE, axis=1)
+    plain_LR, other_LR = (pack(one, copies_of(one, fleet), fleet).load_LR for one in (load, other))
+    assert (plain_LR == other_LR).all()
+    assert (pack_anew(load, fleet).load_LR == pack_anew(other, fleet).load_LR).all()
+
+
+@settings(max_examples=20)
+@given(renamed(), st.integers(1, 2))
+def test_a_map_for_another_size_does_not_depend_on_the_names(
+    case: tuple[FloatArray, Fleet, Rows, IntArray], least: int
+) -> None:
+    load, fleet, current, order_LE = case
+    wider = Fleet((*fleet.slots_of_rank, 2))
+    assume(load.shape[1] * min(least, wider.ranks_with_slots) <= wider.room_for(load.shape[1]))
+    plain, other = (
+        carry_over(
+            ExpertMap(
+                generation=1,
+                num_logical_experts=load.shape[1],
+                slots_of_rank=fleet.slots_of_rank,
+                logical_of_slot=rows,
+            ),
+            of_names,
+            wider,
+            least_copies=least,
+        )
+        for of_names, rows in ((load, current), (np.take_along_axis(load, order_LE, axis=1), named(order_LE, current)))
+    )
+    assert other == named(order_LE, plain)
 
 
 @given(problems())

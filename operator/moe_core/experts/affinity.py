@@ -14,12 +14,11 @@ alone cannot say who is chosen with whom.
 
 import numpy as np
 
-from moe_core.experts.checks import FloatArray, IntArray
+from moe_core.experts.checks import FloatArray, IntArray, check_shape
 from moe_core.experts.copies import proportional_shares
 from moe_core.experts.fleet import Fleet
 from moe_core.experts.pack import deal, even, pack, part
 from moe_core.experts.shelf import Shelf
-from moe_core.outcome import InvalidInput
 
 _HEAVY = 1.05
 """A domain may carry this much of the mean load after step 1; copies and ranks even out the rest."""
@@ -39,9 +38,8 @@ def pack_together(
     """
     num_layers, num_experts = load_LE.shape
     from_LEG = np.zeros((num_layers, num_experts, fleet.num_domains)) if from_LEG is None else from_LEG
-    for name, given, last in (("together", together_LEE, num_experts), ("from", from_LEG, fleet.num_domains)):
-        if given.shape != (num_layers, num_experts, last):
-            raise InvalidInput(f"{name} must have the shape {[num_layers, num_experts, last]}, got {list(given.shape)}")
+    check_shape("together", together_LEE, (num_layers, num_experts, num_experts))
+    check_shape("from", from_LEG, (num_layers, num_experts, fleet.num_domains))
     room_G = np.bincount(fleet.domain_R, weights=fleet.slots_R, minlength=fleet.num_domains).astype(np.int64)
     logical_LRS = np.full((num_layers, fleet.num_ranks, int(fleet.slots_R.max())), num_experts + 1, dtype=np.int64)
     held_LEG = np.stack(

@@ -20,6 +20,7 @@ from moe_core.experts.eplb import rebalance_experts
 from moe_core.experts.fleet import Fleet
 from moe_core.experts.hosts import MOST_RANKS, chances, thin_out
 from moe_core.experts.mirror import filled, pack_mirrored
+from moe_core.experts.naming import Naming
 from moe_core.experts.pack import pack, part, settle
 from moe_core.experts.shelf import Shelf
 from moe_core.experts.split import best_shares, level_of_ranks
@@ -39,8 +40,9 @@ def pack_anew(load_LE: FloatArray, fleet: Fleet, *, least_copies: int = 1) -> Sh
 
     The same load in another unit gives the same plan.
     """
-    found = _pack_anew(load_LE / (float(load_LE.sum()) or 1.0), fleet, least_copies)
-    return Shelf.of(load_LE, found.copies_LE, fleet, found.logical_LRS)
+    naming = Naming.of(load_LE)
+    found = _pack_anew(naming.by_number(load_LE) / (float(load_LE.sum()) or 1.0), fleet, least_copies)
+    return Shelf.of(load_LE, naming.by_name(found.copies_LE), fleet, naming.names(found.logical_LRS))
 
 
 def _pack_anew(load_LE: FloatArray, fleet: Fleet, least_copies: int) -> Shelf:

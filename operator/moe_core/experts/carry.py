@@ -9,6 +9,7 @@ from moe_core.experts.align import align, align_ranks, keep_places, slots_on_ran
 from moe_core.experts.checks import FloatArray
 from moe_core.experts.fleet import Fleet
 from moe_core.experts.groups import mirrors, pack_groups
+from moe_core.experts.naming import Naming, first_slots
 from moe_core.experts.shelf import rows_of
 
 
@@ -22,11 +23,13 @@ def carry_over(
     """
     num_experts = expert_map.num_logical_experts
     held_LRS = slots_on_ranks(_held(expert_map, fleet.slots_of_rank), fleet, num_experts=num_experts)
-    anew = pack_groups(load_LE, fleet, least_copies=least_copies)
+    naming = Naming.of(load_LE, first_slots(held_LRS, num_experts))
+    held_LRS = naming.numbers(held_LRS)
+    anew = pack_groups(naming.by_number(load_LE), fleet, least_copies=least_copies)
     is_mirrored = mirrors(anew.logical_LRS, fleet) is not None
     deal = align_ranks if is_mirrored else align
     dealt_LRS = deal(anew.logical_LRS, held_LRS, fleet, num_experts)
-    return rows_of(keep_places(dealt_LRS, held_LRS, num_experts), fleet, num_experts)
+    return rows_of(naming.names(keep_places(dealt_LRS, held_LRS, num_experts)), fleet, num_experts)
 
 
 def _held(expert_map: ExpertMap, slots_of_rank: Sequence[int]) -> list[list[int]]:

@@ -32,6 +32,12 @@ def as_load_LE(load: ArrayLike, *, num_layers: int | None = None, num_logical_ex
     return load_LE
 
 
+def check_shape(name: str, given: NDArray[np.generic], wanted: tuple[int, ...]) -> None:
+    """Raises InvalidInput unless `given` has the shape."""
+    if given.shape != wanted:
+        raise InvalidInput(f"{name} must have the shape {list(wanted)}, got {list(given.shape)}")
+
+
 def check_slots(slots_of_rank: Sequence[int], *, num_logical_experts: int) -> None:
     """Raises InvalidInput unless every expert can have a slot."""
     if num_logical_experts < 1:

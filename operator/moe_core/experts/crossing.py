@@ -9,7 +9,7 @@ Shapes as in shelf.py; G failure domains. from_LEG [L, E, G] picks by source dom
 
 import numpy as np
 
-from moe_core.experts.checks import FloatArray, IntArray
+from moe_core.experts.checks import FloatArray, IntArray, check_shape
 from moe_core.experts.fleet import Fleet
 from moe_core.outcome import InvalidInput
 
@@ -24,10 +24,8 @@ def picks_across(
     """[L, G, G] of the load's picks, from the source's domain to the answering one. Raises InvalidInput."""
     num_layers, num_experts = load_LE.shape
     num_domains = fleet.num_domains
-    if from_LEG is not None and from_LEG.shape != (num_layers, num_experts, num_domains):
-        raise InvalidInput(
-            f"from must have the shape {[num_layers, num_experts, num_domains]}, got {list(from_LEG.shape)}"
-        )
+    if from_LEG is not None:
+        check_shape("from", from_LEG, (num_layers, num_experts, num_domains))
     of_sources_G = np.bincount(fleet.domain_R[fleet.slots_R > 0], minlength=num_domains) / fleet.ranks_with_slots
     rows = np.arange(num_layers)[:, None, None] * (num_experts + 2) + logical_LRS
     key_LRS = rows * num_domains + fleet.domain_R[None, :, None]
@@ -60,8 +58,7 @@ def leaving(picks_LGG: FloatArray) -> float:
 
 def between_domains(cost_RR: FloatArray, fleet: Fleet) -> FloatArray:
     """[G, G] the mean of a cost between ranks, over the ranks that have slots. Raises InvalidInput."""
-    if cost_RR.shape != (fleet.num_ranks, fleet.num_ranks):
-        raise InvalidInput(f"links must have the shape {[fleet.num_ranks] * 2}, got {list(cost_RR.shape)}")
+    check_shape("links", cost_RR, (fleet.num_ranks, fleet.num_ranks))
     bad = ~np.isfinite(cost_RR) | (cost_RR < 0)
     if bad.any():
         source, target = (int(i) for i in np.argwhere(bad)[0])

@@ -17,6 +17,7 @@ import numpy as np
 from moe_core.experts.checks import FloatArray, IntArray
 from moe_core.experts.copies import lay_out
 from moe_core.experts.fleet import Fleet
+from moe_core.experts.naming import Naming
 from moe_core.experts.shelf import BoolArray, Shelf
 
 ROUNDS, ROUNDS_UNEVEN = 4, 16
@@ -32,11 +33,12 @@ MOST_STEPS, STEP_EFFORT = 64, 100_000
 
 def pack(load_LE: FloatArray, copies_LE: IntArray, fleet: Fleet) -> Shelf:
     """A layout of exactly these copies. They must fit: each at most once per rank, all within the fleet's slots."""
-    shelf = deal(load_LE, copies_LE, fleet)
+    naming = Naming.of(load_LE, -copies_LE)
+    shelf = deal(naming.by_number(load_LE), naming.by_number(copies_LE), fleet)
     part(shelf)
     even(shelf, rounds=ROUNDS if fleet.is_uniform else ROUNDS_UNEVEN)
     settle(shelf)
-    return shelf
+    return Shelf.of(load_LE, naming.by_name(shelf.copies_LE), fleet, naming.names(shelf.logical_LRS))
 
 
 def deal(load_LE: FloatArray, copies_LE: IntArray, fleet: Fleet) -> Shelf:

@@ -25,11 +25,12 @@ import numpy as np
 
 from moe_core.experts.affinity import pack_together
 from moe_core.experts.align import align, arrivals, copies_in, keep_places, slots_on_ranks
-from moe_core.experts.checks import FloatArray, IntArray
+from moe_core.experts.checks import FloatArray, IntArray, check_shape
 from moe_core.experts.counts import count_copies
 from moe_core.experts.crossing import between_domains, leaving, picks_across
 from moe_core.experts.fleet import Fleet
 from moe_core.experts.improve import improve
+from moe_core.experts.naming import Naming, first_slots
 from moe_core.experts.pack import pack
 from moe_core.experts.shelf import Shelf, rows_of
 from moe_core.experts.split import (
@@ -110,7 +111,8 @@ class Replan:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """What is asked; `start` is where the slots are now, links_GG seconds per byte between domains.
+    """What is asked, with experts by number (naming.py); `start` is where the slots are now, links_GG seconds per byte
+    between domains.
 
     load_LE sums to 1, so that the same load in another unit gives the same plan; `picks` is what it stands for.
     """
@@ -187,11 +189,20 @@ def replan(
     if not copies_LE.all():
         layer, expert = (int(i) for i in np.argwhere(copies_LE == 0)[0])
         raise InvalidInput(f"current[{layer}] must hold every expert, expert {expert} is in no slot")
+    start_part_LRS = parts_on_ranks(current_shares, start_LRS, fleet, load_LE.shape[1])
+    naming = Naming.of(load_LE, first_slots(start_LRS, load_LE.shape[1]))
+    if together_LEE is not None:
+        check_shape("together", together_LEE, (*load_LE.shape, load_LE.shape[1]))
+        together_LEE = naming.by_numbers(together_LEE)
+    if from_LEG is not None:
+        check_shape("from", from_LEG, (*load_LE.shape, fleet.num_domains))
+        from_LEG = naming.by_number(from_LEG)
+    load_LE, start_LRS = naming.by_number(load_LE), naming.numbers(start_LRS)
     links_GG = None if links_RR is None else between_domains(links_RR, fleet)
     picks = float(load_LE.sum()) or 1.0
     task = _Task(load_LE / picks, picks, fleet, start_LRS, prices, least_copies, links_GG, together_LEE, from_LEG)
-    choices = _choices(task, parts_on_ranks(current_shares, start_LRS, fleet, load_LE.shape[1]))
-    return _replan(task, choices, _within(choices, task.move_s / task.seconds, prices.most_moves))
+    choices = _choices(task, start_part_LRS)
+    return _replan(task, naming, choices, _within(choices, task.move_s / task.seconds, prices.most_moves))
 
 
 def _choices(task: _Task, start_part_LRS: IntArray) -> _Choices:
@@ -268,7 +279,7 @@ def _within(choices: _Choices, move_cost: float, most: int | None) -> IntArray:
     return choices.best(high)
 
 
-def _replan(task: _Task, choices: _Choices, chosen_L: IntArray) -> Replan:
+def _replan(task: _Task, naming: Naming, choices: _Choices, chosen_L: IntArray) -> Replan:
     layers = np.arange(len(chosen_L))
     slots, parts = choices.logical_KLRS[chosen_L, layers], choices.part_KLRS[chosen_L, layers]
     moves = int(choices.moves_KL[chosen_L, layers].sum())
@@ -282,7 +293,7 @@ def _replan(task: _Task, choices: _Choices, chosen_L: IntArray) -> Replan:
         for logical, part in ((task.start_LRS, choices.part_KLRS[0]), (kept, kept_parts))
     )
     return Replan(
-        logical_of_slot=rows_of(kept, task.fleet, task.num_experts),
+        logical_of_slot=rows_of(naming.names(kept), task.fleet, task.num_experts),
         share_of_slot=_said(kept_parts, kept, task),
         moves=moves,
         worst_before=tuple((choices.worst_KL[0] * task.picks).tolist()),
