@@ -12,7 +12,7 @@ from moe_core.contract.expert_map import EMPTY_SLOT, ExpertMap
 from moe_core.experts.checks import IntArray
 from moe_core.experts.choice import NO_SLOT, WAYS, choose_slots, deal_lanes
 from moe_core.experts.measure import copies_of_logical, load_of_slots
-from moe_core.experts.parts import live_slots, parts_of_slots, weights_of_slots
+from moe_core.experts.parts import live_slots, parts_of_slots
 
 LAYERS = 2
 
@@ -140,38 +140,6 @@ def test_the_load_of_the_slots_is_all_the_load_that_has_a_live_copy(scene: Scene
     assert np.allclose(of_slot_LS.sum(1), (np.asarray(load) * has_copy_LE).sum(1))
     gone = sorted(set(range(of_slot_LS.shape[1])) - set(live_slots(expert_map, scene.live).tolist()))
     assert not of_slot_LS[:, gone].any()
-
-
-@settings(max_examples=200, deadline=None)
-@given(scenes(shared=False), st.data())
-def test_copies_that_get_any_load_bring_their_ranks_to_one_level_and_the_others_lie_above_it(
-    scene: Scene, data: st.DataObject
-) -> None:
-    expert_map, num_ranks = scene.expert_map, len(scene.domains)
-    load = data.draw(st.integers(1, 1000))
-    speeds = data.draw(st.lists(st.sampled_from([0.5, 1.0, 2.0, 3.0]), min_size=num_ranks, max_size=num_ranks))
-    queues = data.draw(st.lists(st.integers(0, 500), min_size=num_ranks, max_size=num_ranks))
-    slots = live_slots(expert_map, scene.live)
-    weight_LX = weights_of_slots(
-        expert_map,
-        slots,
-        load=np.full((LAYERS, expert_map.num_logical_experts), load),
-        speed_of_rank=speeds,
-        queue_of_rank=queues,
-    )
-    for layer_idx in range(LAYERS):
-        for logical in range(expert_map.num_logical_experts):
-            places = [x for x, s in enumerate(slots.tolist()) if expert_map.logical_of_slot[layer_idx][s] == logical]
-            if not places:
-                continue
-            total = int(weight_LX[layer_idx, places].sum())
-            ranks = [expert_map.rank_of_slot[int(slots[x])] for x in places]
-            parts = [int(weight_LX[layer_idx, x]) / total * load for x in places]
-            levels = [(queues[rank] + part) / speeds[rank] for rank, part in zip(ranks, parts, strict=True)]
-            filled = [level for level, part in zip(levels, parts, strict=True) if part]
-            grain = 1e-5 * load / min(speeds)
-            assert max(filled) - min(filled) <= grain
-            assert all(level >= max(filled) - grain for level in levels)
 
 
 def test_without_a_second_copy_there_is_one_way() -> None:

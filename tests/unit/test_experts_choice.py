@@ -24,9 +24,9 @@ def hot(*shares: int, slots_of_rank: tuple[int, ...] = (1, 1, 1, 1)) -> ExpertMa
     )
 
 
-def lanes_of(expert_map: ExpertMap, **known: Any) -> Counter[int]:
+def lanes_of(expert_map: ExpertMap) -> Counter[int]:
     """Lanes of expert 0 by slot, all ranks living."""
-    lanes = deal_lanes(expert_map, range(expert_map.num_ranks), **known)
+    lanes = deal_lanes(expert_map, range(expert_map.num_ranks))
     return Counter(s for rank in lanes.ranks for s in lanes.of_source(rank)[:, 0, 0].tolist())
 
 
@@ -98,17 +98,6 @@ def test_sources_that_cannot_all_stay_in_their_domain_leave_it_in_turn() -> None
     assert max(stays) - min(stays) <= 4
 
 
-def test_a_fast_rank_gets_more_and_a_rank_with_a_queue_less() -> None:
-    fast = lanes_of(hot(), speed_of_rank=[2.0, 1.0, 1.0, 1.0])
-    assert (fast[0], fast[1], fast[2]) == (2 * WAYS, WAYS, WAYS)
-    queued = lanes_of(hot(), load=[[100, 0]], queue_of_rank=[0.0, 0.0, 300.0, 0.0])
-    assert (queued[0], queued[1], queued[2]) == (2 * WAYS, 2 * WAYS, 0)
-
-
-def test_shares_of_the_map_go_before_what_is_known_of_the_ranks() -> None:
-    assert lanes_of(hot(5, 2, 1), speed_of_rank=[1.0, 9.0, 9.0, 9.0]) == lanes_of(hot(5, 2, 1))
-
-
 def test_an_experts_load_falls_where_its_shares_say() -> None:
     expert_map = hot(5, 2, 1)
     assert load_of_ranks(expert_map, [[80, 10]]).tolist() == [[50, 20, 10, 10]]
@@ -126,11 +115,6 @@ def test_an_expert_without_a_live_copy_has_no_slot() -> None:
     [
         ({"source_rank": 7}, "source_rank must be one of live_ranks"),
         ({"domain_of_rank": ["a"]}, "domain_of_rank must name 4 ranks, got 1"),
-        ({"speed_of_rank": [1.0]}, "speed_of_rank must name 4 ranks, got 1"),
-        ({"speed_of_rank": [1.0, 0.0, 1.0, 1.0]}, "speed_of_rank must be above 0, got 0.0"),
-        ({"queue_of_rank": [0.0] * 4}, "in the unit of load"),
-        ({"queue_of_rank": [0.0, -1.0, 0.0, 0.0], "load": [[1, 1]]}, "queue_of_rank must be finite and not negative"),
-        ({"queue_of_rank": [0.0] * 4, "load": [[1]]}, r"shape \[1, 2\], got \[1, 1\]"),
     ],
 )
 def test_what_is_no_choice_is_refused_by_name_and_value(bad: dict[str, Any], words: str) -> None:

@@ -14,7 +14,8 @@ To understand the policy, read in this order; every module says at its top what 
                         anew      which of these is taken
     from what there is  split     uneven shares: what can be won before anything moves
                         improve   a few slots at a time
-                        align     a new layout brought near to the old one
+                        naming    experts by what is known of them: how they are called decides nothing
+                    align     a new layout brought near to the old one
                         carry     another number of ranks
                         replan    stay, split, improve or anew: what pays, and why
                         groups    the same where ranks hold the same in groups, and are to go on doing so

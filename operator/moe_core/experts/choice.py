@@ -21,7 +21,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from moe_core.contract.expert_map import EMPTY_SLOT, ExpertMap
 from moe_core.experts.checks import IntArray
@@ -44,25 +44,14 @@ def choose_slots(
     *,
     source_rank: int,
     domain_of_rank: Sequence[str] | None = None,
-    load: ArrayLike | None = None,
-    speed_of_rank: Sequence[float] | None = None,
-    queue_of_rank: Sequence[float] | None = None,
 ) -> IntArray:
     """[W, L, E] global slot id that `source_rank` uses for each logical expert, NO_SLOT where no copy lives.
 
     W is WAYS, or 1 while no expert has a second live copy. domain_of_rank: a name for each rank of the map; without it
-    no two ranks are near each other. load, speeds and queues: see `parts.weights_of_slots`. Raises InvalidInput unless
-    `source_rank` is one of `live_ranks` and the map knows them all.
+    no two ranks are near each other. Raises InvalidInput unless `source_rank` is one of `live_ranks` and the map knows
+    them all.
     """
-    lanes = deal_lanes(
-        expert_map,
-        live_ranks,
-        domain_of_rank=domain_of_rank,
-        load=load,
-        speed_of_rank=speed_of_rank,
-        queue_of_rank=queue_of_rank,
-    )
-    return lanes.of_source(source_rank)
+    return deal_lanes(expert_map, live_ranks, domain_of_rank=domain_of_rank).of_source(source_rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,20 +122,14 @@ class Lanes:
 
 
 def deal_lanes(
-    expert_map: ExpertMap,
-    live_ranks: Collection[int],
-    *,
-    domain_of_rank: Sequence[str] | None = None,
-    load: ArrayLike | None = None,
-    speed_of_rank: Sequence[float] | None = None,
-    queue_of_rank: Sequence[float] | None = None,
+    expert_map: ExpertMap, live_ranks: Collection[int], *, domain_of_rank: Sequence[str] | None = None
 ) -> Lanes:
     """All lanes of all experts with several live copies; see `choose_slots`."""
     ranks = sorted(set(live_ranks))
     if domain_of_rank is not None and len(domain_of_rank) < expert_map.num_ranks:
         raise InvalidInput(f"domain_of_rank must name {expert_map.num_ranks} ranks, got {len(domain_of_rank)}")
     slots = live_slots(expert_map, ranks)
-    weight_LX = weights_of_slots(expert_map, slots, load=load, speed_of_rank=speed_of_rank, queue_of_rank=queue_of_rank)
+    weight_LX = weights_of_slots(expert_map, slots)
     names = [domain_of_rank[rank] if domain_of_rank is not None else str(rank) for rank in ranks]
     domains = {name: index for index, name in enumerate(dict.fromkeys(names))}
     domain_R = np.asarray([domains[name] for name in names], dtype=np.int64)
