@@ -314,6 +314,23 @@ def test_a_rank_that_was_measured_to_be_slow_gets_less_of_the_load() -> None:
     assert "rank 2 is 0.25 times as fast as most" in sim.message("Balanced")
 
 
+def test_the_slower_of_two_ranks_that_hold_the_same_answers_less_and_both_go_on_holding_it() -> None:
+    sim = of_policy(redundantPerRank=6, minCopies=2, rebalance={"maxMovedPercent": 100})
+    before = survival(told_map(sim), failures=2).chance
+    sim.seconds_of_rank = {2: 4e-5}
+    counted(sim, EVEN)
+    sim.settle()
+    loads = load_of_ranks(told_map(sim), EVEN).sum(0)
+    assert loads[2] < 0.4 * np.delete(loads, 2).mean()
+    assert survival(told_map(sim), failures=2).chance == before
+    assert sim.condition("Balanced") == ("True", "Rebalanced")
+    assert "rank 2 is 0.25 times as fast as most" in sim.message("Balanced")
+    after = told_map(sim).digest
+    counted(sim, EVEN)
+    sim.settle()
+    assert told_map(sim).digest == after
+
+
 def test_ranks_that_differ_by_less_than_they_do_anyway_count_as_equal() -> None:
     sim = running()
     before = told_map(sim).digest

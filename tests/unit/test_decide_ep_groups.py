@@ -2,10 +2,14 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moe_core.contract.expert_map import ExpertMap
+from moe_core.contract.links import Links, LinkSpeed
 from moe_core.decide.accept import Accepted, Refusal, accept
+from moe_core.experts.measure import load_of_ranks
+from moe_core.experts.traffic import StepShape, picks_between
 from moe_core.facts import Facts, Wish
 from moe_core.preview.outlook import Outlook, look_ahead
 from moe_core.spec.load import broken_changes
@@ -65,6 +69,51 @@ def test_a_load_that_brings_another_map_leaves_every_group_all_experts() -> None
     assert after.digest != before.digest
     assert holds_all(after, range(2))
     assert holds_all(after, range(2, 4))
+
+
+def test_a_slow_rank_and_its_like_in_the_other_group_get_less_of_the_load() -> None:
+    """Its group's tokens have nowhere else to go: what is spared it is spared both."""
+    sim = in_groups()
+    edit(sim, experts={"redundantPerRank": 6, "rebalance": {"maxMovedPercent": 100}})
+    sim.settle()
+    sim.now += 60
+    sim.load, sim.load_window_s = ((500,) * EXPERTS,) * LAYERS, 60.0
+    sim.seconds_of_rank = {1: 3e-5}
+    sim.settle()
+    assert sim.told is not None
+    loads = load_of_ranks(sim.told.expert_map, sim.load).sum(0)
+    assert loads[0] == loads[2] > 2 * loads[1]
+    assert loads[1] == loads[3]
+    assert sim.condition("Balanced") == ("True", "Rebalanced")
+    assert "rank 1 is 0.25 times as fast as most" in sim.message("Balanced")
+
+
+def test_slow_links_inside_a_group_keep_popular_experts_on_both_of_its_machines() -> None:
+    """Two groups of four ranks, two on a machine; two experts get nearly all picks, and have one copy a group."""
+    links = Links(
+        scopes={
+            "host": LinkSpeed(latency_us=50, bytes_per_s=5e9),
+            "network": LinkSpeed(latency_us=200, bytes_per_s=2e7),
+        }
+    )
+    crossing = {}
+    for measured in (None, links):
+        spec = {**service_spec(template=gpu_template(), redundant=2), "parallelism": {"expert": 4, "data": 2}}
+        sim = make("MoEService", spec, gpu_nodes(4, gpus=2))
+        edit(sim, experts={"redundantPerRank": 2, "rebalance": {"maxMovedPercent": 100}})
+        sim.settle()
+        nodes = [next(p.node for p in sim.pods if p.role == "rank" and p.index == r) or "" for r in range(8)]
+        assert len(set(nodes)) == 4
+        sim.now += 60
+        sim.load, sim.load_window_s, sim.links, sim.pick_bytes = SKEWED, 60.0, measured, 4096
+        sim.settle()
+        assert sim.told is not None
+        picks_LRR = picks_between(
+            sim.told.expert_map, SKEWED, StepShape(100, 8, 2, group_ranks=4), domain_of_rank=nodes
+        )
+        far = np.asarray([[a != b for b in nodes] for a in nodes])
+        crossing[measured is not None] = float(picks_LRR.sum(0)[far].sum())
+    assert crossing[True] < 0.8 * crossing[False]
 
 
 def test_more_redundant_slots_are_filled_in_every_group() -> None:

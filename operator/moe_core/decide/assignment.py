@@ -88,9 +88,7 @@ def assigned(
     wait = _due_in(plan.rebalance, memory, runtime, now)
     if wait > 0:
         return Assigned(current.expert_map, None, memory.weighed_at, waking=(wait,))
-    fleet = _fleet(slots, ranks)
-    if not plan.in_mirrors:  # ranks that hold the same carry the same
-        fleet = replace(fleet, speed_of_rank=speeds_of(runtime, ranks, num_ranks))
+    fleet = replace(_fleet(slots, ranks), speed_of_rank=speeds_of(runtime, ranks, num_ranks))
     weighed = _weighed(plan, plan.rebalance, current.expert_map, runtime, now, fleet)
     # Where nothing was counted the time stands too: a status would be written every window for its sake alone.
     return weighed if runtime.load else replace(weighed, weighed_at=memory.weighed_at)
@@ -251,35 +249,46 @@ def _weighed(  # noqa: PLR0917
         bytes_per_expert=runtime.expert_bytes,
         bytes_per_pick=runtime.pick_bytes,
     )
-    links_RR = None
-    if plan.in_mirrors:  # copies on fixed groups of ranks, whose links are not told apart
-        found = replan_groups(
-            load_LE,
-            fleet,
-            current.logical_of_slot,
-            current_shares=current.share_of_slot,
-            prices=prices,
-            least_copies=max(plan.min_copies, plan.num_groups),
-        )
-    else:
-        links_RR = seconds_per_byte(runtime.links, fleet.domain_of_rank)
-        found = replan(
-            load_LE,
-            fleet,
-            current.logical_of_slot,
-            current_shares=current.share_of_slot,
-            prices=prices,
-            least_copies=plan.min_copies,
-            links_RR=links_RR,
-        )
+    links_RR = seconds_per_byte(runtime.links, fleet.domain_of_rank)
+    found = next_assignment(plan, load_LE, fleet, current, prices=prices, links_RR=links_RR)
     stays = _why_stay(found, pick_bytes=0 if links_RR is None else runtime.pick_bytes)
     is_new = not stays
-    told, is_even = _said(load_LE, fleet, found, stays)
+    bound_L = bound_of_slots(load_LE, fleet, group_ranks=plan.config.dispatch.group_ranks)
+    told, is_even = _said(load_LE.sum(1) / fleet.ranks_with_slots, bound_L, found, stays)
     if unlike := told_speeds(fleet.speed_of_rank):
         told = f"{told}; {unlike}"
     reason = Reason.REBALANCED if is_new else Reason.BALANCED if is_even else Reason.IMBALANCED
     new_map = _next_map(current, fleet.slots_of_rank, found.logical_of_slot, found.share_of_slot) if is_new else current
     return Assigned(new_map, Condition("Balanced", "True" if is_even else "False", reason, told), now)
+
+
+def next_assignment(
+    plan: Plan,
+    load_LE: FloatArray,
+    fleet: Fleet,
+    current: ExpertMap,
+    *,
+    prices: Prices,
+    links_RR: FloatArray | None,
+    from_LEG: FloatArray | None = None,
+) -> Replan:
+    """What was promised decides who plans: where copies lie on fixed sets of ranks they go on doing so.
+
+    from_LEG: who asks for whom by failure domain, as a trace tells it; of ranks in fixed sets all are taken as alike.
+    """
+    rows, shares = current.logical_of_slot, current.share_of_slot
+    if not plan.in_mirrors:
+        return replan(load_LE, fleet, rows, prices=prices, current_shares=shares, links_RR=links_RR, from_LEG=from_LEG)
+    return replan_groups(
+        load_LE,
+        fleet,
+        rows,
+        prices=prices,
+        current_shares=shares,
+        least_copies=max(plan.min_copies, plan.num_groups),
+        links_RR=links_RR,
+        group_ranks=plan.config.dispatch.group_ranks,
+    )
 
 
 def limits(rebalance: Rebalance, expert_map: ExpertMap, *, window_s: float | None = None) -> Prices:
@@ -306,11 +315,10 @@ def _why_stay(found: Replan, *, pick_bytes: int) -> str:
     return ""
 
 
-def _said(load_LE: FloatArray, fleet: Fleet, found: Replan, stays: str) -> tuple[str, bool]:
+def _said(mean_L: FloatArray, bound_L: FloatArray, found: Replan, stays: str) -> tuple[str, bool]:
     """(the condition's message, whether the load will fall evenly enough)"""
-    mean_L = load_LE.sum(1) / fleet.ranks_with_slots
     before, after = (balancedness_of(mean_L, np.asarray(worst)) for worst in (found.worst_before, found.worst_after))
-    best = balancedness_of(mean_L, bound_of_slots(load_LE, fleet))
+    best = balancedness_of(mean_L, bound_L)
     to_come = "" if stays else f", {after:.3f} from now on"
     told = f"balancedness {before:.3f}{to_come}, at best {best:.3f}; {stays or found.reason}"
     is_even = (before if stays else after) >= EVEN_ENOUGH * best

@@ -18,7 +18,8 @@ To understand the policy, read in this order; every module says at its top what 
                     align     a new layout brought near to the old one
                         carry     another number of ranks
                         replan    stay, split, improve or anew: what pays, and why
-                        groups    the same where ranks hold the same in groups, and are to go on doing so
+                        weigh     what a layout costs in every step: its heaviest rank, and the links
+                    groups    the same where ranks hold the same in groups, and are to go on doing so
     in the data plane   parts     how much of its expert each live copy answers
                         choice    which copy a source's token goes to
                         tiers     the same for EP groups side by side: own group first

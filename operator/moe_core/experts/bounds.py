@@ -34,12 +34,21 @@ def bound_of_copies(load_LE: FloatArray, copies_LE: IntArray, fleet: Fleet) -> F
     return found
 
 
-def bound_of_slots(load_LE: FloatArray, fleet: Fleet) -> FloatArray:
-    """[L] no assignment to these ranks, however it counts copies, has a heaviest rank below this."""
-    speeds = fleet.speed_R[fleet.slots_R > 0]
-    copies_LE = count_copies(load_LE, fleet.room_for(load_LE.shape[1]), most=fleet.ranks_with_slots)
-    largest_L = (load_LE / copies_LE).max(1, initial=0.0)
-    return np.asarray(np.maximum(load_LE.sum(1) / speeds.sum(), largest_L / speeds.max()))
+def bound_of_slots(load_LE: FloatArray, fleet: Fleet, *, group_ranks: int = 0) -> FloatArray:
+    """[L] no assignment to these ranks, however it counts copies, has a heaviest rank below this. group_ranks: ranks of
+    each of several EP groups, of which every one has its part of the load to itself; 0 for one group.
+    """
+    size = group_ranks or fleet.num_ranks
+    groups = [slice(first, first + size) for first in range(0, fleet.num_ranks, size)]
+    of_group_LE = load_LE / len(groups)
+    found = np.zeros(len(load_LE))
+    for own in groups:
+        members = Fleet(fleet.slots_of_rank[own])
+        speeds = fleet.speed_R[own][members.slots_R > 0]
+        copies_LE = count_copies(of_group_LE, members.room_for(load_LE.shape[1]), most=members.ranks_with_slots)
+        largest_L = (of_group_LE / copies_LE).max(1, initial=0.0)
+        found = np.maximum(found, np.maximum(of_group_LE.sum(1) / speeds.sum(), largest_L / speeds.max()))
+    return found
 
 
 def _companions(fleet: Fleet, num_copies: int, num_ranks: IntArray) -> IntArray:

@@ -11,6 +11,7 @@ import numpy as np
 
 from moe_core.experts.checks import FloatArray, IntArray, check_shape
 from moe_core.experts.fleet import Fleet
+from moe_core.experts.split import shares_of
 from moe_core.outcome import InvalidInput
 
 
@@ -41,6 +42,26 @@ def picks_across(
     domains = np.arange(num_domains)
     found[:, domains, domains] += (picked_LEG * (1 - leaves_LEG)).sum(1)
     return np.asarray(found)
+
+
+def picks_across_in_groups(
+    load_LE: FloatArray, logical_LRS: IntArray, share_LRS: FloatArray, fleet: Fleet, group_ranks: int
+) -> FloatArray:
+    """As `picks_across` where ranks are in EP groups of neighbours, each with all experts: picks stay in their group.
+    All groups pick as much.
+    """
+    num_groups = fleet.num_ranks // group_ranks
+    found = np.zeros((len(load_LE), fleet.num_domains, fleet.num_domains))
+    for group in range(num_groups):
+        own = slice(group * group_ranks, (group + 1) * group_ranks)
+        ids, inside_R = np.unique(fleet.domain_R[own], return_inverse=True)
+        members = Fleet(fleet.slots_of_rank[own], domain_of_rank=tuple(str(domain) for domain in inside_R))
+        order = ids[list(dict.fromkeys(inside_R.tolist()))]  # as the members' own domains are numbered
+        logical, width = logical_LRS[:, own], int(members.slots_R.max())
+        share = shares_of(share_LRS[:, own], logical, load_LE.shape[1])
+        picks = picks_across(load_LE / num_groups, logical[..., :width], share[..., :width], members)
+        found[:, order[:, None], order] += picks
+    return found
 
 
 def _parts_of_sources(from_LEG: FloatArray | None, of_sources_G: FloatArray) -> FloatArray:

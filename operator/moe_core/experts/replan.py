@@ -27,22 +27,14 @@ from moe_core.experts.affinity import pack_together
 from moe_core.experts.align import align, arrivals, copies_in, keep_places, slots_on_ranks
 from moe_core.experts.checks import FloatArray, IntArray, check_shape
 from moe_core.experts.counts import count_copies
-from moe_core.experts.crossing import between_domains, leaving, picks_across
+from moe_core.experts.crossing import between_domains, leaving
 from moe_core.experts.fleet import Fleet
 from moe_core.experts.improve import improve
 from moe_core.experts.naming import Naming, first_slots
 from moe_core.experts.pack import pack
 from moe_core.experts.shelf import Shelf, rows_of
-from moe_core.experts.split import (
-    best_shares,
-    even_shares,
-    follow,
-    level_of_ranks,
-    parts_on_ranks,
-    rows_of_parts,
-    shares_of,
-    whole_parts,
-)
+from moe_core.experts.split import best_shares, follow, parts_on_ranks, said_parts, shares_of, whole_parts
+from moe_core.experts.weigh import Scale, Weighs
 from moe_core.outcome import InvalidInput
 
 Rows = tuple[tuple[int, ...], ...]
@@ -111,8 +103,7 @@ class Replan:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """What is asked, with experts by number (naming.py); `start` is where the slots are now, links_GG seconds per byte
-    between domains.
+    """What is asked, with experts by number (naming.py); `start` is where the slots are now.
 
     load_LE sums to 1, so that the same load in another unit gives the same plan; `picks` is what it stands for.
     """
@@ -123,7 +114,7 @@ class _Task:
     start_LRS: IntArray
     prices: Prices
     least_copies: int
-    links_GG: FloatArray | None
+    scale: Weighs
     together_LEE: FloatArray | None
     from_LEG: FloatArray | None
 
@@ -146,7 +137,11 @@ class _Task:
         return self.prices.bytes_per_expert / self.prices.bytes_per_s
 
     def across(self, logical_LRS: IntArray, share_LRS: FloatArray) -> FloatArray:
-        return picks_across(self.load_LE, logical_LRS, share_LRS, self.fleet, self.from_LEG)
+        return self.scale.across(self.load_LE, logical_LRS, share_LRS, self.from_LEG)
+
+    def weigh(self, logical_LRS: IntArray, part_LRS: IntArray) -> tuple[FloatArray, FloatArray]:
+        share_LRS = shares_of(part_LRS, logical_LRS, self.num_experts)
+        return self.scale.weigh(self.load_LE, logical_LRS, share_LRS, self.from_LEG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,12 +172,13 @@ def replan(
     links_RR: FloatArray | None = None,
     together_LEE: FloatArray | None = None,
     from_LEG: FloatArray | None = None,
+    scale: Weighs | None = None,
 ) -> Replan:
     """The assignment to go on with. `current` [L][slots] must hold every expert, `current_shares` is its share_of_slot;
     slots of ranks that are gone (none in `fleet`) are in neither. Raises InvalidInput.
 
     links_RR: seconds per byte between ranks, [source, target]; together_LEE: tokens that chose both; from_LEG: picks by
-    the source's failure domain, see trace.py.
+    the source's failure domain, see trace.py. scale: what layouts are weighed on instead of the fleet and links_RR.
     """
     start_LRS = slots_on_ranks(current, fleet, num_experts=load_LE.shape[1])
     copies_LE = copies_in(start_LRS, load_LE.shape[1])
@@ -198,11 +194,16 @@ def replan(
         check_shape("from", from_LEG, (*load_LE.shape, fleet.num_domains))
         from_LEG = naming.by_number(from_LEG)
     load_LE, start_LRS = naming.by_number(load_LE), naming.numbers(start_LRS)
-    links_GG = None if links_RR is None else between_domains(links_RR, fleet)
     picks = float(load_LE.sum()) or 1.0
-    task = _Task(load_LE / picks, picks, fleet, start_LRS, prices, least_copies, links_GG, together_LEE, from_LEG)
+    scale = scale or scale_of(fleet, prices, links_RR)
+    task = _Task(load_LE / picks, picks, fleet, start_LRS, prices, least_copies, scale, together_LEE, from_LEG)
     choices = _choices(task, start_part_LRS)
     return _replan(task, naming, choices, _within(choices, task.move_s / task.seconds, prices.most_moves))
+
+
+def scale_of(fleet: Fleet, prices: Prices, links_RR: FloatArray | None, *, group_ranks: int = 0) -> Scale:
+    links_GG = None if links_RR is None else between_domains(links_RR, fleet)
+    return Scale(fleet, links_GG, prices.bytes_per_pick / prices.seconds_per_pick, group_ranks)
 
 
 def _choices(task: _Task, start_part_LRS: IntArray) -> _Choices:
@@ -216,7 +217,7 @@ def _choices(task: _Task, start_part_LRS: IntArray) -> _Choices:
         start_part_LRS,
         *(whole_parts(share, slots, task.num_experts) for share, slots in zip(shares, layouts[1:], strict=True)),
     ]
-    measured = [_measured(task, slots, part) for slots, part in zip(layouts, parts, strict=True)]
+    measured = [task.weigh(slots, part) for slots, part in zip(layouts, parts, strict=True)]
     cost_KL = np.stack([cost for _, cost in measured])
     near_L = _too_near(task.load_LE, task.start_LRS, task.fleet)
     floor_LE = np.minimum(copies_in(task.start_LRS, task.num_experts), task.least_copies)
@@ -240,17 +241,6 @@ def _from_scratch(task: _Task) -> Iterator[Shelf]:
     yield pack(task.load_LE, copies_LE.copy(), fleet)
     if task.together_LEE is not None:
         yield pack_together(task.load_LE, copies_LE.copy(), fleet, task.together_LEE, task.from_LEG)
-
-
-def _measured(task: _Task, logical_LRS: IntArray, part_LRS: IntArray) -> tuple[FloatArray, FloatArray]:
-    """([L] load of the heaviest rank, [L] its cost)"""
-    share_LRS = shares_of(part_LRS, logical_LRS, task.num_experts)
-    worst_L = level_of_ranks(task.load_LE, logical_LRS, share_LRS, task.fleet).max(1)
-    if task.links_GG is None:
-        return worst_L, worst_L
-    on_links_L = (task.across(logical_LRS, share_LRS) * task.links_GG).sum((1, 2))
-    bytes_per_work_s = task.prices.bytes_per_pick / task.prices.seconds_per_pick
-    return worst_L, worst_L + on_links_L * bytes_per_work_s / task.fleet.ranks_with_slots
 
 
 def _too_near(load_LE: FloatArray, logical_LRS: IntArray, fleet: Fleet) -> IntArray:
@@ -294,7 +284,7 @@ def _replan(task: _Task, naming: Naming, choices: _Choices, chosen_L: IntArray) 
     )
     return Replan(
         logical_of_slot=rows_of(naming.names(kept), task.fleet, task.num_experts),
-        share_of_slot=_said(kept_parts, kept, task),
+        share_of_slot=said_parts(kept_parts, kept, task.fleet, task.num_experts),
         moves=moves,
         worst_before=tuple((choices.worst_KL[0] * task.picks).tolist()),
         worst_after=tuple((choices.worst_KL[chosen_L, layers] * task.picks).tolist()),
@@ -302,24 +292,13 @@ def _replan(task: _Task, naming: Naming, choices: _Choices, chosen_L: IntArray) 
         crossed_after=crossed_after,
         gain_s=gain_s,
         cost_s=cost_s,
-        reason=_reason(moves, gain_s, cost_s, best_s, changes=bool(chosen_L.any())),
+        reason=reason_of(moves, gain_s, cost_s, best_s, changes=bool(chosen_L.any())),
     )
 
 
-def _said(part_LRS: IntArray, logical_LRS: IntArray, task: _Task) -> Rows:
-    """Even shares go unsaid: () for a map all of whose copies share evenly."""
-    shares = shares_of(part_LRS, logical_LRS, task.num_experts)
-    is_even = (shares == even_shares(logical_LRS, task.num_experts)).all()
-    return () if is_even else rows_of_parts(part_LRS, task.fleet)
-
-
-def moves_told(moves: int, gain_s: float, cost_s: float) -> str:
-    return f"{moves} moves cost {cost_s:.3g} s and save {gain_s:.3g} s over the horizon"
-
-
-def _reason(moves: int, gain_s: float, cost_s: float, best_s: float, *, changes: bool) -> str:
+def reason_of(moves: int, gain_s: float, cost_s: float, best_s: float, *, changes: bool) -> str:
     if moves:
-        return moves_told(moves, gain_s, cost_s)
+        return f"{moves} moves cost {cost_s:.3g} s and save {gain_s:.3g} s over the horizon"
     if changes:
         return f"no moves: other shares of the copies save {gain_s:.3g} s over the horizon"
     if best_s <= 0:

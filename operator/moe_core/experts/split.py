@@ -210,3 +210,12 @@ def follow(part_LRS: IntArray, logical_LRS: IntArray, kept_LRS: IntArray, num_ex
 def rows_of_parts(part_LRS: IntArray, fleet: Fleet) -> tuple[tuple[int, ...], ...]:
     """share_of_slot of an ExpertMap."""
     return tuple(tuple(row) for row in part_LRS[:, fleet.exists_RS].tolist())
+
+
+def said_parts(
+    part_LRS: IntArray, logical_LRS: IntArray, fleet: Fleet, num_experts: int
+) -> tuple[tuple[int, ...], ...]:
+    """The same where even shares go unsaid: () for a map all of whose copies share evenly."""
+    shares = shares_of(part_LRS, logical_LRS, num_experts)
+    is_even = (shares == even_shares(logical_LRS, num_experts)).all()
+    return () if is_even else rows_of_parts(part_LRS, fleet)
