@@ -32,15 +32,15 @@ def show_explanation(names: Sequence[str], *, nodes: str, ranks: str | None, as_
         documents, topologies = read_planned(names)
         counts = read_counts(ranks)
         cluster = read_cluster(nodes)
+        answers: list[tuple[Document, Explained | Refusal]] = []
+        for doc in documents:
+            wish, checkpoint = wish_of_document(doc), read_model_of(doc)
+            model = None if checkpoint is None else checkpoint.fact
+            facts = Facts(nodes=cluster.nodes_for(wish), topologies=topologies, model=model)
+            answers += [(doc, explain(wish, facts, num_ranks=count)) for count in counts]
     except InvalidInput as error:
         typer.echo(str(error), err=True)
         return EXIT_INVALID
-    answers: list[tuple[Document, Explained | Refusal]] = []
-    for doc in documents:
-        wish, checkpoint = wish_of_document(doc), read_model_of(doc)
-        model = None if checkpoint is None else checkpoint.fact
-        facts = Facts(nodes=cluster.nodes_for(wish), topologies=topologies, model=model)
-        answers += [(doc, explain(wish, facts, num_ranks=count)) for count in counts]
     if as_json:
         typer.echo(json.dumps([_as_json(doc, found) for doc, found in answers], indent=2))
     else:
@@ -61,6 +61,8 @@ def _print(console: Console, name: str, found: Explained | Refusal) -> None:
         _print_no_fit(console, name, found, found.placement)
     else:
         _print_fit(console, name, found, found.placement)
+    if isinstance(found, Explained) and (told := found.measured.told()):
+        console.print(f"Measured while it ran: {told}.", markup=False)
     console.print()
 
 
@@ -159,6 +161,7 @@ def _as_json(doc: Document, found: Explained | Refusal) -> dict[str, Any]:
     if isinstance(found, Refusal):
         return head | {"accepted": False, "fits": False, "reason": str(found.reason), "message": found.message}
     head |= {"accepted": True, "ranks": found.num_ranks, "level": found.level or None}
+    head |= {"measured": found.measured.as_status()}
     rooms = {
         "domains": [
             {"path": one.path, "nodes": one.num_nodes, "room": one.room, "excluded": dict(one.excluded)}

@@ -109,7 +109,7 @@ def read_counts(ranks: str | None) -> tuple[int | None, ...]:
 
 
 def wish_of_document(doc: Document) -> Wish:
-    """The resource as if it had just been created."""
+    """The resource as if it had just been created; with the status that the file has of it."""
     return Wish(
         kind="MoEJob" if isinstance(doc.spec, MoEJobSpec) else "MoEService",
         namespace=doc.namespace,
@@ -117,6 +117,7 @@ def wish_of_document(doc: Document) -> Wish:
         uid="00000000-0000-0000-0000-000000000000",
         generation=1,
         spec=doc.raw["spec"],
+        status=doc.raw.get("status") or {},
     )
 
 

@@ -171,6 +171,12 @@ def _cells(found: Outlook | Refusal, no_size: str) -> dict[str, str]:
         cells["bytes of a step"] = (
             f"{_bytes(found.traffic.sent_bytes)} sent ({sent}), {stays} stay on their rank; {_way(found.step)}"
         )
+    if told := found.measured.told():
+        cells["measured"] = told
+        if found.links_s is not None:
+            cells["links take"] = f"{found.links_s * 1e3:.3g} ms of a step"
+        elif found.measured.links and found.placement is None:
+            cells["links take"] = "not known: links count between the nodes of --nodes"
     if no_size:
         cells["bytes and memory"] = f"not known: {no_size}"
     if found.planned is not None:
@@ -254,6 +260,8 @@ def _plan_as_json(found: Outlook | Refusal) -> dict[str, Any]:
         },
         "bytesByScope": dict(found.bytes_by_scope),
         "bytesBetweenRanks": None if found.traffic is None else found.traffic.total_RR.tolist(),
+        "measured": found.measured.as_status(),
+        "linkSeconds": found.links_s,
         "crossings": None if found.crossings is None else asdict(found.crossings),
         "planned": None
         if found.planned is None

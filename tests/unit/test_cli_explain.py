@@ -223,3 +223,18 @@ def test_a_file_of_nodes_that_is_none_is_named(tmp_path: Path, text: str, words:
     assert result.exit_code == 2
     assert words in result.output
     assert "nodes.yaml" in result.output
+
+
+def test_what_a_running_gang_has_measured_is_told_where_it_would_fit(tmp_path: Path) -> None:
+    status = {"pace": {"nanosecondsPerPick": 500, "ranksPercent": {"1": 25}}}
+    code, text = explain(tmp_path, {**service(3), "status": status}, NODES[:4])
+    told = "Measured while it ran: 500 ns for a token at an expert; rank 1 is 0.25 times as fast as most."
+    assert (code, told in " ".join(text.split())) == (0, True)
+    assert explained(tmp_path, {**service(3), "status": status}, NODES[:4])[1]["measured"] == status
+
+
+def test_a_number_of_ranks_that_ep_groups_cannot_share_is_refused(tmp_path: Path) -> None:
+    resource = service(2)
+    resource["spec"]["parallelism"] = {"expert": 1, "data": 2}
+    code, text = explain(tmp_path, resource, NODES[:4], "--ranks", "3")
+    assert (code, text) == (2, "--ranks: 3 ranks are not 2 EP groups of equally many\n")

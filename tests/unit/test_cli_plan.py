@@ -252,3 +252,36 @@ def test_tokens_that_cross_once_in_fewer_bits_send_a_fraction_between_nodes(tmp_
         assert plan["step"]["dispatch"] == {"Flat": "ByPick", "ByNode": "ByNode"}[hierarchy]
         sent[hierarchy] = plan["bytesByScope"]["across"]
     assert sent["ByNode"] < 0.25 * sent["Flat"]
+
+
+def live(folder: Path, status: object) -> Path:
+    """The job as `kubectl get -o yaml` prints it while it runs."""
+    document = yaml.safe_load(Path(JOB).read_text())
+    file = folder / "live.json"
+    file.write_text(json.dumps({**document, "status": status}))
+    return file
+
+
+NETWORK = {"network": {"latencyMicroseconds": 200, "bytesPerSecond": 20_000_000}}
+
+
+def test_what_a_running_group_has_measured_is_planned_with_and_told(tmp_path: Path) -> None:
+    status = {"links": NETWORK, "pace": {"nanosecondsPerPick": 500, "ranksPercent": {"1": 25}}, "epoch": 3}
+    files = (JOB, live(tmp_path, status))
+    plans = [
+        json.loads(run("-f", file, "--nodes", nodes_file(tmp_path, 2), "--load", trace_file(tmp_path), "--json")[1])
+        for file in files
+    ]
+    new, old = (found[0]["plans"][0] for found in plans)
+    assert (new["measured"], new["linkSeconds"]) == ({}, None)
+    assert old["measured"] == {key: status[key] for key in ("links", "pace")}
+    assert old["linkSeconds"] > 0.9 * old["bytesByScope"]["across"] / 4 / 20e6
+    assert old["planned"]["logicalOfSlot"] != new["planned"]["logicalOfSlot"]
+    text = run("-f", files[1])[1].replace("│", " ")
+    assert "network 200 us, 20 MB/s" in " ".join(text.split())
+
+
+def test_a_status_that_cannot_be_read_is_refused_by_field(tmp_path: Path) -> None:
+    code, text = run("-f", live(tmp_path, {"pace": {"nanosecondsPerPick": -1}}))
+    assert code == 2
+    assert "status: Measured.pace.nanosecondsPerPick" in text

@@ -16,7 +16,7 @@ from moe_core.contract.exchange import RuntimeState
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.decide.crew import Seat
 from moe_core.decide.memory import Memory, condition_in
-from moe_core.decide.speeds import speeds_of, told_speeds
+from moe_core.decide.speeds import seconds_of_ranks, speeds_of, told_speeds
 from moe_core.experts.bounds import bound_of_slots
 from moe_core.experts.carry import carry_over
 from moe_core.experts.checks import FloatArray
@@ -88,7 +88,7 @@ def assigned(
     wait = _due_in(plan.rebalance, memory, runtime, now)
     if wait > 0:
         return Assigned(current.expert_map, None, memory.weighed_at, waking=(wait,))
-    fleet = replace(_fleet(slots, ranks), speed_of_rank=speeds_of(runtime, ranks, num_ranks))
+    fleet = replace(_fleet(slots, ranks), speed_of_rank=speeds_of(seconds_of_ranks(runtime, ranks), num_ranks))
     weighed = _weighed(plan, plan.rebalance, current.expert_map, runtime, now, fleet)
     # Where nothing was counted the time stands too: a status would be written every window for its sake alone.
     return weighed if runtime.load else replace(weighed, weighed_at=memory.weighed_at)

@@ -7,6 +7,8 @@ from typing import Any
 from moe_core.contract.exchange import RuntimeState
 from moe_core.contract.names import LABEL_ROLE, ROLE_RANK, owner_labels
 from moe_core.decide.crew import Seat, active_uids
+from moe_core.decide.measured import FIELDS as MEASURED
+from moe_core.decide.measured import Measured
 from moe_core.decide.memory import Memory, condition_in
 from moe_core.decide.times import rfc3339
 from moe_core.facts import Condition, Event, Wish
@@ -80,7 +82,10 @@ def status_of(
     return status
 
 
-_OF_RUNTIME = ("mapDigest", "expertCoveragePercent", "training", "serving", "recoveries", "steps", "wireError", "links")
+_OF_RUNTIME = (
+    *("mapDigest", "expertCoveragePercent", "training", "serving", "recoveries", "steps", "wireError"),
+    *MEASURED,
+)
 
 
 def _of_runtime(runtime: RuntimeState) -> dict[str, Any]:
@@ -100,14 +105,7 @@ def _of_runtime(runtime: RuntimeState) -> dict[str, Any]:
         }
     if runtime.wire_error:
         found["wireError"] = dict(runtime.wire_error)
-    if runtime.links is not None:
-        found["links"] = {
-            scope: {
-                "latencyMicroseconds": speed.latency_us,
-                "bytesPerSecond": round(speed.bytes_per_s),
-            }
-            for scope, speed in sorted(runtime.links.scopes.items())
-        }
+    found |= Measured.of_runtime(runtime).as_status()
     if runtime.recoveries:
         last = runtime.recoveries[-1]
         found["recoveries"] = {

@@ -11,15 +11,21 @@ SAME = 1.5
 third, and a pick costs less where there are more of them at once."""
 _STEPS = 4
 """Speeds are told in quarters, so that a jitter does not make a new plan."""
+_FASTEST = 64.0
+"""More is no measurement: a rank that answered its one token from a cache."""
 
 
-def speeds_of(runtime: RuntimeState, ranks: Mapping[int, Seat], num_ranks: int) -> tuple[float, ...]:
-    """[R] in parts of the median rank's speed; 1 for one that is about as fast, or has not said."""
-    known = {
+def seconds_of_ranks(runtime: RuntimeState, ranks: Mapping[int, Seat]) -> dict[int, float]:
+    """Seconds per pick of the ranks whose present pod has said."""
+    return {
         state.rank: state.seconds_per_pick
         for state in runtime.ranks
         if state.seconds_per_pick > 0 and state.rank in ranks and _is(ranks[state.rank], state.pod_uid)
     }
+
+
+def speeds_of(known: Mapping[int, float], num_ranks: int) -> tuple[float, ...]:
+    """[R] in parts of the median rank's speed; 1 for one that is about as fast, or whose seconds are not known."""
     if not known:
         return (1.0,) * num_ranks
     middle = median(known.values())
@@ -41,4 +47,4 @@ def _is(seat: Seat, pod_uid: str) -> bool:
 
 
 def _rounded(ratio: float) -> float:
-    return 1.0 if 1 / SAME < ratio < SAME else max(round(ratio * _STEPS), 1) / _STEPS
+    return 1.0 if 1 / SAME < ratio < SAME else max(round(min(ratio, _FASTEST) * _STEPS), 1) / _STEPS

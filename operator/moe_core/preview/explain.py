@@ -6,11 +6,12 @@ too, right after the start: later, others may have taken the room.
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from moe_core.decide.accept import Refusal, accept
+from moe_core.decide.measured import Measured
 from moe_core.decide.place import Ground, Use, add_use, helper_places, place_lost, place_new
 from moe_core.facts import Facts, Wish
 from moe_core.manifests.pods import HELPER_REQUEST
@@ -57,12 +58,17 @@ class Explained:
     """Nodes without a label that counts, by the first such label."""
     home_level: str = ""
     homes: tuple[Home, ...] = ()
+    measured: Measured = field(default_factory=Measured)
+    """Of the group that the wish's status tells of, if it has one: links, and ranks that are slow where they are."""
     more: int = 0
     """Gangs of this very kind that fit beside it, each with its spares; MOST_MORE stands for that many or more."""
 
 
 def explain(wish: Wish, facts: Facts, *, num_ranks: int | None = None) -> Explained | Refusal:
-    """Of a gang of which nothing stands yet, over `facts.nodes`; with its own number of ranks or another one."""
+    """Of a gang of which nothing stands yet, over `facts.nodes`; with its own number of ranks or another one.
+
+    Raises InvalidInput for another one that it cannot have, and for a status that nobody of us wrote.
+    """
     accepted = accept(resized(wish, num_ranks), facts)
     if isinstance(accepted, Refusal):
         return accepted
@@ -81,6 +87,7 @@ def explain(wish: Wish, facts: Facts, *, num_ranks: int | None = None) -> Explai
             ranks_per_node=plan.ranks_per_node,
             spares_per_domain=plan.spares_per_domain,
         ),
+        measured=Measured.of_status(wish.status),
         outside=dict(sorted(Counter(label for _, label in ground.tree.unlabelled).items())),
     )
     if isinstance(placement, NoFit):

@@ -15,17 +15,18 @@ from moe_core.contract.dispatch import SMALL_STEP_TOKENS, goes_by_node, row_byte
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.runtime_config import DispatchConfig
 from moe_core.decide.accept import Accepted, Refusal, accept
-from moe_core.decide.assignment import limits
+from moe_core.decide.assignment import limits, next_assignment
+from moe_core.decide.measured import Measured
 from moe_core.decide.place import Ground, place_new
 from moe_core.experts.affinity import pack_together
 from moe_core.experts.bounds import bound_of_slots
 from moe_core.experts.checks import FloatArray
 from moe_core.experts.fleet import Fleet
-from moe_core.experts.groups import replan_groups
+from moe_core.experts.links import seconds_per_byte
 from moe_core.experts.measure import Balance, balance, balancedness_of, copies_of_logical, load_of_ranks, load_of_slots
 from moe_core.experts.pack import pack
 from moe_core.experts.relayed import traffic_by_node
-from moe_core.experts.replan import Prices, Replan, Rows, replan
+from moe_core.experts.replan import Prices, Replan, Rows
 from moe_core.experts.survival import Survival, survival
 from moe_core.experts.trace import Trace
 from moe_core.experts.traffic import StepShape, Traffic, domains_per_token, traffic_by_pick, traffic_by_token
@@ -101,6 +102,10 @@ class Outlook:
     size: ModelSize | None = None
     traffic: Traffic | None = None
     bytes_by_scope: Mapping[str, float] = field(default_factory=dict)
+    measured: Measured = field(default_factory=Measured)
+    """Of the group that the wish's status tells of, if it has one."""
+    links_s: float | None = None
+    """What the rank that sends most waits for its links in a step; None where no link between these nodes is known."""
     planned: Replan | None = None
     planned_balance: float = 0.0
     crossings: Crossings | None = None
@@ -132,7 +137,12 @@ def look_ahead(
     sent = load_LE if load_RLE is None else load_RLE
     traffic = None if size is None else _traffic(step, expert_map, sent, size, nodes)
     fleet = Fleet(expert_map.slots_of_rank, domain_of_rank=tuple(nodes or ()))
-    planned = None if trace is None else _planned(plan, expert_map, fleet, load_LE, load_RLE, size)
+    measured = Measured.of_status(wish.status)
+    links_RR = None if nodes is None else seconds_per_byte(measured.between(), nodes)
+    planned = None
+    if trace is not None:
+        ranks = replace(fleet, speed_of_rank=measured.speeds(plan.num_ranks))
+        planned = _planned(plan, expert_map, ranks, load_LE, load_RLE, size, measured, links_RR)
     return Outlook(
         num_ranks=plan.num_ranks,
         note=accepted.note,
@@ -143,13 +153,18 @@ def look_ahead(
         survival=_survivals(expert_map, None),
         survival_of_nodes=() if nodes is None else _survivals(expert_map, nodes),
         balance=balance(expert_map, load_LE),
-        bound=balancedness_of(load_LE.sum(1) / fleet.ranks_with_slots, bound_of_slots(load_LE, fleet)),
+        bound=balancedness_of(
+            load_LE.sum(1) / fleet.ranks_with_slots,
+            bound_of_slots(load_LE, fleet, group_ranks=step.dispatch.group_ranks),
+        ),
         load_of_rank=tuple(load_of_ranks(expert_map, load_LE).sum(0).tolist()),
         load_of_slot=load_of_slots(expert_map, load_LE),
         step=step,
         size=size,
         traffic=traffic,
         bytes_by_scope={} if traffic is None else _by_scope(traffic, plan, facts, nodes),
+        measured=measured,
+        links_s=None if traffic is None or links_RR is None else float((traffic.total_RR * links_RR).sum(1).max()),
         planned=planned,
         planned_balance=_balance_of(planned, load_LE, fleet),
         crossings=None if trace is None or nodes is None else _crossings(expert_map, trace, load_LE, nodes),
@@ -289,21 +304,26 @@ def _planned(  # noqa: PLR0917
     load_LE: FloatArray,
     load_RLE: FloatArray | None,
     size: ModelSize | None,
+    measured: Measured,
+    links_RR: FloatArray | None,
 ) -> Replan:
-    """Within what the resource promises and allows. What only a running group knows is as Prices has it."""
+    """Within what the resource promises and allows. What only a running group knows, and has not told, is as Prices has
+    it.
+    """
     prices = Prices() if plan.rebalance is None else limits(plan.rebalance, expert_map)
     if size is not None:
         way = plan.config.dispatch
         there_and_back = row_bytes(way.wire, size.hidden_size) + row_bytes(way.combine_wire, size.hidden_size)
         prices = replace(prices, bytes_per_expert=size.expert_bytes, bytes_per_pick=there_and_back)
-    if plan.in_mirrors:  # copies on fixed groups of ranks, whose sources are not told apart
-        least = max(plan.min_copies, plan.num_groups)
-        return replan_groups(load_LE, fleet, expert_map.logical_of_slot, prices=prices, least_copies=least)
-    return replan(
+    if measured.seconds_per_pick is not None:
+        prices = replace(prices, seconds_per_pick=measured.seconds_per_pick)
+    return next_assignment(
+        plan,
         load_LE,
         fleet,
-        expert_map.logical_of_slot,
+        expert_map,
         prices=prices,
+        links_RR=links_RR,
         from_LEG=None if load_RLE is None else _by_domain(load_RLE, fleet),
     )
 
