@@ -139,12 +139,38 @@ class Mine(torch.nn.Module):
             "twice": lambda: Routing(expert_TK.repeat(1, 2), weight_TK.repeat(1, 2)),
             "nobody": lambda: Routing(expert_TK * 0 - 1, weight_TK),
             "loss": lambda: Routing(expert_TK, weight_TK, losses={"mine": torch.ones(2)}),
+            "count": lambda: Routing(expert_TK, weight_TK, counts={"mine": 0.5}),  # type: ignore[dict-item]
+            "passes": lambda: Routing(expert_TK, weight_TK, pass_TK=expert_TK * 0, passes=0),
             "soft": lambda: Routing(expert_TK, weight_TK, soft=SoftRows(torch.ones(4, 8), torch.ones(4, 8))),
         }
         return wrongs[self.wrong]()
 
     def after_step(self, load_E: torch.Tensor) -> None:
         self.seen.append(load_E)
+
+
+class Unlike(torch.nn.Module):
+    """A user's router that is another one on every rank, in what the options name."""
+
+    looks_ahead = False
+    rank = 0
+
+    def __init__(self, *, num_experts: int, top_k: int, dim: int, layer_idx: int, options: dict[str, str]) -> None:
+        super().__init__()
+        self.top_k, self.what = top_k, options["what"]
+        self.scale = torch.nn.Parameter(torch.ones(()) + (self.rank if self.what == "beginning" else 0))
+        if self.what == "shape":
+            self.more = torch.nn.Parameter(torch.ones(1 + self.rank))
+
+    def forward(self, tokens: Tokens, moment: Moment) -> Routing:
+        assert tokens.logits_TE is not None
+        weight_TK, expert_TK = (tokens.logits_TE * self.scale).softmax(dim=-1).topk(self.top_k, dim=-1)
+        if self.what == "names":
+            return Routing(expert_TK, weight_TK, losses={f"of rank {self.rank}": weight_TK.sum() * 0.0})
+        if self.what == "passes" and self.rank:
+            pass_TK = torch.arange(self.top_k).expand_as(expert_TK)
+            return Routing(expert_TK, weight_TK, pass_TK=pass_TK, passes=self.top_k + self.rank)
+        return Routing(expert_TK, weight_TK)
 
 
 class NoRouter:

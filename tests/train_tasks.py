@@ -12,6 +12,7 @@ from gloo_ranks import join_group
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.router import LocalityConfig, RouterConfig
 from moe_core.contract.runtime_config import ModelShape, ModelSource, TrainingConfig
+from moe_core.outcome import InvalidInput
 from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.errors import GroupFault
 from moe_runtime.membership.group import EpochGroup
@@ -21,6 +22,7 @@ from moe_runtime.train.gradients import complete_gradients
 from moe_runtime.train.loop import Trainer
 from moe_runtime.train.losses import losses
 from moe_runtime.train.snapshot import SnapshotReader, step_folder
+from router_cases import Unlike
 
 NUM_LAYERS, NUM_EXPERTS = 2, 8
 SHAPE = ModelShape(
@@ -299,6 +301,30 @@ def train_undisturbed(
             losses.append(trainer.step().loss_bits)
         trainer.snapshot()
     return losses
+
+
+def train_with_unlike_routers(
+    rank: int, store_path: str, *, size: int, output: str, text: str, whats: list[str]
+) -> Any:
+    """By what is another on every rank: the losses and the routers' tensors at the end, or why not."""
+    Unlike.rank = rank
+    found: dict[str, Any] = {}
+    with join_group(store_path, ranks=range(size), rank=rank) as group:
+        for what in whats:
+            config = config_for(Path(output) / what, Path(text), num_ranks=size, max_steps=3)
+            router = {"type": "Custom", "class_path": "router_cases:Unlike", "options": {"what": what}}
+            trainer = trainer_for(config, even_map(size), rank, router=router)
+            trainer.epm.bind(group)
+            trainer.bind(group)
+            assert trainer.epm.routed is not None
+            try:
+                trainer.restore()
+                losses = [trainer.step().loss_bits for _ in range(3)]
+                tensors = trainer.epm.routed.tensors()
+                found[what] = losses, {name: tensor.tolist() for name, tensor in tensors.items()}
+            except InvalidInput as error:
+                found[what] = str(error)
+    return found
 
 
 def train_every_router(

@@ -182,3 +182,26 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_by_name(references: dict[st
     whole = emap((8,), tuple(range(8)), num_layers=3, num_experts=8)
     with pytest.raises(InvalidInput, match=r"lacks 1 tensors, first model\.norm\.weight"):
         ExpertParallelModel.load(ModelSource(path=str(tmp_path)), expert_map=whole, rank=0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("model.norm.weight", float("nan"), "model.norm.weight holds 1 values"),
+        ("model.layers.1.mlp.experts.5.down_proj.weight", float("-inf"), "expert 5 of model.layers.1.mlp.experts.down"),
+    ],
+    ids=["dense", "expert"],
+)
+def test_a_checkpoint_that_holds_what_is_no_number_is_refused_by_name(
+    references: dict[str, Reference], tmp_path: Path, key: str, value: float, named: str
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = references["qwen3_moe"].folder
+    tensors = load_file(source / "model.safetensors")
+    tensors[key].view(-1)[3] = value
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    whole = emap((8,), tuple(range(8)), num_layers=3, num_experts=8)
+    with pytest.raises(InvalidInput, match=named):
+        ExpertParallelModel.load(ModelSource(path=str(tmp_path)), expert_map=whole, rank=0)

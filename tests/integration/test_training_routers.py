@@ -189,3 +189,24 @@ def test_a_router_that_mixes_in_training_is_served_token_by_token_over_ranks(tmp
     )[0]
     torch.testing.assert_close(torch.tensor(logits), expected_BV, rtol=0, atol=1e-4)
     assert load == [[ids_BQ.numel()] * train_tasks.NUM_EXPERTS] * train_tasks.NUM_LAYERS
+
+
+def test_a_users_router_that_is_another_on_every_rank_is_made_alike_or_refused(tmp_path: Path, text: Path) -> None:
+    (tmp_path / "output").mkdir()
+    whats = ["nothing", "passes", "beginning", "names", "shape"]
+    results = run_ranks(
+        train_tasks.train_with_unlike_routers,
+        num_ranks=2,
+        store_path=str(tmp_path / "store"),
+        size=2,
+        output=str(tmp_path / "output"),
+        text=str(text),
+        whats=whats,
+    )
+    expected = results[0]["nothing"]
+    for found in results.values():
+        assert found["nothing"] == expected
+        torch.testing.assert_close(found["passes"], expected)  # sums in another order
+        assert found["beginning"] == expected, "position 0's is taken"
+        assert "ranks differ in the training text, the model's shape or its router" in found["shape"]
+    assert [f"losses ['of rank {rank}']" in results[rank]["names"] for rank in (0, 1)] == [True, True]

@@ -5,7 +5,7 @@ import torch
 
 from moe_core.contract.dispatch import Wire, goes_by_node, gradient_wire, row_bytes, rows_between_nodes
 from moe_runtime.dispatch.by_node import Relay
-from moe_runtime.dispatch.wire import WireError, bytes_of_row, decode, encode
+from moe_runtime.dispatch.wire import Leg, WireError, bytes_of_row, decode, encode
 
 CODED: tuple[Wire, ...] = ("BFloat16", "Float8", "Int8")
 WIRES: tuple[Wire, ...] = ("Float32", *CODED)
@@ -39,6 +39,17 @@ def test_no_number_is_further_off_than_its_format_allows(wire: Wire, most: float
 def test_rows_of_zeros_and_no_rows_arrive_as_they_are(wire: Wire) -> None:
     assert torch.equal(through(torch.zeros(2, 8), wire), torch.zeros(2, 8))
     assert through(torch.zeros(0, 8), wire).shape == (0, 8)
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("dim", [1, 3, 6])
+def test_a_single_row_of_any_length_arrives_with_what_goes_with_it(wire: Wire, dim: int) -> None:
+    row_1D, weight_1K, address_1K = ROWS[:1, :dim], torch.rand(1, 2), torch.tensor([[3, 4]], dtype=torch.int32)
+    packed_1B = Leg(wire=wire).pack(row_1D, weight_1K, address_1K)
+    beside = ((torch.float32, 2), (torch.int32, 2))
+    arrived_1D, *others = Leg(wire=wire).unpack(packed_1B, dtype=torch.float32, beside=beside)
+    assert torch.equal(arrived_1D, through(row_1D.repeat(2, 1), wire)[:1])
+    assert [torch.equal(*pair) for pair in zip(others, (weight_1K, address_1K), strict=True)] == [True, True]
 
 
 @pytest.mark.parametrize("wire", CODED)

@@ -153,6 +153,14 @@ def test_routes_that_were_written_down_stay_when_the_small_router_moves_on() -> 
     assert torch.equal(route(router, tokens, SERVING).expert_TK, first)
 
 
+def test_what_a_failed_step_would_have_written_down_is_not_written_after_an_older_snapshot() -> None:
+    router, tokens = make_router(8, 2, type="Cached", cached_from_percent=40), make_tokens(20, 8)
+    route(router, tokens, training(progress=0.4))  # and the step fails
+    route(router, tokens, training(progress=0.3))
+    router.after_step(torch.zeros(8, dtype=torch.int64))
+    assert (router.get_buffer("kind.table_VK") == -1).all()
+
+
 def test_the_small_router_learns_the_gates_choice_where_the_id_tells_it() -> None:
     ids_T = torch.arange(64).repeat(4)
     gate_VE = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))

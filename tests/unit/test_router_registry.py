@@ -102,6 +102,8 @@ def test_a_users_own_router_routes_and_is_told_of_steps() -> None:
         ("nobody", "weight_TK is 0 where expert_TK is -1"),
         ("loss", r"losses\['mine'\] must be torch.float32 of shape \[\]"),
         ("soft", "without picks beside them"),
+        ("count", r"counts\['mine'\] must be an int \(got float\)"),
+        ("passes", r"passes must be at least 1 \(got 0\)"),
     ],
 )
 def test_an_answer_that_is_none_is_refused(wrong: str, text: str) -> None:

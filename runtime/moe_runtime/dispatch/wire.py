@@ -50,8 +50,13 @@ def decode(bytes_RB: torch.Tensor, wire: Wire, *, dtype: torch.dtype) -> torch.T
     if wire == "BFloat16":
         return bytes_RB.contiguous().view(torch.bfloat16).to(dtype)
     coded = torch.float8_e4m3fn if wire == "Float8" else torch.int8
-    scale_R1 = bytes_RB[:, -SCALE_BYTES:].contiguous().view(torch.float32)
+    scale_R1 = _numbers(bytes_RB[:, -SCALE_BYTES:], torch.float32)
     return (bytes_RB[:, :-SCALE_BYTES].contiguous().view(coded).float() * scale_R1).to(dtype)
+
+
+def _numbers(bytes_RB: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
+    """A copy always: bytes of a single row are contiguous as they lie, at an address that numbers may not have."""
+    return bytes_RB.clone(memory_format=torch.contiguous_format).view(kind)
 
 
 def bytes_of_row(rows_RD: torch.Tensor, wire: Wire) -> int:
@@ -117,7 +122,7 @@ class Leg:
         end = bytes_RB.shape[1] - sum(4 * columns for _, columns in beside)
         parts = [decode(bytes_RB[:, :end], self.wire, dtype=dtype)]
         for kind, columns in beside:
-            parts.append(bytes_RB[:, end : end + 4 * columns].contiguous().view(kind))
+            parts.append(_numbers(bytes_RB[:, end : end + 4 * columns], kind))
             end += 4 * columns
         return parts
 

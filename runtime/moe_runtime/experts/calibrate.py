@@ -111,7 +111,7 @@ class _Watcher:
     def _forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         x_TD, expert_TK, weight_TK = (*args, *kwargs.values())
         if self.router is not None:
-            return self.router.mix(x_TD, None, self._mixture)
+            return self.router.mix(x_TD, None, self._mixture, group=None)
         return self._mixture(x_TD, expert_TK, weight_TK)
 
     def _mixture(

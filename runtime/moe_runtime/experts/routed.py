@@ -4,7 +4,7 @@
     routed.watch(model)                                                # what a forward's tokens are
     routed.use_layouts(layouts)                                        # at each new epoch
     routed.begin(step=7, progress=0.1, group=group)                    # before the forward of a training step
-    output_TD = routed.layers[i].mix(x_TD, valid_V, run)               # what a layer's entry calls
+    output_TD = routed.layers[i].mix(x_TD, valid_V, run, group=group)  # what a layer's entry calls
     routed.losses()                                                    # what the step adds to the text's loss
 
 The family's gate keeps its module and its weight; what it computes itself is left unused. Parameters and tables of the
@@ -74,7 +74,7 @@ class RoutedLayer:
         self.layer_idx, self.gate, self.router = layer_idx, gate, router
         self._num_experts, self._now = num_experts, now
         self.may_differ_by_rank = isinstance(router, CustomRouter)
-        """Whether a token's number of picks may be another one on another rank."""
+        """Whether a token's number of picks, or of passes, may be another one on another rank."""
 
     def route(self, x_TD: torch.Tensor, valid_V: torch.Tensor | None = None) -> Routing:
         """Of tokens of the running forward: those that `valid_V` (flat indices) names, None: all."""
@@ -96,20 +96,27 @@ class RoutedLayer:
             now.losses.append(routing.losses)
         return routing
 
-    def mix(self, x_TD: torch.Tensor, valid_V: torch.Tensor | None, run: RunPicks) -> torch.Tensor:
-        """[T, D] the layer's output for these tokens."""
+    def mix(
+        self, x_TD: torch.Tensor, valid_V: torch.Tensor | None, run: RunPicks, *, group: Group | None
+    ) -> torch.Tensor:
+        """[T, D] the layer's output for these tokens. Raises GroupFault."""
         routing = self.route(x_TD, valid_V)
-        if routing.soft is not None:
+        passes = 1 if routing.pass_TK is None else routing.passes
+        if self.may_differ_by_rank and group is not None:
+            # a rank that made fewer exchanges than another would take the rows of one for those of the next
+            passes = max(told for (told,) in group.all_gather_ints((passes,)))
+        parts = [self._pass(number, passes, x_TD, routing, run) for number in range(passes)]
+        return parts[0] if passes == 1 else torch.stack(parts).sum(dim=0)
+
+    def _pass(self, number: int, passes: int, x_TD: torch.Tensor, routing: Routing, run: RunPicks) -> torch.Tensor:
+        if routing.soft is not None and number == 0:
             return self._mix_rows(x_TD, routing.soft, run)
-        weight_TK = routing.weight_TK.to(x_TD.dtype)
-        if routing.pass_TK is None:
-            return run(x_TD, routing.expert_TK, weight_TK)
-        parts = []
-        for number in range(routing.passes):
-            later_TK = routing.pass_TK != number
-            expert_TK = routing.expert_TK.masked_fill(later_TK, NO_EXPERT)
-            parts.append(run(x_TD, expert_TK, weight_TK.masked_fill(later_TK, 0.0)))
-        return torch.stack(parts).sum(dim=0)
+        expert_TK, weight_TK = routing.expert_TK, routing.weight_TK.to(x_TD.dtype)
+        if passes > 1:
+            pass_TK = torch.zeros_like(expert_TK) if routing.pass_TK is None else routing.pass_TK
+            later_TK = pass_TK != number
+            expert_TK, weight_TK = expert_TK.masked_fill(later_TK, NO_EXPERT), weight_TK.masked_fill(later_TK, 0.0)
+        return run(x_TD, expert_TK, weight_TK)
 
     def _mix_rows(self, x_TD: torch.Tensor, soft: SoftRows, run: RunPicks) -> torch.Tensor:
         mix_TP, share_TP = soft.mix_TP.to(x_TD.dtype), soft.share_TP.to(x_TD.dtype)
@@ -135,6 +142,11 @@ class Routed:
         self.config, self.layers, self._now = config, tuple(layers), now
         self._scores_whole_texts = False
         self._modules = torch.nn.ModuleList([layer.router for layer in layers])  # type: ignore[misc]
+
+    @property
+    def may_differ_by_rank(self) -> bool:
+        """Whether what a router answers, and how it calls it, may be another on another rank."""
+        return any(layer.may_differ_by_rank for layer in self.layers)
 
     @property
     def looks_ahead(self) -> bool:

@@ -101,7 +101,7 @@ class SlottedExperts:
     ) -> torch.Tensor:
         if self.router is None:
             return self._mixture(x_TD, expert_TK, weight_TK)
-        return self.router.mix(x_TD, valid_V, self._mixture)
+        return self.router.mix(x_TD, valid_V, self._mixture, group=self._context.group)
 
     def _mixture(
         self, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor, *, of_tokens: bool = True

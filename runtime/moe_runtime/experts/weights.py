@@ -85,6 +85,7 @@ class CheckpointWeights:
                         raise InvalidInput(f"{self.folder}: {name} has shape {shapes}")
                     with torch.no_grad():
                         wanted[name].copy_(value)
+                    self._must_be_numbers(name, wanted[name])
                     filled.add(name)
         tied = {id(wanted[name]) for name in filled}
         missing = [
@@ -97,6 +98,12 @@ class CheckpointWeights:
         target = f"{entry.name}.{parameter_name}"
         if target not in self._filed_under:
             raise InvalidInput(f"{self.folder} lacks {target}")
+        rows = self._rows(entry, target, logical_ids)
+        for logical_id, row in zip(logical_ids, rows, strict=True):
+            self._must_be_numbers(f"expert {logical_id} of {target}", row)
+        return rows
+
+    def _rows(self, entry: ExpertsModule, target: str, logical_ids: Sequence[int]) -> torch.Tensor:
         filed_under = self._filed_under[target]
         sources = self._sources[filed_under]
         if sources[0][0] is None:
@@ -110,6 +117,15 @@ class CheckpointWeights:
             return self._convert(target, chosen, _FullExperts(entry))[target]
         # Not one tensor per expert: convert the whole layer, keep the wanted rows.
         return self._convert(filed_under, sources, _FullExperts(entry))[target][list(logical_ids)].clone()
+
+    def _must_be_numbers(self, name: str, tensor: torch.Tensor) -> None:
+        """A model that holds inf or nan answers with words all the same: nobody would see it there."""
+        if not tensor.is_floating_point() or not tensor.numel():
+            return
+        least, most = torch.aminmax(tensor.detach().float())  # both are nan if anything is
+        if not (least.isfinite() and most.isfinite()):
+            broken = int((~tensor.float().isfinite()).sum())
+            raise InvalidInput(f"{self.folder}: {name} holds {broken} values that are no finite numbers")
 
     def _convert(
         self, target: str, sources: Iterable[tuple[str | None, str]], model: "torch.nn.Module | _FullExperts"

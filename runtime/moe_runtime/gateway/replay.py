@@ -57,7 +57,9 @@ class NoRankLeft(Exception):
 
 
 class RequestRefused(Exception):
-    """The request itself cannot be served: `too_long` or `refused` (an expert is lost and fallback is Refuse)."""
+    """The request itself cannot be served: `too_long` or `refused` (an expert is lost and fallback is Refuse, or the
+    model's logits are no numbers).
+    """
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)

@@ -9,7 +9,7 @@ from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.runtime_config import RuntimeConfig
 from moe_runtime.engine.cache import StepCache
 from moe_runtime.engine.model import ExpertParallelModel
-from moe_runtime.engine.sampling import sample
+from moe_runtime.engine.sampling import NoNumbers, sample
 from moe_runtime.engine.scheduler import Chunk, Overloaded, Scheduler, TooLong
 from moe_runtime.membership.group import EpochGroup
 from moe_runtime.rank.desk import Desk
@@ -111,19 +111,25 @@ class ServeWork:
         cache: StepCache,
     ) -> None:
         refused = {
-            chunk.request_id
+            chunk.request_id: "an expert this answer needs has no live copy (fallback: Refuse)"
             for chunk, is_degraded in zip(chunks, is_degraded_B, strict=True)
             if is_degraded and self._serving.fallback == "Refuse"
         }
-        sampled = [self._sample(chunk, logits_BV[i]) if chunk.samples else None for i, chunk in enumerate(chunks)]
+        sampled: list[int | None] = []
+        for chunk, logits_V in zip(chunks, logits_BV, strict=True):
+            try:
+                sampled.append(self._sample(chunk, logits_V) if chunk.samples else None)
+            except NoNumbers as error:
+                refused.setdefault(chunk.request_id, f"the model gives no token: {error}")
+                sampled.append(0)  # of a request that ends here: nobody reads it
         progress, freed = self._scheduler.commit(chunks, sampled)
         degraded = {
             chunk.request_id: tuple(reasons)
             for chunk, is_degraded in zip(chunks, is_degraded_B, strict=True)
             if is_degraded
         }
-        for request_id in refused:
-            self._desk.end(request_id, "refused", "an expert this answer needs has no live copy (fallback: Refuse)")
+        for request_id, why in refused.items():
+            self._desk.end(request_id, "refused", why)
             row = self._scheduler.cancel(request_id)
             freed += [] if row is None else [row]
         self._desk.publish([p for p in progress if p.request_id not in refused], degraded)

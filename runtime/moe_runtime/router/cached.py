@@ -47,6 +47,7 @@ class Cached(Kind):
         score_TE = self.scores.score(logits_TE)
         by_id_TE = self.word_VC[tokens.ids_T].float() @ self.centroid_EC.float().T
         losses: dict[str, torch.Tensor] = {}
+        self._coming_VK = None  # a step that failed may have left what an older snapshot is not ready for
         if moment.progress < self.since:
             compete_TE = logits_TE.detach()
             expert_TK = best(compete_TE, self.top_k)

@@ -1,5 +1,7 @@
 """Whether a router's answer is one: always asked of a user's own router, and of ours in tests."""
 
+from collections.abc import Mapping
+
 import torch
 
 from moe_core.outcome import InvalidInput
@@ -35,6 +37,7 @@ def checked(routing: object, tokens: Tokens, *, num_experts: int) -> Routing:
     for name, loss in routing.losses.items():
         _tensor(f"losses[{name!r}]", loss, torch.float32, ())
         _finite(f"losses[{name!r}]", loss)
+    _counts(routing.counts)
     if routing.soft is not None:
         mix_TP = routing.soft.mix_TP
         _tensor("soft.mix_TP", mix_TP, torch.float32, (num_tokens, None))
@@ -48,12 +51,21 @@ def checked(routing: object, tokens: Tokens, *, num_experts: int) -> Routing:
         _finite("soft.share_TP", routing.soft.share_TP)
     if routing.pass_TK is not None:
         _tensor("pass_TK", routing.pass_TK, torch.int64, (num_tokens, expert_TK.shape[1]))
-        if (
-            routing.pass_TK.numel()
-            and not 0 <= int(routing.pass_TK.min()) <= int(routing.pass_TK.max()) < routing.passes
-        ):
-            raise InvalidInput(f"pass_TK holds passes from 0 to {routing.passes - 1}")
+        _passes(routing.pass_TK, routing.passes)
     return routing
+
+
+def _passes(pass_TK: torch.Tensor, passes: int) -> None:
+    if passes < 1:
+        raise InvalidInput(f"passes must be at least 1 (got {passes})")
+    if pass_TK.numel() and not 0 <= int(pass_TK.min()) <= int(pass_TK.max()) < passes:
+        raise InvalidInput(f"pass_TK holds passes from 0 to {passes - 1}")
+
+
+def _counts(counts: Mapping[str, object]) -> None:
+    for name, count in counts.items():
+        if not isinstance(count, int):
+            raise InvalidInput(f"counts[{name!r}] must be an int (got {type(count).__name__})")
 
 
 def _tensor(name: str, value: object, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:

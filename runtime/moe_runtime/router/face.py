@@ -100,11 +100,11 @@ class Routing:
     probability_TE         what the balance losses look at: float32, with a gradient; None: no loss applies, as in
                            serving
     losses                 further terms of this layer by name, each a scalar already scaled by its coefficient; the
-                           same names on all ranks, as for counts
+                           same names on all ranks in a step, as for counts
     counts                 plain numbers to report by name, e.g. picks dropped for capacity
     soft                   set by Soft MoE instead of picks (expert_TK is then empty, [T, 0])
     pass_TK                set by a queue: which of the `passes` of this step takes each pick; None: all in one
-    passes                 the same on all ranks and in all steps
+    passes                 at least 1; ranks make as many as the one that asks for most
     """
 
     expert_TK: torch.Tensor

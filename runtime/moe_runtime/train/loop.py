@@ -26,6 +26,7 @@ from moe_core.contract.base import digest_of
 from moe_core.contract.expert_map import EMPTY_SLOT
 from moe_core.contract.runtime_config import TrainingConfig
 from moe_core.experts.measure import balance
+from moe_core.outcome import InvalidInput
 from moe_runtime.dispatch.group_face import Group
 from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.errors import RuntimeFault
@@ -143,13 +144,18 @@ class Trainer:
             self._stale = True
 
     def restore(self) -> int:
-        """Agree on a step, on all ranks together; returns it. Nothing is read when all stand at the same one.
+        """Agree on a run and a step, on all ranks together; returns it. Nothing is read when all stand at the same one.
 
         Else the newest snapshot that every rank can read in full is taken, damaged ones are passed over. A run that has
-        none begins with one; a run whose checkpoint is published already has finished. Raises GroupFault, OSError, and
-        SnapshotDamaged when no common snapshot is left.
+        none begins with one; a run whose checkpoint is published already has finished. Raises GroupFault, OSError,
+        InvalidInput when ranks are of unlike runs, and SnapshotDamaged when no common snapshot is left.
         """
-        rows = self._gather((self.state.step, int(self._stale)), timeout_ms=IO_MS)
+        rows = self._gather((self.state.step, int(self._stale), _as_int(self._identity)), timeout_ms=IO_MS)
+        if len({row[2] for row in rows}) > 1:
+            raise InvalidInput(
+                f"ranks differ in the training text, the model's shape or its router: this rank has read "
+                f"{len(self.corpus.training_N)} bytes of {self.config.data} (digest {self.corpus.digest})"
+            )
         if len({row[0] for row in rows}) == 1 and not any(row[1] for row in rows):
             return self.state.step
         published = self._published_by_this_run()
@@ -167,12 +173,26 @@ class Trainer:
             self._load(SnapshotReader(snapshots.step_folder(self.output, max(common))))
         elif all(row[0] == 0 for row in rows) and not any(step >= 0 for r in of_rank for step in r):
             # The beginning, for survivors of a fault in the first snapshot too: step 0 follows from the source.
+            self._begin_alike()
             self.snapshot()
             self._stale = False
         else:
             raise SnapshotDamaged(f"{self.output}: no snapshot that all ranks can read, they offer {of_rank}")
         self._mark = self._clock()
         return self.state.step
+
+    @torch.no_grad()
+    def _begin_alike(self) -> None:
+        """A user's own router may begin with something else on every rank; the one at position 0 counts."""
+        routed, group = self.epm.routed, self._group
+        if routed is None or not routed.may_differ_by_rank or group is None:
+            return
+        for _, tensor in sorted(routed.tensors().items()):
+            told = tensor.to(torch.float64 if tensor.is_floating_point() else torch.int64)
+            if group.position:
+                told.zero_()
+            group.all_reduce_sum(told)
+            tensor.copy_(told)
 
     # ---------------------------------------------------------------- steps
 
@@ -197,6 +217,7 @@ class Trainer:
             found = losses(self.epm, ids_BQ, aux_coefficient=self.config.aux_loss_coefficient)
             torch.autograd.backward(found.total / size)
             figures = Figures.of(found, self.epm, size=size)
+            self._must_agree_on(figures)
             gradients = complete_gradients(
                 self.epm, self._group, sums=figures.numbers, max_expert_norm=self.config.max_expert_gradient_norm
             )
@@ -233,6 +254,14 @@ class Trainer:
         if not report.finished and self.state.step % self.config.snapshot_every_steps == 0:
             self.snapshot()
         return report
+
+    def _must_agree_on(self, figures: Figures) -> None:
+        """Numbers are summed over ranks by their place. Only a user's own router can name others on another rank."""
+        if self.epm.routed is None or not self.epm.routed.may_differ_by_rank:
+            return
+        names = f"losses {list(figures.losses)} and counts {list(figures.counts)}"
+        if len({key for (key,) in self._gather((_as_int(digest_of(names)),))}) > 1:
+            raise InvalidInput(f"a router's losses and counts have the same names on all ranks, this rank has {names}")
 
     def _balancedness(self, load_LE: torch.Tensor) -> float:
         ranks = self._group.ranks if self._group is not None else (self.epm.rank,)
@@ -416,6 +445,10 @@ class Trainer:
             yield
         finally:
             torch.set_float32_matmul_precision(before)
+
+
+def _as_int(digest: str) -> int:
+    return int(digest[:15], 16)
 
 
 def _as_ints(digest: str) -> tuple[int, ...]:
