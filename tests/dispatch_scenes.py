@@ -82,7 +82,7 @@ class Answer:
     num_exchanges: int
 
 
-def answers(scene: Scene, way: Way, *, with_gradients: bool = True) -> list[Answer]:
+def answers(scene: Scene, way: Way, *, with_gradients: bool = True, tells: bool = False) -> list[Answer]:
     """Of every rank, over a group in memory."""
 
     def run(group: MemoryGroup) -> Answer:
@@ -110,7 +110,7 @@ def answers(scene: Scene, way: Way, *, with_gradients: bool = True) -> list[Answ
             group.num_exchanges,
         )
 
-    return together(run, scene.size, domains=scene.domains)
+    return together(run, scene.size, domains=scene.domains, tells=tells)
 
 
 def references(scene: Scene) -> list[Answer]:

@@ -6,11 +6,12 @@
 import math
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from moe_runtime.errors import GroupFault
+from moe_runtime.membership.all_to_all import Heard
 
 T = TypeVar("T")
 WAIT_S = 20.0
@@ -37,7 +38,9 @@ class _Meeting:
 class MemoryGroup:
     """One rank's side. Checks what a backend would only hang on: that all ranks call the same, with counts that fit."""
 
-    def __init__(self, meeting: _Meeting, position: int, domains: Sequence[str] | None) -> None:
+    def __init__(
+        self, meeting: _Meeting, position: int, domains: Sequence[str] | None = None, *, tells: bool = False
+    ) -> None:
         self._meeting, self.position = meeting, position
         self.size = len(meeting.brought)
         self.ranks = tuple(range(self.size))
@@ -45,25 +48,37 @@ class MemoryGroup:
         self.sent_rows = [0] * self.size
         self.sent_bytes = [0] * self.size
         self.num_exchanges = 0
+        self.tells = tells
 
     def all_to_all(self, rows: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> torch.Tensor:
         assert len(send_counts) == len(receive_counts) == self.size
         assert sum(send_counts) == len(rows)
-        parts = self._meeting.meet(self.position, ("all_to_all", torch.split(rows.detach(), list(send_counts))))
-        assert {what for what, _ in parts} == {"all_to_all"}
-        mine = [sent[self.position] for _, sent in parts]
+        mine = self._exchange("all_to_all", rows, send_counts)
         assert [len(part) for part in mine] == list(receive_counts), f"{[len(p) for p in mine]} {receive_counts}"
+        return torch.cat(mine)
+
+    def _exchange(self, name: str, rows: torch.Tensor, send_counts: Sequence[int]) -> list[torch.Tensor]:
+        parts = self._meeting.meet(self.position, (name, torch.split(rows.detach(), list(send_counts))))
+        assert {what for what, _ in parts} == {name}
         row_bytes = rows.element_size() * math.prod(rows.shape[1:])
         self.num_exchanges += 1
         for position, count in enumerate(send_counts):
             self.sent_rows[position] += count
             self.sent_bytes[position] += count * row_bytes
-        return torch.cat(mine)
+        return [sent[self.position] for _, sent in parts]
 
     def post_all_to_all(
         self, rows: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
-    ) -> "_Posted":
+    ) -> "_Posted[torch.Tensor]":
         return _Posted(self.all_to_all(rows, send_counts, receive_counts))
+
+    def post_telling(self, rows: torch.Tensor, send_counts: Sequence[int], told_GC: torch.Tensor) -> "_Posted[Heard]":
+        assert self.tells
+        mine = self._exchange("tell", rows, send_counts)
+        told = self._meeting.meet(self.position, ("told", told_GC))
+        assert {what for what, _ in told} == {"told"}
+        heard_GC = torch.stack([told_GC[self.position] for _, told_GC in told])
+        return _Posted(Heard(torch.cat(mine), [len(part) for part in mine], heard_GC))
 
     def all_gather_ints(self, row: Sequence[int], *, timeout_ms: int | None = None) -> list[list[int]]:
         rows = self._meeting.meet(self.position, ("all_gather", list(row)))
@@ -75,15 +90,17 @@ class MemoryGroup:
         tensor.copy_(torch.stack([one for _, one in given]).sum(0))
 
 
-class _Posted:
-    def __init__(self, received: torch.Tensor) -> None:
+class _Posted(Generic[T]):
+    def __init__(self, received: T) -> None:
         self._received = received
 
-    def wait(self) -> torch.Tensor:
+    def wait(self) -> T:
         return self._received
 
 
-def together(task: Callable[[MemoryGroup], T], num_ranks: int, *, domains: Sequence[str] | None = None) -> list[T]:
+def together(
+    task: Callable[[MemoryGroup], T], num_ranks: int, *, domains: Sequence[str] | None = None, tells: bool = False
+) -> list[T]:
     """Raises what a rank raised first."""
     meeting = _Meeting(num_ranks)
     results: list[Any] = [None] * num_ranks
@@ -91,7 +108,7 @@ def together(task: Callable[[MemoryGroup], T], num_ranks: int, *, domains: Seque
 
     def run(position: int) -> None:
         try:
-            results[position] = task(MemoryGroup(meeting, position, domains))
+            results[position] = task(MemoryGroup(meeting, position, domains, tells=tells))
         except BaseException as error:  # noqa: BLE001 - raised again below, in the test's own thread
             errors.append(error)
             meeting.barrier.abort()

@@ -3,45 +3,103 @@
 import os
 import signal
 import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from gloo_ranks import join_group
 from moe_runtime.errors import GroupFault
-from moe_runtime.membership.near_memory import LEAST_BYTES
+from moe_runtime.membership.group import EpochGroup
+from moe_runtime.membership.near_words import NearWords, Word
 
-ROWS = LEAST_BYTES // 64 + 1
-"""To each member: of 16 floats, more than goes with a message."""
+ROWS = 2000
+"""To each member: of 16 floats."""
 
 
-def exchange_often(rank: int, store_path: str, *, size: int, turns: int) -> tuple[int, list[int]]:
-    """(rows that came wrong, bytes sent by position)."""
-    wrong = 0
+def exchange_often(
+    rank: int, store_path: str, *, size: int, turns: int, far: Sequence[tuple[int, int]] = ()
+) -> tuple[int, list[int]]:
+    """(rows that came wrong, bytes sent by position). far: ranks that do not see each other."""
+    _part(rank, far)
     with join_group(store_path, ranks=range(size), rank=rank) as group:
-        for turn in range(turns):
-            rows = torch.tensor([rank, turn]).float().repeat(ROWS * size, 8)
-            if turn % 2:
-                came = group.post_all_to_all(rows, [ROWS] * size, [ROWS] * size).wait()
-            else:
-                came = group.all_to_all(rows, [ROWS] * size, [ROWS] * size)
-            senders = torch.arange(size).repeat_interleave(ROWS)
-            wrong += int((came[:, 0] != senders).sum() + (came[:, 1] != turn).sum())
-        return wrong, list(group.sent_bytes)
+        return sum(_wrong(group, rank, turn) for turn in range(turns)), list(group.sent_bytes)
 
 
-def meet_a_silent_one(rank: int, store_path: str, *, size: int, silent: int, number: int, timeout_ms: int) -> float:
-    """Seconds from the signal to the fault, as this rank saw them."""
-    with join_group(store_path, ranks=range(size), rank=rank, timeout_ms=timeout_ms) as group:
-        rows = torch.zeros(ROWS * size, 16)
-        group.all_to_all(rows, [ROWS] * size, [ROWS] * size)
-        began = time.monotonic()
-        if rank == silent:
+def _part(rank: int, far: Sequence[tuple[int, int]]) -> None:
+    real = NearWords.open
+
+    def opened(words: NearWords, position: int, **told: Any) -> bool:
+        return not {(rank, position), (position, rank)} & set(far) and real(words, position, **told)
+
+    NearWords.open = opened  # type: ignore[method-assign, assignment]
+
+
+def _wrong(group: EpochGroup, rank: int, turn: int) -> int:
+    """Rows that came wrong in one exchange; every third tells how many come."""
+    size = group.size
+    rows = torch.tensor([rank, turn]).float().repeat(ROWS * size, 8)
+    counts = [ROWS] * size
+    if turn % 3 == 0:
+        came = group.all_to_all(rows, counts, counts)
+    elif turn % 3 == 1 or not group.tells:
+        came = group.post_all_to_all(rows, counts, counts).wait()
+    else:
+        heard = group.post_telling(rows, counts, torch.full((size, 1), rank)).wait()
+        came = heard.rows
+        assert heard.told_GC.view(-1).tolist() == list(group.ranks)
+    senders = torch.tensor(group.ranks).repeat_interleave(ROWS)
+    return int((came[:, 0] != senders).sum() + (came[:, 1] != turn).sum())
+
+
+def meet_a_silent_one(
+    rank: int, store_path: str, *, size: int, silent: int, number: int, timeout_ms: int, after_words: int
+) -> dict[str, Any]:
+    """`silent` is hit by a signal once it has said that many words, between two members of one exchange; the others go
+    on in an epoch of their own. What each of them saw."""
+    group = join_group(store_path, ranks=range(size), rank=rank, timeout_ms=timeout_ms)
+    group.all_gather_ints((rank,))
+    if rank == silent:
+        _hit(after_words, number)
+    began, wrong, turn = time.monotonic(), 0, 0
+    try:
+        while True:
+            wrong += _wrong(group, rank, turn)
+            turn += 1
+    except GroupFault as fault:
+        seconds, reason = time.monotonic() - began, str(fault)
+    group.destroy()
+    living = [r for r in range(size) if r != silent]
+    with join_group(store_path, ranks=living, rank=rank, epoch=2) as group:
+        wrong += sum(_wrong(group, rank, turn) for turn in range(6))
+    return {"seconds": seconds, "reason": reason, "wrong": wrong}
+
+
+def _hit(after_words: int, number: int) -> None:
+    say, said = NearWords.say, 0
+
+    def say_and_stop(words: NearWords, position: int, word: Word) -> None:
+        nonlocal said
+        said += 1
+        if said > after_words:
             os.kill(os.getpid(), number)
-        try:
-            while True:
-                group.all_to_all(rows, [ROWS] * size, [ROWS] * size)
-        except GroupFault:
-            return time.monotonic() - began
+        say(words, position, word)
+
+    NearWords.say = say_and_stop  # type: ignore[method-assign, assignment]
+
+
+def live_through_epochs(rank: int, store_path: str, *, size: int, epochs: int) -> tuple[list[int], int]:
+    """(descriptors open after each epoch, maps of memory files that are left)."""
+    found = []
+    for epoch in range(1, epochs + 1):
+        group = join_group(store_path, ranks=range(size), rank=rank, epoch=epoch)
+        for turn in range(3):
+            _wrong(group, rank, turn)
+        group.destroy()
+        del group
+        found.append(len(list(Path("/proc/self/fd").iterdir())))
+    return found, Path("/proc/self/maps").read_text().count("moerator-rows")
 
 
 KILLED, STOPPED = int(signal.SIGKILL), int(signal.SIGSTOP)

@@ -198,6 +198,9 @@ class FaultyGroup:
     def post_all_to_all(self, rows: torch.Tensor, send_counts: Any, receive_counts: Any) -> Any:
         return self._hit(lambda: self._group.post_all_to_all(rows, send_counts, receive_counts))
 
+    def post_telling(self, rows: torch.Tensor, send_counts: Any, told_GC: torch.Tensor) -> Any:
+        return self._hit(lambda: self._group.post_telling(rows, send_counts, told_GC))
+
     def _hit(self, exchange: Callable[[], T]) -> T:
         self._done += 1
         hit = self._done == self._fault.exchange

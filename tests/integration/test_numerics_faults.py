@@ -106,7 +106,7 @@ def assert_survivors_equal(results: dict[int, dict[str, object]], reference: Ref
 def test_a_rank_killed_mid_training_step_faults_its_peers_and_the_repeat_is_exact(
     exchange: int, references: dict[str, Reference], tmp_path: Path
 ) -> None:
-    """Three exchanges per layer forward, two backward; three layers."""
+    """Two exchanges per layer forward, two backward; three layers."""
     reference = references["qwen3_moe"]
     results = run_ranks(
         tasks.train_through_fault,

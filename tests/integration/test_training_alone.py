@@ -11,7 +11,6 @@ import torch
 
 import train_tasks
 from gloo_ranks import run_ranks
-from moe_runtime.dispatch.group_face import Posted
 from moe_runtime.errors import GroupFault
 from moe_runtime.train.checkpoint import SUMMARY, read_summary
 from moe_runtime.train.evaluate import evaluate_checkpoint, parse_lost
@@ -53,7 +52,7 @@ def test_a_new_process_goes_on_where_the_snapshot_was(begin: Callable[..., Train
 class OtherRank:
     """A group of two of which only this rank runs: the other one answers what a test says, or as this one."""
 
-    size, position, ranks, domains = 2, 0, (0, 1), None
+    size, position, ranks, domains, tells = 2, 0, (0, 1), None, False
 
     def __init__(self, *answers: list[int]) -> None:
         self.answers = list(answers)
@@ -67,7 +66,10 @@ class OtherRank:
     def all_to_all(self, rows: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> torch.Tensor:
         raise NotImplementedError
 
-    def post_all_to_all(self, rows: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Posted:
+    def post_all_to_all(self, rows: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Any:
+        raise NotImplementedError
+
+    def post_telling(self, rows: torch.Tensor, send_counts: Sequence[int], told_GC: torch.Tensor) -> Any:
         raise NotImplementedError
 
 

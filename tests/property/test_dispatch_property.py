@@ -16,6 +16,8 @@ from moe_runtime.dispatch.step import StepContext
 from moe_runtime.dispatch.wire import Legs
 
 WAYS = ("pick", "node", "pick in two batches", "node in two batches")
+TOLD = ("pick", "pick in two batches")
+"""Those that send counts with the rows where the group takes them."""
 TOLERANCE: dict[Wire, float] = {"Float32": 1e-5, "BFloat16": 0.06, "Float8": 0.5, "Int8": 0.2}
 """Of sums of a few numbers of size one, each coded up to four times on its way."""
 
@@ -56,11 +58,11 @@ def way_of(name: str, wire: Wire = "Float32") -> Way:
     return way
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize(("name", "tells"), [(name, False) for name in WAYS] + [(name, True) for name in TOLD])
 @settings(max_examples=60)
 @given(scene=scenes())
-def test_values_and_gradients_are_those_of_one_rank(name: str, scene: Scene) -> None:
-    expected, found = references(scene), answers(scene, way_of(name))
+def test_values_and_gradients_are_those_of_one_rank(name: str, tells: bool, scene: Scene) -> None:
+    expected, found = references(scene), answers(scene, way_of(name), tells=tells)
     for mine, its in zip(found, expected, strict=True):
         torch.testing.assert_close(mine.output, its.output)
         torch.testing.assert_close(mine.grad_x, its.grad_x)
@@ -99,6 +101,18 @@ def test_by_node_a_token_crosses_once_to_each_node_that_it_needs(scene: Scene) -
         crossed += sum(answer.sent_rows[p] for p in elsewhere)
         crossed -= len(elsewhere)  # the exchange of counts has one row for each
     assert crossed == 2 * scene.crossings()  # there and back
+
+
+@pytest.mark.parametrize("name", TOLD)
+@settings(max_examples=20)
+@given(scene=scenes())
+def test_counts_that_go_with_the_rows_save_an_exchange_and_change_nothing_else(name: str, scene: Scene) -> None:
+    before, told = answers(scene, way_of(name)), answers(scene, way_of(name), tells=True)
+    for mine, its in zip(told, before, strict=True):
+        assert torch.equal(mine.output, its.output)
+        assert torch.equal(mine.grad_x, its.grad_x)
+        assert torch.equal(mine.grad_table, its.grad_table)
+        assert its.num_exchanges - mine.num_exchanges == name.count("batches") + 1
 
 
 @pytest.mark.parametrize("name", WAYS)

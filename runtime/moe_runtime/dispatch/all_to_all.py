@@ -1,7 +1,7 @@
 """Dispatch over a group. Two ways, equal in result:
 
     by_pick     each (token, expert) pick travels to its expert and back: exact bytes, three exchanges (counts, rows,
-                results).
+                results), or two where the group tells counts with the rows.
     by_token    every token travels once to every rank with its addresses and weights, and one partial sum comes back
                 from each: two exchanges and no counts, because the ranks know each other's token numbers from the
                 step's control exchange. For the few tokens of a decoding step, where latency is all.
@@ -39,22 +39,25 @@ def run_by_pick(
     size, stride = plan.size, plan.slots_stride
     order = order_picks(address_TK, size * stride)
     counts_GS = order.counts_A.view(size, stride)
-    telling = post(group, counts_GS, (1,) * size, (1,) * size, overlaps=overlaps)
-    yield
-    received_GS = telling.wait()
-    # device sync: sizes the next exchange
-    send_counts, receive_counts = torch.stack([counts_GS.sum(1), received_GS.sum(1)]).tolist()
-
-    going = Trip(group, legs.there, send_counts, receive_counts, overlaps)
+    if group.tells:
+        send_counts = counts_GS.sum(1).tolist()  # device sync: sizes the exchange
+        going = Trip(group, legs.there, send_counts, (), overlaps, tells_GC=counts_GS)
+    else:
+        telling = post(group, counts_GS, (1,) * size, (1,) * size, overlaps=overlaps)
+        yield
+        received_GS = telling.wait()
+        # device sync: sizes the next exchange
+        send_counts, receive_counts = torch.stack([counts_GS.sum(1), received_GS.sum(1)]).tolist()
+        going = Trip(group, legs.there, send_counts, receive_counts, overlaps, heard_GC=received_GS)
     going.depart(order.send(x_TD, sum(send_counts)))
     yield
     rows_RD, _, _ = going.arrive()
     slot_GS = torch.arange(stride, device=x_TD.device).repeat(size)
-    slot_R = slot_GS.repeat_interleave(received_GS.reshape(-1), output_size=sum(receive_counts))
+    slot_R = slot_GS.repeat_interleave(going.heard_GC.reshape(-1), output_size=len(rows_RD))
     # Rows of no one stay part of the graph, so that this rank runs the exchanges of backward too.
     outputs_RD = run_slots(rows_RD, slot_R) if rows_RD.shape[0] else rows_RD
 
-    returning = Trip(group, legs.back, receive_counts, send_counts, overlaps)
+    returning = Trip(group, legs.back, going.receive_counts, send_counts, overlaps)
     returning.depart(outputs_RD)
     yield
     home_PD, _, _ = returning.arrive()

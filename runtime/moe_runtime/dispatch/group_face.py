@@ -6,16 +6,31 @@ deadline and raises `moe_runtime.errors.GroupFault` on any failure, so that a ca
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
+T_co = TypeVar("T_co", covariant=True)
 
-class Posted(Protocol):
+
+class Posted(Protocol[T_co]):
     """An exchange that has begun."""
 
-    def wait(self) -> torch.Tensor:
-        """The rows received. Raises GroupFault."""
+    def wait(self) -> T_co:
+        """What was received. Raises GroupFault."""
+
+
+class Heard(Protocol):
+    """Rows by position, how many came from each, and what was told beside them: told_GC [size, C] int64."""
+
+    @property
+    def rows(self) -> torch.Tensor: ...
+
+    @property
+    def counts(self) -> Sequence[int]: ...
+
+    @property
+    def told_GC(self) -> torch.Tensor: ...
 
 
 class Group(Protocol):
@@ -43,8 +58,17 @@ class Group(Protocol):
         Returns the `sum(receive_counts)` rows received, in order of positions. No autograd. Raises GroupFault.
         """
 
-    def post_all_to_all(self, rows: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Posted:
+    def post_all_to_all(
+        self, rows: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
+    ) -> Posted[torch.Tensor]:
         """The same, begun and not waited for: this rank computes meanwhile. `rows` must stay as they are until then."""
+
+    @property
+    def tells(self) -> bool:
+        """Whether rows may go to ranks that do not know how many come; all ranks say the same."""
+
+    def post_telling(self, rows: torch.Tensor, send_counts: Sequence[int], told_GC: torch.Tensor) -> Posted[Heard]:
+        """`post_all_to_all` where this group `tells`, and told_GC[p] to each position p."""
 
     def all_gather_ints(self, row: Sequence[int], *, timeout_ms: int | None = None) -> list[list[int]]:
         """Every rank's row of equally many integers, by position. Raises GroupFault."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from moe_runtime.dispatch.group_face import Group, Posted
+from moe_runtime.dispatch.group_face import Group, Heard, Posted
 from moe_runtime.dispatch.wire import Leg
 
 
@@ -34,7 +34,7 @@ class _Made:
 
 def post(
     group: Group, rows: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], *, overlaps: bool
-) -> Posted:
+) -> Posted[torch.Tensor]:
     """`Group.all_to_all`, begun now and waited for later, or made at once. Raises GroupFault."""
     if overlaps:
         return group.post_all_to_all(rows, send_counts, receive_counts)
@@ -50,10 +50,15 @@ class Trip:
     send_counts: Sequence[int]
     receive_counts: Sequence[int]
     overlaps: bool = False
+    tells_GC: torch.Tensor | None = None
+    """Goes beside the rows to ranks that do not know how many come: receive_counts then is known once they arrive."""
+    heard_GC: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
+    """What they told, beside the rows or before."""
     columns: int = 0
     """K of the weights and addresses; 0: none ride along."""
     dtype: torch.dtype = torch.float32
-    _posted: Posted | None = None
+    _posted: Posted[torch.Tensor] | None = None
+    _telling: Posted[Heard] | None = None
     _token: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     def depart(
@@ -80,10 +85,18 @@ class Trip:
 
     def _send(self, rows_RD: torch.Tensor, weight_RK: torch.Tensor, address_RK: torch.Tensor) -> None:
         beside = (weight_RK.float(), address_RK.to(torch.int32)) if self.columns else ()
-        self._post(self.leg.pack(rows_RD.detach(), *beside), self.send_counts, self.receive_counts)
+        bytes_RB = self.leg.pack(rows_RD.detach(), *beside)
+        if self.tells_GC is None:
+            self._post(bytes_RB, self.send_counts, self.receive_counts)
+        else:
+            self._telling = self.group.post_telling(bytes_RB, self.send_counts, self.tells_GC)
 
     def _receive(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        bytes_RB = self._wait()
+        if self._telling is None:
+            bytes_RB = self._wait()
+        else:
+            heard, self._telling = self._telling.wait(), None
+            bytes_RB, self.receive_counts, self.heard_GC = heard.rows, heard.counts, heard.told_GC
         if not self.columns:
             [rows_RD] = self.leg.unpack(bytes_RB, dtype=self.dtype)
             nothing = rows_RD.new_zeros(len(rows_RD), 0)

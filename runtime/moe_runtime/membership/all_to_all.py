@@ -1,77 +1,166 @@
-"""What a group's all-to-all really sends: rows to ranks of other machines, and word of rows in memory to near ones.
+"""What becomes of a group's all-to-all: near members get their rows through memory, the others through the backend.
 
-Which way a pair's rows go follows from their number, which both ends know, and from who reads whose memory, on which
-all have agreed: so the two ends of a pair always expect the same message.
+Who is near whom has been agreed on when the group was built. Where all are near, the backend has no part in it, and how
+many rows come need not be known beforehand.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from moe_runtime.membership.near_memory import NearMemory
-
-_WORD_BYTES = 8
-"""Where in the sender's memory the rows begin."""
+from moe_runtime.membership.near_memory import Bytes, NearMemory
 
 
 @dataclass(frozen=True, slots=True)
-class Exchange:
-    """What goes to the backend; `end` puts what came where it belongs. All tensors must stay until then."""
+class Far:
+    """What goes to the backend. All tensors must stay until that is over."""
 
     received: torch.Tensor
     sent: torch.Tensor
     receive_counts: list[int]
     send_counts: list[int]
-    end: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """One that has begun, `number` of this epoch. far: None where nothing goes to the backend.
+
+    end(until) after the backend's part is over: everything is where it belongs. until: how long to wait for near
+    members, by time.monotonic. Raises RuntimeError.
+    """
+
+    number: int
+    far: Far | None
+    end: Callable[[float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """Rows by position as their senders counted them, and what was told beside them: told_GC [members, C] int64."""
+
+    rows: torch.Tensor
+    counts: list[int]
+    told_GC: torch.Tensor
 
 
 class AllToAll:
-    """An epoch's exchanges, prepared and ended in one order on all ranks."""
+    """An epoch's exchanges; all ranks begin the same ones in one order."""
 
     def __init__(self, *, position: int, near: NearMemory | None) -> None:
         self._position, self._near = position, near
-        self._begun = self._over = 0
+        self._begun = 0
+        self._open: set[int] = set()
 
-    def prepare(
+    @property
+    def is_near(self) -> bool:
+        """Whether all members are near; they all say the same."""
+        return self._near is not None and self._near.is_all
+
+    def begin(
         self, out: torch.Tensor, rows: torch.Tensor, receive_counts: Sequence[int], send_counts: Sequence[int]
     ) -> Exchange:
-        """out and rows are contiguous and of one kind."""
-        number, over = self._begun, self._over
+        """out and rows are contiguous and of one kind. Raises RuntimeError."""
+        near, (number, over) = self._near, self._next()
+        if near is None:
+
+            def over_there(_: float) -> None:
+                self._open.remove(number)
+
+            return Exchange(number, Far(out, rows, list(receive_counts), list(send_counts)), over_there)
+        parts, places = _parts(rows, send_counts), _parts(out, receive_counts)
+        near.lay(number, parts, over=over)
+        places[self._position][:] = parts[self._position]
+        far = None if near.is_all else self._far(parts, places, near)
+
+        def end(until: float) -> None:
+            for p, laid in near.heard(number, until=until):
+                if len(laid) != len(places[p]):
+                    raise RuntimeError(f"position {p} sends {len(laid)} bytes, {len(places[p])} are expected")
+                places[p][:] = laid
+            if far is not None:
+                for p, message in enumerate(_parts(far.received, far.receive_counts)):
+                    if len(message):
+                        places[p][:] = message
+            self._open.remove(number)
+
+        return Exchange(number, far, end)
+
+    def tell(self, rows: torch.Tensor, send_counts: Sequence[int], told_GC: torch.Tensor) -> Callable[[float], Heard]:
+        """Rows to members that do not know how many come, and told_GC[p] to each. Only where all are near.
+
+        What ends it, by when (time.monotonic), gives what came. Both raise RuntimeError.
+        """
+        near, (number, over) = self._near, self._next()
+        assert near is not None and near.is_all, "somebody is far"
+        mine, each = self._position, (1,) * len(told_GC)
+        parts, beside = _parts(rows, send_counts), _parts(told_GC.contiguous(), each)
+        near.lay(number, beside, parts, over=over)
+        head, row_bytes = len(beside[mine]), _row_bytes(rows)
+
+        def end(until: float) -> Heard:
+            laid = dict(near.heard(number, until=until))
+            counts = [send_counts[mine] if p == mine else (len(laid[p]) - head) // row_bytes for p in range(len(parts))]
+            out, heard_GC = rows.new_empty(sum(counts), *rows.shape[1:]), torch.empty_like(told_GC)
+            places, told = _parts(out, counts), _parts(heard_GC, each)
+            for p, (place, beside_place) in enumerate(zip(places, told, strict=True)):
+                place[:] = parts[p] if p == mine else laid[p][head:]
+                beside_place[:] = beside[p] if p == mine else laid[p][:head]
+            self._open.remove(number)
+            return Heard(out, counts, heard_GC)
+
+        return end
+
+    def sum(self, tensor: torch.Tensor, *, until: float) -> None:
+        """Over all members, in place. Each sums a part of it, so that all get the same bits. Only where all are near.
+
+        until: by time.monotonic. Raises RuntimeError.
+        """
+        assert self._near is not None
+        size = len(self._near.members) + 1
+        flat_N = tensor.detach().contiguous().view(-1)
+        counts = [len(part) for part in torch.tensor_split(flat_N, size)]
+        own = [counts[self._position]] * size
+        parts_N = flat_N.new_empty(sum(own))
+        self.begin(parts_N, flat_N, own, counts).end(until)
+        sums_N = parts_N.view(size, -1).sum(0, dtype=tensor.dtype)
+        self.begin(flat_N, sums_N.repeat(size), counts, own).end(until)
+        tensor.copy_(flat_N.view_as(tensor))
+
+    def _next(self) -> tuple[int, int]:
+        """Number of an exchange that begins, and below which all have ended here."""
+        number, over = self._begun, min(self._open, default=self._begun)
         self._begun += 1
+        self._open.add(number)
+        return number, over
 
-        def ended() -> None:
-            self._over = number + 1
-            if self._near is not None:
-                # whoever took part in this exchange had ended all that this rank had when it began it
-                self._near.forget(before=over)
-
-        row_bytes = rows.element_size() * math.prod(rows.shape[1:])
-        going, coming = ([n * row_bytes for n in counts] for counts in (send_counts, receive_counts))
-        near = self._near
-        if near is None or not (near.carries_any_to(going) or near.carries_any_from(coming)):
-            return Exchange(out, rows, list(receive_counts), list(send_counts), ended)
-
-        parts = list(torch.split(rows.view(-1).view(torch.uint8), going))
-        places = torch.split(out.view(-1).view(torch.uint8), coming)
-        places[self._position].copy_(parts[self._position])
-        parts[self._position] = parts[self._position][:0]
-        laid = [p for p, num_bytes in enumerate(going) if near.carries_to(p, num_bytes)]
-        if laid:
-            begins = torch.tensor(near.lay(number, [parts[p] for p in laid]), dtype=torch.int64)
-            for p, word in zip(laid, begins.view(-1, 1).view(torch.uint8), strict=True):
-                parts[p] = word
-        lengths = [_WORD_BYTES if near.carries_from(p, num_bytes) else num_bytes for p, num_bytes in enumerate(coming)]
-        lengths[self._position] = 0
+    def _far(self, parts: Sequence[Bytes], places: Sequence[Bytes], near: NearMemory) -> Far:
+        here = {self._position, *near.members}
+        # nothing goes from one that is near all others, who are not near each other: it takes part all the same
+        sent = torch.from_numpy(np.concatenate([part[:0] if p in here else part for p, part in enumerate(parts)]))
+        lengths = [0 if p in here else len(place) for p, place in enumerate(places)]
         received = torch.empty(sum(lengths), dtype=torch.uint8)
+        return Far(received, sent, lengths, [0 if p in here else len(part) for p, part in enumerate(parts)])
 
-        def end() -> None:
-            for p, (message, place) in enumerate(zip(torch.split(received, lengths), places, strict=True)):
-                if near.carries_from(p, len(place)):
-                    place.copy_(near.view(p, int.from_bytes(message.numpy().tobytes(), "little"), len(place)))
-                elif p != self._position:
-                    place.copy_(message)
-            ended()
+    def close(self) -> None:
+        """Near members that wait for this one know at once. Idempotent."""
+        if self._near is not None:
+            self._near.close()
+            self._near = None
 
-        return Exchange(received, torch.cat(parts), lengths, [len(part) for part in parts], end)
+
+def _row_bytes(rows: torch.Tensor) -> int:
+    return rows.element_size() * math.prod(rows.shape[1:])
+
+
+def _parts(rows: torch.Tensor, counts: Sequence[int]) -> list[Bytes]:
+    """By position the bytes [n] of that many rows, in place."""
+    row_bytes, begin, parts = _row_bytes(rows), 0, []
+    all_bytes = rows.view(-1).view(torch.uint8).numpy()
+    for count in counts:
+        end = begin + count * row_bytes
+        parts.append(all_bytes[begin:end])
+        begin = end
+    return parts

@@ -15,17 +15,19 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch._C import _distributed_c10d as c10d
 
 from moe_core.contract.membership import Member, Membership
 from moe_runtime.errors import GroupFault
-from moe_runtime.membership.all_to_all import AllToAll, Exchange
+from moe_runtime.membership.all_to_all import AllToAll, Far, Heard
 from moe_runtime.membership.near_memory import NearMemory
 from moe_runtime.membership.rendezvous import RendezvousStore
 from moe_runtime.membership.wire import split_address
+
+T = TypeVar("T")
 
 _TAG = 1
 """Of messages between two members; they go one after the other."""
@@ -68,6 +70,7 @@ class EpochGroup:
         """By position: what all-to-alls have sent there; at this rank's own position, what stayed."""
         self.blocked_s = 0.0
         """Time inside collectives so far: moving bytes and waiting for others."""
+        self._works: dict[int, Any] = {}  # of exchanges under way: here alone, so that they go with the group
         self._backend: Any = None  # a c10d.Backend; torch's stubs leave its operations out
         if len(self.ranks) > 1:
             try:
@@ -80,7 +83,7 @@ class EpochGroup:
         self._exchanges = AllToAll(position=self.position, near=None)
         if self._backend is not None and self.device.type == "cpu":
             try:
-                near = NearMemory.meet(self.all_gather_ints, position=self.position, size=self.size)
+                near = NearMemory.meet(self.all_gather_ints, ranks=self.ranks, position=self.position)
             except GroupFault:
                 self.destroy()
                 raise
@@ -122,7 +125,7 @@ class EpochGroup:
         rows [sum(send_counts), ...] -> [sum(receive_counts), ...]. No autograd.
         """
         received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
-        self.all_to_all_single(received, rows.detach(), receive_counts, send_counts, timeout_ms=timeout_ms)
+        self.all_to_all_single(received, rows, receive_counts, send_counts, timeout_ms=timeout_ms)
         return received
 
     def all_to_all_single(
@@ -139,30 +142,7 @@ class EpochGroup:
             raise ValueError(f"out_splits {list(out_splits)} do not fit {self.size} members and {out.shape[0]} rows")
         if len(in_splits) != self.size or sum(in_splits) != rows.shape[0]:
             raise ValueError(f"in_splits {list(in_splits)} do not fit {self.size} members and {rows.shape[0]} rows")
-        if self._backend is None:
-            self._check("all_to_all")
-            out.copy_(rows)
-            self._count(rows, in_splits)
-            return
-        self._exchange(out, rows.contiguous(), out_splits, in_splits, timeout_ms)
-        self._count(rows, in_splits)
-
-    def _exchange(
-        self,
-        out: torch.Tensor,
-        rows: torch.Tensor,
-        out_splits: Sequence[int],
-        in_splits: Sequence[int],
-        timeout_ms: int | None,
-    ) -> None:
-        options, exchange = c10d.AllToAllOptions(), self._exchanges.prepare(out, rows, out_splits, in_splits)
-        self._run("all_to_all", lambda: self._start(exchange, options), options, timeout_ms)
-        exchange.end()
-
-    def _start(self, exchange: Exchange, options: Any) -> Any:
-        return self._backend.alltoall_base(
-            exchange.received, exchange.sent, exchange.receive_counts, exchange.send_counts, options
-        )
+        self._begin(out, rows.detach().contiguous(), out_splits, in_splits, timeout_ms)()
 
     def post_all_to_all(
         self,
@@ -171,32 +151,72 @@ class EpochGroup:
         receive_counts: Sequence[int],
         *,
         timeout_ms: int | None = None,
-    ) -> "Posted":
+    ) -> "Posted[torch.Tensor]":
         """`all_to_all`, begun and not waited for; operations end in the order in which they began.
 
         Its deadline counts from now: what is computed before `wait` must take less.
         """
-        self._check("all_to_all")
         received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
-        if self._backend is None:
-            self.all_to_all_single(received, rows.detach(), receive_counts, send_counts)
-            return Posted(lambda: received)
-        options = c10d.AllToAllOptions()
-        options.timeout = _timedelta(timeout_ms or self._timeout_ms)
-        exchange = self._exchanges.prepare(received, rows.detach().contiguous(), receive_counts, send_counts)
-        try:
-            work = self._start(exchange, options)
-        except RuntimeError as error:
-            self._broken = f"all_to_all: {_first_line(error)}"
-            raise GroupFault(self._broken) from None
-        self._count(rows, send_counts)
+        end = self._begin(received, rows.detach().contiguous(), receive_counts, send_counts, timeout_ms)
 
         def wait() -> torch.Tensor:
-            self._run("all_to_all", lambda: work, options, timeout_ms)
-            exchange.end()
+            end()
             return received
 
         return Posted(wait)
+
+    @property
+    def tells(self) -> bool:
+        """Whether rows may go to members that do not know how many come; the same on all."""
+        return self._exchanges.is_near
+
+    def post_telling(
+        self,
+        rows: torch.Tensor,
+        send_counts: Sequence[int],
+        told_GC: torch.Tensor,
+        *,
+        timeout_ms: int | None = None,
+    ) -> "Posted[Heard]":
+        """`post_all_to_all` where this group `tells`, and told_GC[p] (int64) to each position. No autograd."""
+        until = self._until(timeout_ms)
+        rows = rows.detach().contiguous()
+        end = self._attempt("all_to_all", lambda: self._exchanges.tell(rows, send_counts, told_GC))
+        self._count(rows, send_counts)
+        self._count(told_GC, (1,) * self.size)
+        return Posted(lambda: self._attempt("all_to_all", lambda: end(until)))
+
+    def _begin(
+        self,
+        out: torch.Tensor,
+        rows: torch.Tensor,
+        receive_counts: Sequence[int],
+        send_counts: Sequence[int],
+        timeout_ms: int | None,
+    ) -> Callable[[], None]:
+        """What ends the exchange. Both raise GroupFault."""
+        self._check("all_to_all")
+        self._count(rows, send_counts)
+        if self._backend is None:
+            out.copy_(rows)
+            return lambda: None
+        until = self._until(timeout_ms)
+        options = c10d.AllToAllOptions()
+        options.timeout = _timedelta(timeout_ms or self._timeout_ms)
+        exchange = self._attempt("all_to_all", lambda: self._exchanges.begin(out, rows, receive_counts, send_counts))
+        far = exchange.far
+        if far is not None:
+            self._works[exchange.number] = self._attempt("all_to_all", lambda: self._start(far, options))
+
+        def end() -> None:
+            if far is not None:
+                self._await(self._works.pop(exchange.number), options.timeout)
+            exchange.end(until)
+
+        return lambda: self._attempt("all_to_all", end)
+
+    def _start(self, far: Far, options: Any) -> Any:
+        return self._backend.alltoall_base(far.received, far.sent, far.receive_counts, far.send_counts, options)
 
     def _count(self, rows: torch.Tensor, in_splits: Sequence[int]) -> None:
         row_bytes = rows.element_size() * math.prod(rows.shape[1:])
@@ -225,6 +245,11 @@ class EpochGroup:
             self._check("all_gather")
             return [list(row)]
         mine = torch.tensor(row, dtype=torch.int64, device=self.device)
+        if self._exchanges.is_near:
+            each, until = (1,) * self.size, self._until(timeout_ms)
+            rows, heard = mine.expand(self.size, -1).contiguous(), mine.new_empty(self.size, len(row))
+            self._attempt("all_gather", lambda: self._exchanges.begin(heard, rows, each, each).end(until))
+            return heard.tolist()
         table = torch.empty((self.size, len(row)), dtype=torch.int64, device=self.device)
         options = c10d.AllgatherOptions()
         self._run(
@@ -237,6 +262,10 @@ class EpochGroup:
         self._check("all_reduce")
         if self._backend is None:
             return
+        if self._exchanges.is_near:
+            until = self._until(timeout_ms)
+            self._attempt("all_reduce", lambda: self._exchanges.sum(tensor, until=until))
+            return
         options = c10d.AllreduceOptions()
         options.reduceOp = c10d.ReduceOp.SUM
         self._run("all_reduce", lambda: self._backend.allreduce([tensor], options), options, timeout_ms)
@@ -244,7 +273,8 @@ class EpochGroup:
     def destroy(self) -> None:
         """Close the sockets and threads of this group; peers that wait for it fault at once. Idempotent."""
         self._broken = self._broken or "destroyed"
-        self._exchanges = AllToAll(position=self.position, near=None)  # its memory files go
+        self._exchanges.close()
+        self._works.clear()
         backend, self._backend = self._backend, None
         if backend is None:
             return
@@ -264,37 +294,38 @@ class EpochGroup:
         if self._broken:
             raise GroupFault(f"{what}: this epoch's group is gone: {self._broken}")
 
+    def _until(self, timeout_ms: int | None) -> float:
+        """By time.monotonic."""
+        return time.monotonic() + (timeout_ms or self._timeout_ms) / 1000
+
     def _run(self, what: str, start: Callable[[], Any], options: Any, timeout_ms: int | None) -> None:
-        self._check(what)
         options.timeout = _timedelta(timeout_ms or self._timeout_ms)
+        self._attempt(what, lambda: self._await(start(), options.timeout))
+
+    def _attempt(self, what: str, do: Callable[[], T]) -> T:
+        self._check(what)
         began = time.monotonic()
-        reason = self._attempt(start, options.timeout)
-        self.blocked_s += time.monotonic() - began
-        if reason:
-            self._broken = f"{what}: {reason}"
-            raise GroupFault(self._broken)
-
-    def _attempt(self, start: Callable[[], Any], deadline: datetime.timedelta) -> str:
-        """Why the operation failed, or nothing.
-
-        Text and not the exception: its traceback, kept by whoever handles the fault, would hold the backend's work and
-        with it the sockets, and `destroy` could not close them.
-        """
         try:
-            work = start()
-            if self.device.type == "cuda":
-                work.wait(deadline)  # device sync: with a time-out NCCL's wait blocks the host until the deadline
-            else:
-                work.wait()
+            return do()
         except RuntimeError as error:
-            return _first_line(error)
-        return ""
+            # Its text alone: its traceback, kept by whoever handles the fault, would hold the backend's work and with
+            # it the sockets, and `destroy` could not close them.
+            self._broken = f"{what}: {_first_line(error)}"
+        finally:
+            self.blocked_s += time.monotonic() - began
+        raise GroupFault(self._broken)
+
+    def _await(self, work: Any, deadline: datetime.timedelta) -> None:
+        if self.device.type == "cuda":
+            work.wait(deadline)  # device sync: with a time-out NCCL's wait blocks the host until the deadline
+        else:
+            work.wait()
 
 
-class Posted:
+class Posted(Generic[T]):
     """An exchange that has begun; `wait` once."""
 
-    def __init__(self, wait: Callable[[], torch.Tensor]) -> None:
+    def __init__(self, wait: Callable[[], T]) -> None:
         self.wait = wait
 
 

@@ -1,12 +1,11 @@
-"""Rows between ranks of one machine go through memory that both see, and only word of them through the group.
+"""Rows between ranks of one machine go through memory that both see, and a word of them through a pipe.
 
-Gloo knows nothing but sockets, also inside a machine: each byte is copied into the kernel and out of it. Here a sender
-copies rows into a memory file of its own, its message says where, and the receiver copies them out. The message is
-still an exchange of the epoch's group, so deadlines, faults and order are the group's: a peer that dies or hangs is
-seen there, and whoever has the message has the rows.
+Gloo knows nothing but sockets, also inside a machine: each byte is copied into the kernel and out of it, and each
+exchange is a round of three messages between any two ranks, through a thread of its own. Here a sender copies rows into
+a memory file and says where they lie (`near_words`); the receiver copies them out. Two members are near when each reads
+the other's memory; the group does the rest.
 
-A place in the file is used again once every reader is known to have taken what lay there. A message of exchange m says
-so of all that were over when m began, since all members begin and end the same exchanges in the same order.
+A place in the file is used again once every near member has said that it has ended the exchange of what lay there.
 
 Memory files (memfd) have no name that could be left behind; readers open them through /proc, check that they hold the
 secret they were told, and map them for reading only. Ranks in pods of their own see each other's not, and send as ever.
@@ -16,75 +15,106 @@ import contextlib
 import mmap
 import os
 import secrets
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
-RESERVED_BYTES = 1 << 34
+from moe_runtime.membership.near_words import NearWords, Word
+
+RESERVED_BYTES = 1 << 36
 """Of address space for one member's rows. Memory is taken as it is needed."""
-LEAST_BYTES = 64 << 10
-"""Between two members in one exchange: less goes with the message itself, which then takes no longer."""
 _HEAD_BYTES = 64
 _ALIGNED = 64
 _NAME = "moerator-rows"
 
+Bytes = npt.NDArray[np.uint8]
+"""[n]; numpy's, whose slices cost a tenth of torch's."""
 Gather = Callable[[Sequence[int]], list[list[int]]]
 
 
 class NearMemory:
-    """One member's file and its view of the others'. `readers` read mine."""
+    """One member's file, its view of the others', and words to and from them.
 
-    def __init__(self, own: "_OwnFile", views: dict[int, torch.Tensor], readers: frozenset[int], *, size: int) -> None:
-        self._own, self._views, self.readers = own, views, readers
-        self._most_bytes = RESERVED_BYTES // 8 // size
+    members: positions that are near this one. is_all: any two are near, on which all agree.
+    """
+
+    def __init__(
+        self,
+        own: "_OwnFile",
+        views: dict[int, Bytes],
+        words: NearWords,
+        *,
+        members: Sequence[int],
+        is_all: bool,
+    ) -> None:
+        self._own, self._views, self._words = own, views, words
+        self.members, self.is_all = members, is_all
+        self._over = dict.fromkeys(self.members, 0)
 
     @classmethod
-    def meet(cls, gather: Gather, *, position: int, size: int) -> "NearMemory | None":
-        """All members call this together. None: no other member reads this one's memory or is read by it."""
-        own = None
-        with contextlib.suppress(OSError, ValueError):  # no memory files here, or no address space: sockets do as well
-            own = _OwnFile()
-        told = gather(own.address if own is not None else (0, 0, 0, 0))
-        others = [p for p in range(size) if p != position and own is not None]  # who has no file reads none either
-        views = {p: view for p in others if (view := _open(told[p])) is not None}
-        reads = gather([int(p in views) for p in range(size)])
-        readers = frozenset(p for p in range(size) if p != position and reads[p][position])
-        if own is None or not (readers or views):
+    def meet(cls, gather: Gather, *, ranks: Sequence[int], position: int) -> "NearMemory | None":
+        """All members call this together. None: no other member is near."""
+        size = len(ranks)
+        try:
+            own, words = _OwnFile(), NearWords(ranks, position=position)
+        except (OSError, ValueError):  # no such files here, no address space, no pipes: sockets do as well
+            gather((0,) * (4 + 2 * size))
+            gather((0,) * size)
             return None
-        return cls(own, views, readers, size=size)
+        views: dict[int, Bytes] = {}
+        try:
+            told = gather((*own.address, *words.address))
+            for p in [p for p in range(size) if p != position]:
+                view = _open(told[p][:4])
+                if view is not None and words.open(p, pid=told[p][0], told=told[p][4:], own_position=position):
+                    views[p] = view
+            reads = gather([int(p in views) for p in range(size)])
+        except BaseException:
+            words.close()  # at once, not when the exception is forgotten: others may wait for a word already
+            raise
+        # from the next one on, so that not all read the same member's memory at a time
+        others = [(position + i) % size for i in range(1, size)]
+        members = [p for p in others if p in views and reads[p][position]]
+        words.keep(members)
+        if not members:
+            return None
+        is_all = all(reads[p][q] for p in range(size) for q in range(size) if p != q)
+        return cls(own, views, words, members=members, is_all=is_all)
 
-    def carries_any_to(self, bytes_of: Sequence[int]) -> bool:
-        return any(self.carries_to(p, n) for p, n in enumerate(bytes_of))
+    def lay(self, number: int, *parts_of: Sequence[Bytes], over: int) -> None:
+        """Copy exchange `number` into the file, for each near member its part of each of `parts_of`, by position one
+        after the other, and tell it.
 
-    def carries_any_from(self, bytes_of: Sequence[int]) -> bool:
-        return any(self.carries_from(p, n) for p, n in enumerate(bytes_of))
+        over: exchanges numbered below have ended here. Raises RuntimeError for a member that is gone.
+        """
+        lengths = [sum(len(parts[p]) for parts in parts_of) for p in self.members]
+        sizes = [-(-length // _ALIGNED) * _ALIGNED for length in lengths]
+        begin = self._own.take(number, sum(sizes))
+        for p, length, size in zip(self.members, lengths, sizes, strict=True):
+            place = begin
+            for parts in parts_of:
+                end = place + len(parts[p])
+                self._own.bytes[place:end] = parts[p]
+                place = end
+            self._words.say(p, Word(number, begin, length, over))
+            begin += size
 
-    def carries_to(self, position: int, num_bytes: int) -> bool:
-        return position in self.readers and LEAST_BYTES < num_bytes <= self._most_bytes
+    def heard(self, number: int, *, until: float) -> Iterator[tuple[int, Bytes]]:
+        """Each near member and the bytes [n] that it has laid for this one, to be read before this exchange ends.
 
-    def carries_from(self, position: int, num_bytes: int) -> bool:
-        return position in self._views and LEAST_BYTES < num_bytes <= self._most_bytes
+        until: by time.monotonic. Raises RuntimeError for a member that dies or lets that pass.
+        """
+        for p in self.members:
+            word = self._words.hear(p, number, until=until)
+            self._over[p] = max(self._over[p], word.over)
+            yield p, self._views[p][word.place : word.place + word.num_bytes]
+        self._own.free(min(self._over.values()))
 
-    def lay(self, number: int, rows_of: Sequence[torch.Tensor]) -> list[int]:
-        """Copy bytes [n] of exchange `number` into the file; where each begins."""
-        sizes = [-(-len(part) // _ALIGNED) * _ALIGNED for part in rows_of]
-        start = self._own.take(number, sum(sizes))
-        places = []
-        for part, taken in zip(rows_of, sizes, strict=True):
-            self._own.bytes[start : start + len(part)].copy_(part)
-            places.append(start)
-            start += taken
-        return places
-
-    def view(self, position: int, place: int, num_bytes: int) -> torch.Tensor:
-        """[num_bytes] of a member's file: to be read before this exchange ends."""
-        return self._views[position][place : place + num_bytes]
-
-    def forget(self, before: int) -> None:
-        """Exchanges numbered below have been read by all."""
-        self._own.free(before)
+    def close(self) -> None:
+        """Who waits for this member knows at once. Idempotent."""
+        self._words.close()
 
 
 class _OwnFile:
@@ -98,7 +128,7 @@ class _OwnFile:
         except BaseException:
             os.close(self._fd)
             raise
-        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        self.bytes = np.frombuffer(self._map, dtype=np.uint8)
         self._secret = secrets.token_bytes(16)
         self._map[:16] = self._secret
         self._held: dict[int, tuple[int, int]] = {}  # by number of exchange: first byte and the one past the last
@@ -129,7 +159,7 @@ class _OwnFile:
             os.close(self._fd)
 
 
-def _open(told: Sequence[int]) -> torch.Tensor | None:
+def _open(told: Sequence[int]) -> Bytes | None:
     """The bytes of a member's file, None where this process cannot see it."""
     pid, fd, *halves = told
     path = f"/proc/{pid}/fd/{fd}"
@@ -143,7 +173,5 @@ def _open(told: Sequence[int]) -> torch.Tensor | None:
             os.close(handle)
         if view[:16] != b"".join(half.to_bytes(8, "little", signed=True) for half in halves):
             return None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that it must not be written: nobody does
-            return torch.frombuffer(view, dtype=torch.uint8)
+        return np.frombuffer(view, dtype=np.uint8)
     return None
