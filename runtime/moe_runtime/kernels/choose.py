@@ -4,6 +4,7 @@ The one place that decides it, so that a CPU pod never imports triton.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -13,6 +14,11 @@ def runs_triton(tensor: torch.Tensor) -> bool:
 
 
 @cache
+def properties(device: torch.device) -> Any:
+    """Of a GPU. Asking the driver at each launch would show."""
+    return torch.cuda.get_device_properties(device)
+
+
 def multiprocessors(device: torch.device) -> int:
-    """Of the GPU; 1 elsewhere, in Triton's interpreter. Asking the driver at each launch would show."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
+    """Of a GPU; 1 elsewhere, in Triton's interpreter."""
+    return int(properties(device).multi_processor_count) if device.type == "cuda" else 1

@@ -16,7 +16,6 @@ Suffixes: T tokens, D model, F expert hidden, S slots, K picks of a token, B blo
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_core.outcome import InvalidInput
+from moe_runtime.kernels.choose import multiprocessors, properties
 from moe_runtime.kernels.index import SlotRows
 
 LARGE_BLOCK, SMALL_BLOCK = 128, 64
@@ -32,6 +32,7 @@ LARGE_BLOCK, SMALL_BLOCK = 128, 64
 LARGE_TILE_BYTES = 227 << 10
 """Shared memory that the tiles of a large block take, which datacenter GPUs since Hopper have."""
 PROGRAMS_IN_INTERPRETER = 3
+"""Few, so that each goes from tile to tile there too."""
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 """Triton's interpreter knows no machine instructions."""
 
@@ -220,19 +221,14 @@ def precision_of(dtype: torch.dtype) -> str:
     return "tf32x3" if is_exact else "tf32"
 
 
-@cache
-def _properties(device: torch.device) -> Any:
-    return torch.cuda.get_device_properties(device)
-
-
 def num_programs(device: torch.device) -> int:
     """As many as the device runs at a time."""
-    return int(_properties(device).multi_processor_count) if device.type == "cuda" else PROGRAMS_IN_INTERPRETER
+    return multiprocessors(device) if device.type == "cuda" else PROGRAMS_IN_INTERPRETER
 
 
 def block_rows_for(num_picks: int, num_slots: int, device: torch.device) -> int:
     """Rows of a block for an even spread of the picks, which is all that the host knows."""
-    is_large = device.type == "cuda" and _properties(device).shared_memory_per_block_optin >= LARGE_TILE_BYTES
+    is_large = device.type == "cuda" and properties(device).shared_memory_per_block_optin >= LARGE_TILE_BYTES
     return LARGE_BLOCK if is_large and num_picks >= 2 * LARGE_BLOCK * num_slots else SMALL_BLOCK
 
 
