@@ -168,7 +168,7 @@ def test_a_class_without_room_of_its_own_is_refused() -> None:
     two = make_router(6, 2, type="TopK", expert_capacity_factor=1.0, class_capacity_percents=(50, 50))
     tokens = Tokens(SKEWED.x_TD, SKEWED.logits_TE, class_T=torch.full((60,), 2))
     assert route(router, tokens, training()) is not None
-    with pytest.raises(InvalidInput, match=r"classes 0 to 1 \(got a token of class 2\)"):
+    with pytest.raises(InvalidInput, match=r"classes run from 0 to 1 \(got 2 to 2\)"):
         route(two, tokens, training())
     with pytest.raises(InvalidInput, match="needs class_T"):
         route(two, Tokens(SKEWED.x_TD, SKEWED.logits_TE), training())

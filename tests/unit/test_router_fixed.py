@@ -68,8 +68,9 @@ def test_a_balanced_table_without_counts_waits_for_the_weights() -> None:
     assert torch.equal(router(tokens, SERVING).expert_TK, route(saved, tokens).expert_TK)
 
 
-def test_ids_beyond_the_vocabulary_and_missing_ids_are_refused() -> None:
-    router, tokens = make_router(8, 2, type="Hash"), make_tokens(3, 8)
+@pytest.mark.parametrize("kind", ["Hash", "Cached"])
+def test_ids_beyond_the_vocabulary_and_missing_ids_are_refused(kind: str) -> None:
+    router, tokens = make_router(8, 2, type=kind), make_tokens(3, 8)
     with pytest.raises(InvalidInput, match=r"ids run from 0 to 63 \(got 3 to 64\)"):
         route(router, Tokens(tokens.x_TD, tokens.logits_TE, ids_T=torch.tensor([3, 64, 5])))
     with pytest.raises(InvalidInput, match="needs ids_T"):
@@ -103,7 +104,7 @@ def test_a_class_chooses_by_the_gate_among_its_own_experts() -> None:
 
 def test_a_class_without_experts_is_refused() -> None:
     router, tokens = make_router(8, 2, type="Heuristic", heuristic="Class"), make_tokens(3, 8)
-    with pytest.raises(InvalidInput, match=r"classes run from 0 to 1 \(got 2\)"):
+    with pytest.raises(InvalidInput, match=r"classes run from 0 to 1 \(got 0 to 2\)"):
         route(router, Tokens(tokens.x_TD, tokens.logits_TE, class_T=torch.tensor([0, 2, 1])))
 
 

@@ -282,6 +282,7 @@ def make_routed(
                 layer_idx=layer_idx,
                 vocab_size=facts.vocab_size,
                 token_counts_V=counts_V,
+                seed=seed,
             )
         if asked.config.type == "Frozen":
             gate.holder.get_parameter("weight").requires_grad_(False)

@@ -8,10 +8,9 @@ weighs K = 1 by a sigmoid; so is it here, and by a softmax over the chosen for m
 
 import torch
 
-from moe_core.outcome import InvalidInput
 from moe_runtime.router.face import NO_EXPERT, Moment, Tokens
 from moe_runtime.router.noise import seeded
-from moe_runtime.router.picks import Kind, Picks, logits_of
+from moe_runtime.router.picks import Kind, Picks, ids_of, logits_of
 from moe_runtime.router.scores import Scores
 from moe_runtime.router.topk import best
 
@@ -29,11 +28,12 @@ class Cached(Kind):
         since: float,
         distill_coeff: float,
         layer_idx: int,
+        seed: int,
     ) -> None:
         super().__init__()
         self.num_experts, self.top_k, self.since, self.distill_coeff = num_experts, top_k, since, distill_coeff
         self.scores = Scores("Sigmoid", renormalise=False) if top_k == 1 else Scores()
-        generator = seeded(0, layer_idx)
+        generator = seeded(seed, layer_idx)
         self.word_VC = torch.nn.Parameter(torch.randn(vocab_size, width, generator=generator) / width**0.5)
         self.centroid_EC = torch.nn.Parameter(torch.randn(num_experts, width, generator=generator))
         self.table_VK: torch.Tensor
@@ -41,11 +41,10 @@ class Cached(Kind):
         self._coming_VK: torch.Tensor | None = None  # of a step that is not committed yet
 
     def forward(self, tokens: Tokens, moment: Moment) -> Picks:
-        if tokens.ids_T is None:
-            raise InvalidInput("a route by token id needs ids_T (got None)")
+        ids_T = ids_of(tokens, len(self.table_VK))
         logits_TE = logits_of(tokens, self.num_experts)
         score_TE = self.scores.score(logits_TE)
-        by_id_TE = self.word_VC[tokens.ids_T].float() @ self.centroid_EC.float().T
+        by_id_TE = self.word_VC[ids_T].float() @ self.centroid_EC.float().T
         losses: dict[str, torch.Tensor] = {}
         self._coming_VK = None  # a step that failed may have left what an older snapshot is not ready for
         if moment.progress < self.since:
@@ -56,7 +55,7 @@ class Cached(Kind):
                 losses["distill"] = self.distill_coeff * gap / max(1, by_id_TE.shape[0])
         else:
             compete_TE = by_id_TE.detach()
-            written_TK = self.table_VK[tokens.ids_T].long()
+            written_TK = self.table_VK[ids_T].long()
             expert_TK = torch.where(written_TK == NO_EXPERT, best(compete_TE, self.top_k), written_TK)
             if moment.is_training:
                 self._coming_VK = self._written_down()

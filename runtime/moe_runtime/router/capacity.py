@@ -15,15 +15,14 @@
 Capacity is a matter of batches: where tokens do not compete (decoding) a token alone is never beyond it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
-from moe_core.outcome import InvalidInput
+from moe_runtime.kernels.gate import TINY
 from moe_runtime.router.face import NO_EXPERT, Moment, Tokens
-from moe_runtime.router.picks import Picks, count_picks, gather
-from moe_runtime.router.scores import TINY
+from moe_runtime.router.picks import Picks, classes_of, count_picks, gather
 
 LEAST_SHARE = 0.25
 """Of the even share: an expert that nobody wants keeps the room to be discovered."""
@@ -31,12 +30,13 @@ LEAST_SHARE = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """expert_TK after capacity (NO_EXPERT where dropped), weight_TK, pass_TK (None: no queue), and what was counted."""
+    """expert_TK after capacity (NO_EXPERT where dropped), and the fields of a Routing that follow from it."""
 
     expert_TK: torch.Tensor
     weight_TK: torch.Tensor
-    pass_TK: torch.Tensor | None
-    counts: dict[str, int]
+    counts: dict[str, int] = field(default_factory=dict)
+    pass_TK: torch.Tensor | None = None
+    passes: int = 1
 
 
 class Capacity(torch.nn.Module):
@@ -98,28 +98,19 @@ class Capacity(torch.nn.Module):
             expert_TK = _reroute(expert_TK, wanted_TK, picks.score_TE, room_EC, class_T, first=self.first)
             counts["rerouted"] = int(((expert_TK != wanted_TK) & (expert_TK != NO_EXPERT)).sum())
         counts["dropped"] = num_wanted - int((expert_TK != NO_EXPERT).sum())
-        return Placed(expert_TK, self._weights(picks, expert_TK), pass_TK, counts)
+        return Placed(expert_TK, self._weights(picks, expert_TK), counts, pass_TK, self.passes)
 
-    def after_step(self, load_E: torch.Tensor) -> None:
+    def after_step(self, load_E: torch.Tensor) -> None:  # noqa: ARG002  what was wanted counts
         """`load_E` cannot show what was wanted beyond the room: the shares follow what the last forward saw wanted."""
         wanted_E, self._wanted_E = self._wanted_E, None
         if self.wanted_share_E is None or self.decay is None or wanted_E is None or not bool(wanted_E.any()):
             return
-        del load_E
         self.wanted_share_E.mul_(self.decay).add_((1.0 - self.decay) * wanted_E / wanted_E.sum())
 
     def _classes(self, tokens: Tokens) -> torch.Tensor:
-        num_tokens, device = tokens.x_TD.shape[0], tokens.x_TD.device
         if self.num_classes == 1:
-            return torch.zeros(num_tokens, dtype=torch.int64, device=device)
-        if tokens.class_T is None:
-            raise InvalidInput("capacity per class needs class_T, the class of each token (got None)")
-        most = int(tokens.class_T.max()) if num_tokens else 0
-        if most >= self.num_classes:
-            raise InvalidInput(
-                f"capacity is given to classes 0 to {self.num_classes - 1} (got a token of class {most})"
-            )
-        return tokens.class_T.long()
+            return torch.zeros(tokens.x_TD.shape[0], dtype=torch.int64, device=tokens.x_TD.device)
+        return classes_of(tokens, self.num_classes)
 
     def _place(self, expert_TK: torch.Tensor, score_TK: torch.Tensor, class_T: torch.Tensor) -> torch.Tensor:
         """Each pick's place in its expert's (and class's) line, from 0."""

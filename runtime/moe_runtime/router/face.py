@@ -30,7 +30,7 @@ class Tokens:
     ids_T       token ids, where known (hash routing)
     sequence_T  which row of the batch each token belongs to, where known (losses per sequence, Soft MoE)
     position_T  place of each token in its sequence, where known (routes by position)
-    class_T     small integers, e.g. modality; all 0 where nobody says
+    class_T     small integers, e.g. modality, where known
     """
 
     x_TD: torch.Tensor

@@ -8,10 +8,9 @@ ByClass: every class of tokens (modality) has its own stretch of experts, chosen
 
 import torch
 
-from moe_core.outcome import InvalidInput
 from moe_runtime.router.face import Moment, Tokens
 from moe_runtime.router.noise import seeded
-from moe_runtime.router.picks import Kind, Picks, logits_of
+from moe_runtime.router.picks import Kind, Picks, classes_of, logits_of
 from moe_runtime.router.scores import Scores
 from moe_runtime.router.topk import best
 
@@ -49,12 +48,7 @@ class ByClass(Kind):
         self.class_E: torch.Tensor
 
     def forward(self, tokens: Tokens, moment: Moment) -> Picks:  # noqa: ARG002  the same at all times
-        class_T = tokens.class_T
-        if class_T is None:
-            raise InvalidInput("a route by class needs class_T (got None)")
-        if class_T.numel() and not 0 <= int(class_T.min()) <= int(class_T.max()) < self.num_classes:  # device sync
-            raise InvalidInput(f"classes run from 0 to {self.num_classes - 1} (got {int(class_T.max())})")
-        own_TE = class_T[:, None] == self.class_E
+        own_TE = classes_of(tokens, self.num_classes)[:, None] == self.class_E
         logits_TE = logits_of(tokens, self.num_experts).masked_fill(~own_TE, float("-inf"))
         score_TE = self.scores.score(logits_TE)
         return Picks(

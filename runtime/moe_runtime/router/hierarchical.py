@@ -4,6 +4,8 @@ A gate of its own chooses `group_topk` groups, the model's gate the same number 
 softmax over groups and q the softmax inside a group, an expert's weight is p * q, and p * q over all experts sums to 1.
 A token is sent to at most `group_topk` nodes whatever its experts are. SMILE balances both tiers: the group loss evens
 groups, the balance loss over p * q experts.
+
+Suffixes: H groups that a token takes, e experts of a group.
 """
 
 import torch
@@ -27,12 +29,13 @@ class Hierarchical(Kind):
         group_topk: int,
         group_loss_coeff: float,
         layer_idx: int,
+        seed: int,
     ) -> None:
         super().__init__()
         self.num_experts, self.top_k, self.num_groups, self.group_topk = num_experts, top_k, num_groups, group_topk
         self.group_loss_coeff = group_loss_coeff
         self.scores = Scores(before=True, renormalise=False)
-        drawn_GD = torch.randn(num_groups, dim, generator=seeded(0, layer_idx))
+        drawn_GD = torch.randn(num_groups, dim, generator=seeded(seed, layer_idx))
         self.group_gate_GD = torch.nn.Parameter(0.02 * drawn_GD)
 
     def forward(self, tokens: Tokens, moment: Moment) -> Picks:

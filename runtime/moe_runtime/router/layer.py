@@ -51,7 +51,7 @@ class LayerRouter(torch.nn.Module):
         if self.capacity is not None and moment.looks_at_batch:
             placed: Placed = self.capacity(picks, tokens, moment)
         else:
-            placed = Placed(picks.expert_TK, picks.weigh(picks.expert_TK), None, {})
+            placed = Placed(picks.expert_TK, picks.weigh(picks.expert_TK))
         return Routing(
             expert_TK=placed.expert_TK,
             weight_TK=placed.weight_TK,
@@ -60,7 +60,7 @@ class LayerRouter(torch.nn.Module):
             counts=picks.counts | placed.counts,
             soft=picks.soft,
             pass_TK=placed.pass_TK,
-            passes=self.capacity.passes if placed.pass_TK is not None and self.capacity is not None else 1,
+            passes=placed.passes,
         )
 
     def use_layout(self, layout: Layout) -> None:

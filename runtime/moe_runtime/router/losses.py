@@ -84,8 +84,10 @@ class SteeredCoefficient(torch.nn.Module):
         return loss * self.factor * self.coefficient
 
     def after_step(self, load_E: torch.Tensor) -> None:
+        if self.target is None:
+            return
         most = int(load_E.max())  # device sync: once per step and layer
-        if self.target is None or most == 0:
+        if most == 0:
             return
         balancedness = float(load_E.sum()) / (load_E.numel() * most)
         step = 1.0 + self.rate if balancedness < self.target else 1.0 / (1.0 + self.rate)

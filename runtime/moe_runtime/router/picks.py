@@ -58,6 +58,28 @@ def logits_of(tokens: Tokens, num_experts: int) -> torch.Tensor:
     return logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
 
 
+def ids_of(tokens: Tokens, vocab_size: int) -> torch.Tensor:
+    """[T] token ids. Raises InvalidInput when nobody said them, or one is none of the vocabulary's."""
+    if tokens.ids_T is None:
+        raise InvalidInput("a route by token id needs ids_T (got None)")
+    return _below(tokens.ids_T, vocab_size, "token ids")
+
+
+def classes_of(tokens: Tokens, num_classes: int) -> torch.Tensor:
+    """[T] int64. Raises InvalidInput when nobody said them, or one is none of the classes."""
+    if tokens.class_T is None:
+        raise InvalidInput(f"a router of {num_classes} classes of tokens needs class_T (got None)")
+    return _below(tokens.class_T, num_classes, "classes").long()
+
+
+def _below(number_T: torch.Tensor, count: int, what: str) -> torch.Tensor:
+    if number_T.numel():
+        low, high = int(number_T.min()), int(number_T.max())  # device sync
+        if low < 0 or high >= count:
+            raise InvalidInput(f"{what} run from 0 to {count - 1} (got {low} to {high})")
+    return number_T
+
+
 def gather(values_TE: torch.Tensor, expert_TK: torch.Tensor, *, missing: float) -> torch.Tensor:
     """values_TE at each pick, `missing` at NO_EXPERT."""
     picked_TK = values_TE.gather(1, expert_TK.clamp_min(0))

@@ -48,13 +48,14 @@ class Recipe:
     layer_idx: int
     vocab_size: int | None
     token_counts_V: torch.Tensor | None
+    seed: int
 
     def option(self, name: str) -> Any:
         value = getattr(self.config, name)
         return DEFAULTS.get(name) if value is None else value
 
     @property
-    def ids(self) -> int:
+    def num_ids(self) -> int:
         """The number of token ids. Raises InvalidInput where nobody said it."""
         if self.vocab_size is None:
             raise InvalidInput(f"router {self.config.type}: routes by token id need vocab_size (got None)")
@@ -121,11 +122,12 @@ def _hierarchical(recipe: Recipe) -> Kind:
         group_topk=group_topk,
         group_loss_coeff=recipe.option("group_aux_loss_coeff") or 0.0,
         layer_idx=recipe.layer_idx,
+        seed=recipe.seed,
     )
 
 
 def _hash(recipe: Recipe) -> Kind:
-    vocab_size, count_V = recipe.ids, recipe.token_counts_V
+    vocab_size, count_V = recipe.num_ids, recipe.token_counts_V
     seed, layer_idx = recipe.option("seed"), recipe.layer_idx
     num_experts, top_k = recipe.num_experts, recipe.top_k
     table_VK = None
@@ -173,6 +175,7 @@ KINDS: dict[RouterType, Callable[[Recipe], Kind]] = {
         rows=r.option("rows_per_expert"),
         normalised=r.option("soft_normalize"),
         layer_idx=r.layer_idx,
+        seed=r.seed,
     ),
     "Sinkhorn": lambda r: Sinkhorn(
         num_experts=r.num_experts,
@@ -194,11 +197,12 @@ KINDS: dict[RouterType, Callable[[Recipe], Kind]] = {
     "Cached": lambda r: Cached(
         num_experts=r.num_experts,
         top_k=r.top_k,
-        vocab_size=r.ids,
+        vocab_size=r.num_ids,
         width=r.option("cached_dim"),
         since=r.option("cached_from_percent") / 100,
         distill_coeff=r.option("distill_loss_coeff"),
         layer_idx=r.layer_idx,
+        seed=r.seed,
     ),
 }
 """Every type but Custom, which is no kind: its class answers with a whole routing."""
@@ -213,10 +217,12 @@ def build_router(
     layer_idx: int,
     vocab_size: int | None = None,
     token_counts_V: torch.Tensor | None = None,
+    seed: int = 0,
 ) -> LayerRouter | CustomRouter:
     """The router of MoE layer `layer_idx`: `top_k` of `num_experts` per token, tokens of width `dim`.
 
-    What is drawn at random comes from the config's seed and the layer alone, so that all ranks build the same.
+    Tables and fixed gates are drawn from the config's seed, what is learned begins at `seed`; both by layer and nothing
+    else, so that all ranks build the same.
     vocab_size is needed by routes per token id, token_counts_V [V] (how often each id occurs) by a balanced hash.
     Raises InvalidInput when router and model do not fit.
     """
@@ -231,7 +237,7 @@ def build_router(
             layer_idx=layer_idx,
             options=config.options or {},
         )
-    recipe = Recipe(config, num_experts, top_k, dim, layer_idx, vocab_size, token_counts_V)
+    recipe = Recipe(config, num_experts, top_k, dim, layer_idx, vocab_size, token_counts_V, seed)
     capacity = None
     if config.expert_capacity_factor is not None and config.type != "ExpertChoice":
         capacity = Capacity(

@@ -11,11 +11,10 @@ from typing import Literal
 
 import torch
 
+from moe_runtime.kernels.gate import TINY
 from moe_runtime.router.picks import gather
 
 ScoreFunction = Literal["Softmax", "Sigmoid", "SqrtSoftplus"]
-TINY = 1e-20
-"""Keeps a sum of scores that all underflowed from dividing by zero."""
 
 
 @dataclass(frozen=True, slots=True)

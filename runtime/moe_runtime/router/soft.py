@@ -19,10 +19,10 @@ from moe_runtime.router.picks import Kind, Picks
 class SoftMoE(Kind):
     looks_ahead = True
 
-    def __init__(self, *, num_experts: int, dim: int, rows: int, normalised: bool, layer_idx: int) -> None:
+    def __init__(self, *, num_experts: int, dim: int, rows: int, normalised: bool, layer_idx: int, seed: int) -> None:
         super().__init__()
         self.num_experts, self.rows, self.normalised = num_experts, rows, normalised
-        drawn_DP = torch.randn(dim, num_experts * rows, generator=seeded(0, layer_idx))
+        drawn_DP = torch.randn(dim, num_experts * rows, generator=seeded(seed, layer_idx))
         self.phi_DP = torch.nn.Parameter(drawn_DP / dim**0.5)
         self.scale = torch.nn.Parameter(torch.ones(())) if normalised else None
 

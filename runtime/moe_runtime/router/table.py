@@ -14,7 +14,7 @@ import torch
 from moe_core.outcome import InvalidInput
 from moe_runtime.router.face import NO_EXPERT, Moment, Tokens
 from moe_runtime.router.noise import seeded
-from moe_runtime.router.picks import Kind, Picks
+from moe_runtime.router.picks import Kind, Picks, ids_of
 
 
 class Hash(Kind):
@@ -28,16 +28,8 @@ class Hash(Kind):
         self.table_VK: torch.Tensor
 
     def forward(self, tokens: Tokens, moment: Moment) -> Picks:  # noqa: ARG002  the same at all times
-        ids_T = tokens.ids_T
-        if ids_T is None:
-            raise InvalidInput("a route by token id needs ids_T (got None)")
-        vocab_size = self.table_VK.shape[0]
-        if ids_T.numel() and not 0 <= int(ids_T.min()) <= int(ids_T.max()) < vocab_size:  # device sync
-            raise InvalidInput(
-                f"token ids run from 0 to {vocab_size - 1} (got {int(ids_T.min())} to {int(ids_T.max())})"
-            )
-        expert_TK = self.table_VK[ids_T]
-        if bool((expert_TK == NO_EXPERT).any()):
+        expert_TK = self.table_VK[ids_of(tokens, len(self.table_VK))]
+        if bool((expert_TK == NO_EXPERT).any()):  # device sync
             raise InvalidInput("the table of routes was neither built from token counts nor loaded with the weights")
         return by_table(expert_TK, tokens, self.num_experts)
 

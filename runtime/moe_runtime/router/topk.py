@@ -52,12 +52,12 @@ class TopK(Kind):
 
     def rule(self) -> GateRule | None:
         """What the kernel is to do; None: this router does what the kernel does not."""
-        grouped = self.groups is not None and not self.groups.by_device
-        if self.locality is not None or (self.groups is not None and not grouped):
+        groups = self.groups
+        if self.locality is not None or (groups is not None and groups.by_device):
             return None
         if self.scores.function == "SqrtSoftplus":
             return None
-        num_groups = self.groups.holds_GE.shape[0] if self.groups is not None else 1
+        num_groups = groups.holds_GE.shape[0] if groups is not None else 1
         over_chosen = self.scores.function == "Softmax" and (self.scores.renormalise or not self.scores.before)
         return GateRule(
             top_k=self.top_k,
@@ -66,8 +66,8 @@ class TopK(Kind):
             renormalise=self.scores.renormalise and not over_chosen,
             scale=self.scores.scale,
             num_groups=num_groups,
-            group_topk=min(num_groups, self.groups.group_topk) if self.groups is not None else 1,
-            group_best=min(self.groups.best, self.num_experts // num_groups) if self.groups is not None else 1,
+            group_topk=min(num_groups, groups.group_topk) if groups is not None else 1,
+            group_best=min(groups.best, self.num_experts // num_groups) if groups is not None else 1,
         )
 
     def forward(self, tokens: Tokens, moment: Moment) -> Picks:
