@@ -223,6 +223,10 @@ def test_a_checkpoint_is_scored_whole_and_without_experts(begin: Callable[..., T
     assert held.generalist is not None and held.drop is not None
     assert held.num_lost == 4 * train_tasks.NUM_LAYERS
     assert min(held.generalist, held.drop) > held.full
+    dealt_out = evaluate_checkpoint(trainer.output, data=trainer.config.data, lost=lost, workers=3)
+    figures = [(one.full, one.generalist, one.drop) for one in (dealt_out, held)]
+    assert figures[0] == pytest.approx(figures[1], abs=1e-9)
+    assert (dealt_out.num_bytes, dealt_out.order2) == (held.num_bytes, held.order2)
 
 
 def test_a_failed_publication_leaves_no_mixture(begin: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch) -> None:

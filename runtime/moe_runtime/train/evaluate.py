@@ -11,6 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -96,10 +97,21 @@ def heldout_bits(
     return _heldout_bits(epm, text_N, chosen, group)
 
 
-@torch.no_grad()
 def _heldout_bits(epm: ExpertParallelModel, text_N: Bytes_N, chosen: Sample, group: Group | None) -> float:
     size, position = (group.size, group.position) if group is not None else (1, 0)
-    windows = chosen.windows(text_N)
+    sums = _score(epm, chosen.windows(text_N), chosen.scored, position=position, size=size)
+    if group is not None and group.size > 1:
+        group.all_reduce_sum(sums)
+    return _bits(sums)
+
+
+def _bits(sums: torch.Tensor) -> float:
+    return float(sums[0] / sums[1]) / math.log(2.0)
+
+
+@torch.no_grad()
+def _score(epm: ExpertParallelModel, windows: Ids_BQ, scored: int, *, position: int, size: int) -> torch.Tensor:
+    """[2] float64: nats and scored bytes of the batches that fall to `position` of `size`."""
     rounds = math.ceil(len(windows) / (size * BATCH))
     device = next(parameter for _, parameter in epm.dense_parameters()).device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
@@ -107,15 +119,13 @@ def _heldout_bits(epm: ExpertParallelModel, text_N: Bytes_N, chosen: Sample, gro
         first = (number * size + position) * BATCH
         mine = windows[first : first + BATCH]
         ids_BQ = torch.from_numpy(mine if len(mine) else windows[:1]).to(device)
-        logits = epm.module(input_ids=ids_BQ[:, :-1], use_cache=False).logits[:, -chosen.scored :]
+        logits = epm.module(input_ids=ids_BQ[:, :-1], use_cache=False).logits[:, -scored:]
         if len(mine):
-            targets = ids_BQ[:, -chosen.scored :].reshape(-1)
+            targets = ids_BQ[:, -scored:].reshape(-1)
             nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum")
             sums += torch.stack([nats.double(), nats.new_tensor(targets.numel(), dtype=torch.float64)])
         epm.rollback()
-    if group is not None and group.size > 1:
-        group.all_reduce_sum(sums)
-    return float(sums[0] / sums[1]) / math.log(2.0)
+    return sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +151,11 @@ def evaluate_checkpoint(
     lost: Iterable[tuple[int, int]] = (),
     num_bytes: int = SCORED_BYTES,
     router_class: str | None = None,
+    workers: int = 1,
 ) -> Held:
     """Score a checkpoint in this process: whole, and with the (MoE layer, logical expert) pairs of `lost` gone.
 
-    `length` None takes the window it was trained with.
+    `length` None takes the window it was trained with. Each of `workers` threads has the model for itself.
 
     Raises OSError, InvalidInput, DataError.
     """
@@ -156,23 +167,37 @@ def evaluate_checkpoint(
     gone = frozenset(lost)
     source = ModelSource(path=str(folder), router_class=router_class)
 
-    def load(missing: frozenset[tuple[int, int]]) -> ExpertParallelModel:
-        epm = ExpertParallelModel.load(source, expert_map=map_without(folder, missing), rank=0)
-        prefer_plain_attention(epm, length=length)
-        return epm
+    windows = chosen.windows(corpus.heldout_N)
+
+    def load(missing: frozenset[tuple[int, int]]) -> list[ExpertParallelModel]:
+        expert_map = map_without(folder, missing)
+        copies = [ExpertParallelModel.load(source, expert_map=expert_map, rank=0) for _ in range(workers)]
+        for epm in copies:
+            prefer_plain_attention(epm, length=length)
+        return copies
+
+    def score(copies: Sequence[ExpertParallelModel]) -> float:
+        """Dealt out batch by batch, as to ranks, so that every batch is the same however many workers there are."""
+
+        def share(position: int) -> torch.Tensor:
+            return _score(copies[position], windows, chosen.scored, position=position, size=workers)
+
+        with ThreadPoolExecutor(workers) as pool:
+            return _bits(torch.stack(list(pool.map(share, range(workers)))).sum(0))
 
     whole = load(frozenset())
-    full = heldout_bits(whole, corpus.heldout_N, chosen)
+    full = score(whole)
     whole_text = None
-    if whole.routed is not None and whole.routed.looks_ahead:
-        whole_text = heldout_bits(whole, corpus.heldout_N, chosen, whole_texts=True)
+    if whole[0].routed is not None and whole[0].routed.looks_ahead:
+        whole_text = heldout_bits(whole[0], corpus.heldout_N, chosen, whole_texts=True)
     generalist = drop = None
     if gone:
         injured = load(gone)
         if read_generalists(folder) is not None:
-            generalist = heldout_bits(injured, corpus.heldout_N, chosen)
-        injured.use_generalists(None)
-        drop = heldout_bits(injured, corpus.heldout_N, chosen)
+            generalist = score(injured)
+        for epm in injured:
+            epm.use_generalists(None)
+        drop = score(injured)
     known = summary is not None and (summary.window, summary.heldout_bytes, summary.text) == (
         chosen.length,
         chosen.num_bytes,
@@ -226,9 +251,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--lost", default="", help="layer:expert pairs, comma-separated; an expert alone is lost in every layer"
     )
+    parser.add_argument("--workers", type=int, default=1, help="threads, each with the model for itself")
     parser.add_argument("--router-class", help="module:Class of the checkpoint's router, if that is one of your own")
     given = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # more of them wait for each other in a loop, which is slower beside other work
+    if given.workers < 1:
+        parser.error(f"--workers must be at least 1, not {given.workers}")
+    torch.set_num_threads(1)  # in one operation more of them wait for each other in a loop: 25 s instead of 2
     held = evaluate_checkpoint(
         given.checkpoint,
         data=given.data,
@@ -236,6 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lost=parse_lost(given.lost, num_layers=map_without(given.checkpoint, frozenset()).num_layers),
         num_bytes=given.bytes,
         router_class=given.router_class,
+        workers=given.workers,
     )
     sys.stdout.write(json.dumps(asdict(held)) + "\n")
     return 0
