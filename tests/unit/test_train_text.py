@@ -8,7 +8,7 @@ import pytest
 
 from moe_runtime.train.data import SKIPPED_FOLDERS, DataError, WindowOrder, is_held_out, load_corpus
 from moe_runtime.train.evaluate import sample
-from moe_runtime.train.order2 import Order2Model
+from moe_runtime.train.order2 import _TUNING_BLOCK, DISCOUNTS, Order2Model
 
 LENGTH = 17
 
@@ -53,6 +53,15 @@ def test_the_standard_librarys_tests_are_left_out() -> None:
     names = corpus.training_files + corpus.heldout_files
     assert len(names) > 300
     assert not [name for name in names if SKIPPED_FOLDERS & set(name.split("/")[:-1])]
+
+
+def test_hidden_files_and_folders_are_no_text(folder: Path) -> None:
+    before = load_corpus(str(folder))
+    load_corpus.cache_clear()
+    (folder / ".hidden").write_text("hidden")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("hidden as well")
+    assert load_corpus(str(folder)).digest == before.digest
 
 
 def test_files_with_a_nul_are_no_text(folder: Path) -> None:
@@ -130,6 +139,17 @@ def test_order2_equals_a_small_example_by_hand() -> None:
 def test_order2_learns_text_that_two_bytes_decide() -> None:
     text = _text("abc" * 3000)
     assert Order2Model.fitted(text).bits_per_byte(text) < 0.01
+
+
+def test_order2_takes_the_discounts_that_are_best_on_the_part_set_aside() -> None:
+    text = np.random.default_rng(3).choice(np.frombuffer(b"abcd", dtype=np.uint8), 60_000, p=[0.6, 0.25, 0.1, 0.05])
+    aside = np.arange(len(text)) // _TUNING_BLOCK % 10 == 9
+    rest = {
+        pair: Order2Model.counted(text[~aside], discount2=pair[0], discount1=pair[1]).bits_per_byte(text[aside])
+        for pair in itertools.product(DISCOUNTS, DISCOUNTS)
+    }
+    model = Order2Model.fitted(text)
+    assert rest[model.discount2, model.discount1] == pytest.approx(min(rest.values()), abs=1e-12)
 
 
 def test_order2_scores_only_the_marked_bytes() -> None:
