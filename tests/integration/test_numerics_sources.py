@@ -1,5 +1,8 @@
 """Where weights come from: seeds that do not know the layout, checkpoints of all namings, and refusals that say why."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +208,17 @@ def test_a_checkpoint_that_holds_what_is_no_number_is_refused_by_name(
     whole = emap((8,), tuple(range(8)), num_layers=3, num_experts=8)
     with pytest.raises(InvalidInput, match=named):
         ExpertParallelModel.load(ModelSource(path=str(tmp_path)), expert_map=whole, rank=0)
+
+
+def test_a_model_brings_no_optimisers_of_scipy_along() -> None:
+    code = (
+        "import sys; from transformers.utils import is_scipy_available as known\n"
+        "from moe_core.contract.runtime_config import ModelShape, ModelSource\n"
+        "from moe_runtime.experts.families import read_facts\n"
+        f"read_facts(ModelSource(shape=ModelShape(**{SHAPE.model_dump()!r})))\n"
+        "from transformers.utils import is_scipy_available as now\n"
+        "print('scipy.optimize' in sys.modules, 'transformers.loss.loss_utils' in sys.modules, now is known)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True", "True"]

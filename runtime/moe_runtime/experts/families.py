@@ -20,6 +20,7 @@ from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.packing import CONFIG_KEY
 from moe_core.contract.runtime_config import ModelShape, ModelSource
 from moe_core.outcome import InvalidInput, MoeratorError
+from moe_runtime.experts.lean_transformers import load_losses_without_scipy
 from moe_runtime.experts.packed_config import read_packed
 
 DISPATCH_STYLES = ("ep_dispatch_experts", "moe_tp_experts")
@@ -169,6 +170,7 @@ def _refuse_irreplayable(config: Any, family: str) -> None:
 
 def _architecture_of(config: Any) -> Any:
     """The model class: the one that the checkpoint names, else the family's causal or image-and-text language model."""
+    load_losses_without_scipy()
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
