@@ -21,9 +21,9 @@ from moe_core.contract.names import (
 )
 from moe_core.facts import ApplyObject, BindPod, CreatePod, DeletePod, EnsureToken, PodFact, Wish
 from moe_core.outcome import InvalidSpec
-from moe_operator.cluster import local_pods
+from moe_operator.cluster import local_ends
 from moe_operator.cluster.local import LocalCluster
-from moe_operator.cluster.local_pods import LocalPod
+from moe_operator.cluster.local_pod import LocalPod
 from moe_operator.cluster.protocol import Conflict, Foreign, Key
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(60)]
@@ -278,7 +278,7 @@ async def test_used_room_counts_other_owners_only(cluster: LocalCluster) -> None
 async def test_a_pod_whose_first_process_is_stopped_ends_all_the_same(
     cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local_pods, "END_WITHIN_S", 0.5)
+    monkeypatch.setattr(local_ends, "END_WITHIN_S", 0.5)
     pod = await start(cluster, "tiny-svc-rank-0-0", "rank", restartPolicy="Never")
     await until(lambda: bool(runs(pod)))
     [program] = runs(pod)
@@ -290,8 +290,18 @@ async def test_a_pod_whose_first_process_is_stopped_ends_all_the_same(
     await until(lambda: not is_alive(program))
 
 
+async def test_the_end_of_a_pod_takes_nothing_of_a_pod_that_is_starting(cluster: LocalCluster) -> None:
+    ending = await start(cluster, "tiny-svc-rank-0-0", "rank", "exit", "3", restartPolicy="Never")
+    environ = {**os.environ, "MOERATOR_RUN": str(cluster.folder), "MOERATOR_POD_UID": "another"}
+    newborn = await asyncio.create_subprocess_exec("sleep", "60", env=environ)  # not known to the kubelet yet
+    await until(lambda: ending.phase == "Failed")
+    assert newborn.returncode is None
+    newborn.kill()
+    await newborn.wait()
+
+
 async def test_a_shell_closes_though_a_first_process_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_pods, "END_WITHIN_S", 0.5)
+    monkeypatch.setattr(local_ends, "END_WITHIN_S", 0.5)
     async with LocalCluster(program=STAND_IN) as cluster:
         cluster.apply(service())
         pod = await start(cluster, "tiny-svc-rank-0-0", "rank", restartPolicy="Never")

@@ -38,7 +38,7 @@ from moe_core.spec.load import broken_changes
 from moe_operator.cluster.local_crew import Crew
 from moe_operator.cluster.local_machine import Ports, node_fact
 from moe_operator.cluster.local_model import has_checkpoint, read_model
-from moe_operator.cluster.local_pods import LocalPod
+from moe_operator.cluster.local_pod import LocalPod
 from moe_operator.cluster.local_runs import make_run_folder
 from moe_operator.cluster.local_store import Manifest, ObjectStore, key_of, owner_uid_of
 from moe_operator.cluster.protocol import Conflict, Foreign, Key, RuntimeFace, Unavailable

@@ -10,8 +10,9 @@ from typing import Any
 from moe_core.contract.names import LABEL_ROLE, ROLE_GATEWAY, ROLE_NODE, ROLE_RANK, pod_name
 from moe_core.contract.runtime_config import ENV_ROLE, ENV_SHARED_RAY
 from moe_core.facts import PodFact
+from moe_operator.cluster.local_kubelet import Kubelet
 from moe_operator.cluster.local_machine import NODE_NAME, Ports
-from moe_operator.cluster.local_pods import Kubelet, LocalPod
+from moe_operator.cluster.local_pod import LocalPod
 from moe_operator.cluster.local_store import Manifest, ObjectStore, owner_uid_of
 
 

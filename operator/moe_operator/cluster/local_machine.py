@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_core.facts import NodeFact
 from moe_core.topology.quantity import request_of
-from moe_operator.cluster.local_pods import LocalPod
+from moe_operator.cluster.local_pod import LocalPod
 
 NODE_NAME = "localhost"
 MAX_PODS = 110
