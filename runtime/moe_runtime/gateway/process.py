@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import signal
 import socket
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,11 @@ from moe_runtime.gateway.replay import RankForgot, RankUnreachable
 from moe_runtime.gateway.scout import Scout
 from moe_runtime.gateway.tokenizer import load_tokenizer
 from moe_runtime.host.pod_env import PodEnv
+from moe_runtime.host.ray_driver import join_ray
 from moe_runtime.host.ray_env import head_listens, is_loopback, ray_temp_dir
 from moe_runtime.rank.desk import Poll, UnknownRequest
 
 _CALL_S = 3.0
-_CONNECT_S = 120.0
 
 
 class RayRanks:
@@ -88,26 +87,6 @@ class RayRanks:
             del self._handles[pod_uid]
 
 
-def _connect(env: PodEnv) -> None:
-    """Join the Ray cluster as a driver; waits for its head. Raises ConnectionError after two minutes."""
-    deadline = time.monotonic() + _CONNECT_S
-    while True:
-        try:
-            ray.init(
-                address=env.ray_address,
-                namespace=env.ray_namespace,
-                _node_ip_address=env.pod_ip,
-                _temp_dir=str(ray_temp_dir(env)),
-                log_to_driver=False,
-                configure_logging=False,
-            )
-            return
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            if time.monotonic() > deadline:
-                raise ConnectionError(f"no Ray at {env.ray_address}: {error}") from error
-            time.sleep(0.5)
-
-
 def _take_signals_back() -> None:
     """Ray's core puts its own handler for SIGTERM (a stack trace, then death) over the one of the pod's event loop."""
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -140,7 +119,13 @@ async def serve_gateway(
         if not is_shared:
             await _open(runner, listener, waiting)
         await head_listens(env)
-        await asyncio.to_thread(_connect, env)
+        await asyncio.to_thread(
+            join_ray,
+            address=env.ray_address,
+            namespace=env.ray_namespace,
+            node_ip=env.pod_ip,
+            temp_dir=str(ray_temp_dir(env)),
+        )
         _take_signals_back()
         scout = Scout(env, directory, ranks, face)
         tasks = [asyncio.create_task(scout.follow_coordinator()), asyncio.create_task(scout.ask_ranks())]

@@ -12,32 +12,47 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 READY_LINE = "ray node is up"
 _REGISTER_S = 150.0
 """Ray gives a node 30 s to register; on two cores with a load of 14 that was not enough."""
 
 
-def _patient(get_node: Callable[[str, str], Any]) -> Callable[[str, str], Any]:
-    """Ray's look-up of a node that is starting, asked again and again instead of giving up."""
+def _patient(ask: Callable[..., T]) -> Callable[..., T]:
+    """A question of Ray's to a node or a head that is starting, asked again and again instead of giving up."""
 
-    def ask(gcs_address: str, node_id: str) -> Any:
+    def answered(*arguments: Any, **options: Any) -> T:
         deadline = time.monotonic() + _REGISTER_S
         while True:
             try:
-                return get_node(gcs_address, node_id)
+                return ask(*arguments, **options)
             except RuntimeError:
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(0.1)
+                time.sleep(0.05)
 
-    return ask
+    return answered
+
+
+def _read(gcs_client: Any, key: str, namespace: bytes, **_: Any) -> bytes:
+    """What a head has written under a key. Ray looks every two seconds, and a head writes a moment after it listens."""
+    from ray.exceptions import RpcError
+
+    try:
+        value: bytes | None = gcs_client.internal_kv_get(key.encode(), namespace)
+    except RpcError as error:
+        raise RuntimeError(f"no head to read {key!r} from: {error}") from error
+    if not value:
+        raise RuntimeError(f"the head has not written {key!r}")
+    return value
 
 
 def main() -> None:
     options: dict[str, Any] = json.loads(sys.argv[1])
     import ray._private.services as ray_services
+    import ray._private.utils as ray_utils
     from ray._private.node import Node
     from ray._private.parameter import RayParams
 
@@ -48,6 +63,7 @@ def main() -> None:
             """Nothing: no dashboard."""
 
     ray_services.get_node = _patient(ray_services.get_node)
+    ray_utils.internal_kv_get_with_retry = _patient(_read)
     # The per-node agent is started in its minimal form: no dashboard modules, half the memory.
     ray_services.ray._private.utils.get_dashboard_dependency_error = lambda: ImportError("not wanted")
     head = bool(options["head"])

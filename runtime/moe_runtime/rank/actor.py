@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import threading
-import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from moe_core.contract.runtime_config import RuntimeConfig
 from moe_runtime.engine.scheduler import GenerationRequest
 from moe_runtime.host import last_words
 from moe_runtime.host.heartbeat import Heartbeat
+from moe_runtime.host.ray_driver import join_ray
 from moe_runtime.rank.boot import RankBoot
 from moe_runtime.rank.desk import Desk, Poll
 
@@ -116,23 +116,16 @@ def _redirect_output(path: Path) -> None:
 def create() -> None:
     """Run by the guard in a process that ends then: `python -c '...create()' BOOT_JSON`. Exit code 0: it began."""
     boot: dict[str, Any] = json.loads(sys.argv[1])
-    deadline = time.monotonic() + _CREATE_S
-    while True:
-        try:
-            ray.init(
-                address=boot["ray_address"],
-                namespace=boot["ray_namespace"],
-                _node_ip_address=boot["pod_ip"],
-                _temp_dir=boot["ray_temp_dir"],
-                log_to_driver=False,
-                configure_logging=False,
-            )
-            break
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            if time.monotonic() > deadline:
-                print(f"no Ray node to start the rank on: {error}", file=sys.stderr, flush=True)
-                os._exit(1)
-            time.sleep(0.3)
+    try:
+        join_ray(
+            address=boot["ray_address"],
+            namespace=boot["ray_namespace"],
+            node_ip=boot["pod_ip"],
+            temp_dir=boot["ray_temp_dir"],
+        )
+    except ConnectionError as error:
+        print(f"no Ray node to start the rank on: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
     config = RuntimeConfig.parse(Path(boot["config_path"]).read_bytes())
     node_id = ray.get_runtime_context().get_node_id()
     name = rank_actor_name(boot["pod_uid"])
