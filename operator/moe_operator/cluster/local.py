@@ -36,20 +36,19 @@ from moe_core.outcome import InvalidSpec
 from moe_core.spec.kinds import KIND_OF_NAME
 from moe_core.spec.load import broken_changes
 from moe_operator.cluster.local_crew import Crew
+from moe_operator.cluster.local_dirty import DirtyKeys
 from moe_operator.cluster.local_machine import Ports, node_fact
 from moe_operator.cluster.local_model import has_checkpoint, read_model
 from moe_operator.cluster.local_pod import LocalPod
 from moe_operator.cluster.local_runs import make_run_folder
+from moe_operator.cluster.local_runtimes import Runtimes
 from moe_operator.cluster.local_store import Manifest, ObjectStore, key_of, owner_uid_of
 from moe_operator.cluster.protocol import Conflict, Foreign, Key, RuntimeFace, Unavailable
 from moe_operator.observe import object_fact, topology_levels, wish_of
-from moe_operator.runtime_client import RuntimeClient
 
 logger = logging.getLogger(__name__)
 
 POD_PROGRAM = (sys.executable, "-m", "moe_runtime.pod")
-REST_S = 0.15
-"""Ranks report many times a second; looking at each report would take a tenth of a core from them."""
 MIRROR_EVERY_S = 0.5
 OWNER_KINDS: tuple[Kind, ...] = ("MoEJob", "MoEService")
 RESOURCE_KINDS: tuple[Kind, ...] = (*OWNER_KINDS, "MoEDrill")
@@ -62,21 +61,17 @@ class LocalCluster:
         self.folder = folder or make_run_folder()
         self._keep = keep
         self._store = ObjectStore(self.folder / "objects", clock=time.time)
-        self._ports = Ports()
+        ports = Ports()
+        self._runtimes = Runtimes(self._store, ports, mark=self._mark)
         self._crew = Crew(
             program,
             folder=self.folder,
             store=self._store,
-            ports=self._ports,
+            ports=ports,
             on_change=self._mark_owner,
             on_gone=self._room_is_free,
         )
-        self._ports_of: dict[str, dict[str, int]] = {}
-        self._clients: dict[str, RuntimeClient] = {}
-        self._closing: set[asyncio.Task[None]] = set()
-        self._dirty: dict[Key, None] = {}
-        self._dirty_event = asyncio.Event()
-        self._changed = asyncio.Event()
+        self._dirty = DirtyKeys()
         self._num_events = 0
         self._has_checkpoint: dict[str, bool] = {}
         self._mirroring = asyncio.create_task(self._mirror(), name="mirror")
@@ -89,9 +84,7 @@ class LocalCluster:
 
     async def close(self) -> None:
         """Kill every pod and remove the run folder."""
-        clients = [client.close() for client in self._clients.values()]
-        self._clients.clear()
-        for outcome in await asyncio.gather(self._crew.close(), *clients, *self._closing, return_exceptions=True):
+        for outcome in await asyncio.gather(self._crew.close(), *self._runtimes.ends(), return_exceptions=True):
             if isinstance(outcome, BaseException):  # none of them may keep the others from ending
                 logger.error("while closing", exc_info=outcome)
         self._mirroring.cancel()
@@ -138,32 +131,23 @@ class LocalCluster:
     def state_of(self, key: Key) -> RuntimeFace | None:
         """Face of the coordinator of a job or service, None before it has pods."""
         thing = self.resource(key)
-        return self._clients.get(thing["metadata"]["uid"]) if thing else None
+        return self._runtimes.of(thing["metadata"]["uid"]) if thing else None
 
     def port_of(self, key: Key, use: str) -> int:
         """Loopback port by use: coordinator, ray, gateway."""
         thing = self.resource(key)
         if thing is None:
             raise KeyError(str(key))
-        return self._ports_for(thing)[use]
+        return self._runtimes.ports_of(thing)[use]
 
     async def changed(self) -> None:
         """Wait until anything changes."""
-        await self._changed.wait()
+        await self._dirty.changed()
 
     # Observation.
 
-    async def dirty(self) -> AsyncIterator[Key]:
-        loop = asyncio.get_running_loop()
-        looked_at = 0.0
-        while True:
-            await self._dirty_event.wait()
-            await asyncio.sleep(looked_at + REST_S - loop.time())
-            looked_at = loop.time()
-            self._dirty_event.clear()
-            keys, self._dirty = list(self._dirty), {}
-            for key in keys:
-                yield key
+    def dirty(self) -> AsyncIterator[Key]:
+        return self._dirty.taken()
 
     async def observe(self, key: Key) -> tuple[Wish, Facts] | None:
         thing = self.resource(key)
@@ -173,7 +157,7 @@ class LocalCluster:
         if wish.kind == "MoEDrill":
             return wish, Facts(target=self._target(wish), local=True)
         own = frozenset(pod.uid for pod in self._crew.of(wish.uid, with_node=True))
-        client = self._clients.get(wish.uid)
+        client = self._runtimes.of(wish.uid)
         facts = Facts(
             nodes=(node_fact(self.pods(), own=own),),
             pods=self._crew.facts(wish.uid),
@@ -187,7 +171,7 @@ class LocalCluster:
             runtime=client.state if client else None,
             put_generation=client.put_generation if client else None,
             local=True,
-            ports=self._ports_for(thing),
+            ports=self._runtimes.ports_of(thing),
         )
         return wish, facts
 
@@ -249,7 +233,7 @@ class LocalCluster:
         if wish.kind == "MoEDrill":
             target = self._target(wish)
             uid = target.wish.uid if target else ""
-        client = self._clients.get(uid)
+        client = self._runtimes.of(uid)
         if client is None:
             raise Unavailable(f"{wish.kind}/{wish.name}: no coordinator has been started yet", retry_after=1.0)
         return client
@@ -275,7 +259,7 @@ class LocalCluster:
             "involvedObject": {"kind": wish.kind, "name": wish.name, "uid": wish.uid},
         }
         self._store.put_child(manifest, owner=self._owner(wish))
-        self._pulse()
+        self._dirty.pulse()
 
     # Inside.
 
@@ -309,39 +293,12 @@ class LocalCluster:
         return pod
 
     def _run(self, pod: LocalPod, owner: Manifest) -> None:
-        if owner["metadata"]["uid"] not in self._clients:
-            self._follow_runtime(owner)
+        self._runtimes.follow(owner)
         self._crew.run(pod, owner=owner)
-
-    def _follow_runtime(self, owner: Manifest) -> None:
-        uid = owner["metadata"]["uid"]
-        client = RuntimeClient(
-            f"http://127.0.0.1:{self._ports_for(owner)['coordinator']}",
-            token=lambda: self._token(uid),
-            on_change=lambda: self._mark(owner),
-        )
-        self._clients[uid] = client
-        client.start()
-
-    def _token(self, uid: str) -> str | None:
-        for child in self._store.children(uid):
-            if child["kind"] == "Secret":
-                return str(child["stringData"][TOKEN_KEY])
-        return None
 
     def _model(self, wish: Wish) -> ModelFact | None:
         path = wish.spec.get("model", {}).get("path") if isinstance(wish.spec.get("model"), Mapping) else None
         return read_model(Path(path)) if wish.kind == "MoEService" and isinstance(path, str) else None
-
-    def _ports_for(self, owner: Manifest) -> dict[str, int]:
-        uid = owner["metadata"]["uid"]
-        if uid not in self._ports_of:
-            wanted = owner["spec"].get("gateway", {}).get("port") if owner["kind"] == "MoEService" else None
-            ports = {use: self._ports.take() for use in ("coordinator", "ray")}
-            if owner["kind"] == "MoEService":
-                ports["gateway"] = self._ports.take(wanted if isinstance(wanted, int) else None)
-            self._ports_of[uid] = ports
-        return self._ports_of[uid]
 
     def _target(self, drill: Wish) -> TargetFact | None:
         named = drill.spec.get("target", {})
@@ -349,7 +306,7 @@ class LocalCluster:
         if thing is None:
             return None
         wish = _seen(thing)
-        client = self._clients.get(wish.uid)
+        client = self._runtimes.of(wish.uid)
         return TargetFact(wish, self._crew.facts(wish.uid), client.state if client else None)
 
     def _drills_of(self, key: Key) -> list[Manifest]:
@@ -369,11 +326,7 @@ class LocalCluster:
         for child in list(self._store.children(uid)):
             if child["kind"] != "Pod":
                 self._store.remove(child["kind"], key.namespace, child["metadata"]["name"])
-        client = self._clients.pop(uid, None)
-        if client is not None:
-            task = asyncio.create_task(client.close())
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+        self._runtimes.forget(uid)
         self._mark(owner)
 
     def _room_is_free(self) -> None:
@@ -381,7 +334,7 @@ class LocalCluster:
         for kind in OWNER_KINDS:
             for thing in self._store.list(kind):
                 self._mark(thing)
-        self._pulse()
+        self._dirty.pulse()
 
     def _mark_owner(self, pod: LocalPod) -> None:
         reference = pod.manifest["metadata"]["ownerReferences"][0]
@@ -389,7 +342,7 @@ class LocalCluster:
         if thing is not None:
             self._mark(thing)
         else:
-            self._pulse()
+            self._dirty.pulse()
 
     def _mark_wish(self, wish: Wish) -> None:
         self._mark(self._owner(wish))
@@ -399,19 +352,11 @@ class LocalCluster:
         key = key_of(thing)
         if key.kind not in RESOURCE_KINDS:
             return
-        self._dirty[key] = None
         if key.kind == "MoEDrill":
             target = thing["spec"].get("target", {})
-            self._dirty[Key(target.get("kind"), key.namespace, target.get("name"))] = None
+            self._dirty.add(key, Key(target.get("kind"), key.namespace, target.get("name")))
         else:
-            for drill in self._drills_of(key):
-                self._dirty[key_of(drill)] = None
-        self._dirty_event.set()
-        self._pulse()
-
-    def _pulse(self) -> None:
-        waiting, self._changed = self._changed, asyncio.Event()
-        waiting.set()
+            self._dirty.add(key, *map(key_of, self._drills_of(key)))
 
 
 def _seen(thing: Manifest) -> Wish:
