@@ -14,7 +14,8 @@ from cluster.controlplane.api import Api, Object
 from cluster.controlplane.build import CLUSTER_PROGRAMS, ensure
 from cluster.controlplane.faults import Proxy, faulty
 from cluster.controlplane.start import ADMIN, ControlPlane, Settings, control_plane
-from cluster.operators import Coordinator, World, coordinators
+from cluster.coordinators import Coordinator, coordinators
+from cluster.world import World
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _numbers = itertools.count()

@@ -18,8 +18,11 @@ from cluster.controlplane.faults import Seen, faulty
 from cluster.controlplane.helm import Helm
 from cluster.controlplane.nodes import KubeletControls, Node, kubelets
 from cluster.controlplane.start import ControlPlane
-from cluster.operators import GPU, Coordinator, World, coordinators, drill, job, operator, path_of, service
+from cluster.coordinators import Coordinator, coordinators
+from cluster.documents import GPU, drill, job, path_of, service
+from cluster.operators import operator
 from cluster.waiting import eventually
+from cluster.world import World
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("crds")]
 

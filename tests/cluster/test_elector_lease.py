@@ -19,8 +19,10 @@ import pytest
 
 from cluster.controlplane.api import Api, Object
 from cluster.controlplane.start import ADMIN, ControlPlane, Settings, control_plane
-from cluster.operators import REPOSITORY, Operator, World, job
+from cluster.documents import job
+from cluster.operators import REPOSITORY, Operator
 from cluster.waiting import eventually
+from cluster.world import World
 
 pytestmark = pytest.mark.cluster
 

@@ -11,7 +11,9 @@ import yaml
 
 from cluster.controlplane.nodes import kubelets
 from cluster.controlplane.start import ControlPlane
-from cluster.operators import Coordinator, Room, World, operator
+from cluster.coordinators import Coordinator
+from cluster.operators import operator
+from cluster.world import Room, World
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("crds")]
 

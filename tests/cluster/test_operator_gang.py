@@ -13,22 +13,10 @@ import pytest
 
 from cluster.controlplane.nodes import kubelets
 from cluster.controlplane.start import ControlPlane
-from cluster.operators import (
-    GPU,
-    Coordinator,
-    Operator,
-    Room,
-    World,
-    by_rank,
-    is_gated,
-    is_going,
-    is_running,
-    job,
-    operator,
-    path_of,
-    service,
-    uids,
-)
+from cluster.coordinators import Coordinator
+from cluster.documents import GPU, job, path_of, service
+from cluster.operators import Operator, operator
+from cluster.world import Room, World, by_rank, is_gated, is_going, is_running, uids
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("crds")]
 

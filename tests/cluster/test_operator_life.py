@@ -13,21 +13,11 @@ import pytest
 from cluster.controlplane.faults import Proxy
 from cluster.controlplane.nodes import kubelets
 from cluster.controlplane.start import ControlPlane
-from cluster.operators import (
-    Coordinator,
-    Operator,
-    Room,
-    World,
-    by_rank,
-    drill,
-    is_running,
-    job,
-    operator,
-    path_of,
-    service,
-    uids,
-)
+from cluster.coordinators import Coordinator
+from cluster.documents import drill, job, path_of, service
+from cluster.operators import Operator, operator
 from cluster.waiting import eventually
+from cluster.world import Room, World, by_rank, is_running, uids
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("crds")]
 

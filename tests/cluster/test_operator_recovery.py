@@ -18,22 +18,11 @@ from cluster.controlplane.api import Api
 from cluster.controlplane.faults import Proxy
 from cluster.controlplane.nodes import kubelets
 from cluster.controlplane.start import ControlPlane
-from cluster.operators import (
-    Coordinator,
-    Room,
-    World,
-    by_rank,
-    condition,
-    drill,
-    is_running,
-    job,
-    one_gpu,
-    operator,
-    path_of,
-    service,
-    uids,
-)
+from cluster.coordinators import Coordinator
+from cluster.documents import drill, job, one_gpu, path_of, service
+from cluster.operators import operator
 from cluster.waiting import eventually
+from cluster.world import Room, World, by_rank, condition, is_running, uids
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("crds")]
 

@@ -15,8 +15,11 @@ import pytest
 from cluster.controlplane.faults import Proxy
 from cluster.controlplane.kwok import add_nodes, kwok
 from cluster.controlplane.start import ControlPlane
-from cluster.operators import GPU, Coordinator, Operator, World, operator, path_of, service
+from cluster.coordinators import Coordinator
+from cluster.documents import GPU, path_of, service
+from cluster.operators import Operator, operator
 from cluster.waiting import eventually
+from cluster.world import World
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("crds")]
 
