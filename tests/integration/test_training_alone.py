@@ -12,6 +12,7 @@ import torch
 import train_tasks
 from gloo_ranks import run_ranks
 from moe_runtime.errors import GroupFault
+from moe_runtime.train import checkpoint
 from moe_runtime.train.checkpoint import SUMMARY, read_summary
 from moe_runtime.train.evaluate import evaluate_checkpoint, parse_lost
 from moe_runtime.train.loop import MAX_SKIPPED, Diverged, Trainer
@@ -96,15 +97,17 @@ def test_a_fault_in_the_first_snapshot_leaves_the_rank_to_begin_again(begin: Cal
     assert survivor.restore() == 0
 
 
-def test_a_checkpoint_that_one_rank_sees_first_ends_the_run_for_all(begin: Callable[..., Trainer]) -> None:
+def test_a_checkpoint_that_one_rank_sees_first_ends_the_run_for_all(
+    begin: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = begin(max_steps=1)
     first.restore()
     _steps(first, 1)
     first.finish()
     late = begin(max_steps=1)
     late.bind(OtherRank([0, 1], [1]))
-    found, looks = late._published_by_this_run(), iter((None, None))
-    late._published_by_this_run = lambda: next(looks, found)  # type: ignore[method-assign]  # a cached directory
+    found, looks = read_summary(late.output), iter((None, None))
+    monkeypatch.setattr(checkpoint, "read_summary", lambda _: next(looks, found))  # a cached directory
     assert late.restore() == 1
     assert late.finished
 
@@ -241,7 +244,7 @@ def test_a_failed_publication_leaves_no_mixture(begin: Callable[..., Trainer], m
     again = begin(run_id="another")
     again.restore()
     _steps(again, 8)
-    monkeypatch.setattr("moe_runtime.train.loop.write_generalists", fail)
+    monkeypatch.setattr("moe_runtime.train.checkpoint.write_generalists", fail)
     with pytest.raises(OSError, match="disk full"):
         again.finish()
     assert read_summary(trainer.output) == before

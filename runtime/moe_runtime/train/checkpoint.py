@@ -12,6 +12,7 @@ cannot be renamed; the old moerator.json goes first, so that no mixture of two r
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,13 +21,18 @@ from typing import Any
 import torch
 
 from moe_core.contract.router import RouterConfig
+from moe_runtime.engine.model import ExpertParallelModel
+from moe_runtime.experts.calibrate import calibrate
 from moe_runtime.experts.families import facts_of, find_experts
+from moe_runtime.experts.generalists import write_generalists
 from moe_runtime.experts.imitate import answers_alike
 from moe_runtime.experts.routed import PREFIX, restored
-from moe_runtime.experts.router_files import SavedRouter, remove_router
+from moe_runtime.experts.router_files import SavedRouter, remove_router, write_router
 from moe_runtime.train.snapshot import FOLDER, SnapshotReader, write_file
 
 SUMMARY = "moerator.json"
+_PUBLISHED_S = 90.0
+"""How long a rank looks for a checkpoint that another one sees: NFS keeps attributes for up to a minute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +65,44 @@ def read_summary(folder: Path) -> Summary | None:
         return Summary(**json.loads((folder / SUMMARY).read_text()))
     except (FileNotFoundError, ValueError, TypeError):  # none, or a hand-written one, or of another version
         return None
+
+
+def published_by(output: Path, identity: str) -> Summary | None:
+    """The summary of the checkpoint in `output`, if it is this run's."""
+    summary = read_summary(output)
+    return summary if summary is not None and summary.run == identity else None
+
+
+def await_published(output: Path, identity: str, *, clock: Callable[[], float]) -> Summary:
+    """Wait for the checkpoint that another rank sees. Raises OSError."""
+    deadline = clock() + _PUBLISHED_S
+    while (published := published_by(output, identity)) is None:
+        if clock() > deadline:
+            raise OSError(f"{output}: another rank sees the finished checkpoint there, this one does not")
+        time.sleep(0.5)
+    return published
+
+
+def publish_run(
+    output: Path, summary: Summary, *, snapshot: Path, epm: ExpertParallelModel, calibration_NQ: torch.Tensor
+) -> None:
+    """Make a run's last snapshot the checkpoint in `output`, with routers and generalists, and remove its snapshots.
+
+    calibration_NQ: windows of text on which the generalists are fitted. Needs no other rank. Raises OSError.
+    """
+    reader = SnapshotReader(snapshot)
+    layers = {item.name: item.layer_idx for item in epm.expert_parameters()}
+
+    def fill(staging: Path) -> None:
+        model = whole_model(epm.module.config, reader, layers, num_experts=epm.num_experts)
+        saved = None if epm.routed is None else saved_router(model, epm.routed.config, reader)
+        model.save_pretrained(staging)
+        if saved is not None:
+            write_router(staging, saved)
+        write_generalists(calibrate(model, calibration_NQ, router=saved), staging)
+
+    publish(output, fill, summary)
+    shutil.rmtree(output / FOLDER, ignore_errors=True)  # a finished run needs none; the next job here starts anew
 
 
 def whole_model(config: Any, reader: SnapshotReader, expert_layers: dict[str, int], *, num_experts: int) -> Any:
@@ -104,8 +148,3 @@ def publish(output: Path, fill: Callable[[Path], None], summary: Summary) -> Non
         write_file(output / SUMMARY, json.dumps(asdict(summary), indent=1).encode())
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def remove_snapshots(output: Path) -> None:
-    """A finished run needs none; the next job with this folder starts anew."""
-    shutil.rmtree(output / FOLDER, ignore_errors=True)

@@ -30,24 +30,14 @@ from moe_core.outcome import InvalidInput
 from moe_runtime.dispatch.group_face import Group
 from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.errors import RuntimeFault
-from moe_runtime.experts.calibrate import calibrate
-from moe_runtime.experts.generalists import write_generalists
-from moe_runtime.experts.router_files import write_router
 from moe_runtime.train import snapshot as snapshots
-from moe_runtime.train.checkpoint import (
-    Summary,
-    publish,
-    read_summary,
-    remove_snapshots,
-    saved_router,
-    whole_model,
-)
+from moe_runtime.train.checkpoint import Summary, await_published, publish_run, published_by
 from moe_runtime.train.data import Corpus, WindowOrder, load_corpus
 from moe_runtime.train.evaluate import heldout_bits, order2_bits, prefer_plain_attention, sample
 from moe_runtime.train.figures import Figures
 from moe_runtime.train.gradients import complete_gradients
 from moe_runtime.train.losses import losses
-from moe_runtime.train.parameters import dense_tensors, keyed, optimizer_for
+from moe_runtime.train.parameters import dense_tensors, optimizer_for, restore_tensors, slot_tensors
 from moe_runtime.train.schedule import progress, rate_share
 from moe_runtime.train.snapshot import RunState, SnapshotDamaged, SnapshotReader
 
@@ -58,8 +48,6 @@ MAX_SKIPPED = 20
 IO_MS = 600_000
 """For exchanges before which ranks read, write or hash files. A peer that dies there is seen at once all the same, and
 one that stops is ended by its guard, so this bounds nothing but a disk that hangs."""
-_PUBLISHED_S = 90.0
-"""How long a rank looks for a checkpoint that another one sees: NFS keeps attributes for up to a minute."""
 CALIBRATION_WINDOWS = 256
 """Windows of training text on which the generalists are fitted; held-out text only measures them."""
 
@@ -158,10 +146,10 @@ class Trainer:
             )
         if len({row[0] for row in rows}) == 1 and not any(row[1] for row in rows):
             return self.state.step
-        published = self._published_by_this_run()
+        published = published_by(self.output, self._identity)
         # One that sees it is enough: a shared volume may show it to others later, and its snapshots are gone already.
         if any(row[0] for row in self._gather((int(published is not None),), timeout_ms=IO_MS)):
-            published = published or self._await_published()
+            published = published or await_published(self.output, self._identity, clock=self._clock)
             self._summary, self._stale = published, False
             self.state = replace(self.state, step=published.steps, tokens=published.tokens, seconds=published.seconds)
             return self.state.step
@@ -291,11 +279,8 @@ class Trainer:
         position = self._group.position if self._group is not None else 0
         folder = snapshots.step_folder(self.output, self.state.step)
         plan = snapshots.slots_to_write(self.epm.expert_map, ranks)
-        tensors: dict[str, torch.Tensor] = {}
-        for item in self.epm.expert_parameters():
-            slots = [slot for slot, _ in plan[self.epm.rank][item.layer_idx]]
-            for key, stack in keyed(item.name, item.parameter, self._optimizer):
-                tensors[key] = stack[slots]
+        slots_of_layer = [[slot for slot, _ in layer] for layer in plan[self.epm.rank]]
+        tensors = slot_tensors(self.epm, self._optimizer, slots_of_layer)
         digests = [snapshots.write_tensors(folder, snapshots.experts_file(self.epm.rank), tensors)]
         if position == 0:
             digests.append(
@@ -331,16 +316,8 @@ class Trainer:
                 steps.append(step)
         return steps
 
-    @torch.no_grad()
     def _load(self, reader: SnapshotReader) -> None:
-        dense = reader.dense()
-        for key, tensor in dense_tensors(self.epm, self._optimizer).items():
-            tensor.copy_(dense[key])
-        for item in self.epm.expert_parameters():
-            for key, stack in keyed(item.name, item.parameter, self._optimizer):
-                for slot, logical_id in enumerate(item.logical_of_slot):
-                    if logical_id != EMPTY_SLOT:
-                        stack[slot].copy_(reader.expert(key, layer_idx=item.layer_idx, logical_id=logical_id))
+        restore_tensors(reader, self.epm, self._optimizer)
         self.state = reader.manifest.state
         self._stale = False
         self._skipped = 0
@@ -395,34 +372,10 @@ class Trainer:
             run=self._identity,
             whole_text_bits_per_byte=None if whole_text_bits is None else round(whole_text_bits, 4),
         )
-        reader = SnapshotReader(folder)
-        layers = {item.name: item.layer_idx for item in self.epm.expert_parameters()}
-
-        def fill(staging: Path) -> None:
-            model = whole_model(self.epm.module.config, reader, layers, num_experts=self.epm.num_experts)
-            saved = None if routed is None else saved_router(model, routed.config, reader)
-            model.save_pretrained(staging)
-            if saved is not None:
-                write_router(staging, saved)
-            ids_NQ = torch.from_numpy(self._order.take(self.state.cursor, count=CALIBRATION_WINDOWS)[:, :-1])
-            write_generalists(calibrate(model, ids_NQ, router=saved), staging)
-
-        publish(self.output, fill, summary)
+        ids_NQ = torch.from_numpy(self._order.take(self.state.cursor, count=CALIBRATION_WINDOWS)[:, :-1])
+        publish_run(self.output, summary, snapshot=folder, epm=self.epm, calibration_NQ=ids_NQ)
         self._summary = summary
-        remove_snapshots(self.output)
         return summary
-
-    def _published_by_this_run(self) -> Summary | None:
-        summary = read_summary(self.output)
-        return summary if summary is not None and summary.run == self._identity else None
-
-    def _await_published(self) -> Summary:
-        deadline = self._clock() + _PUBLISHED_S
-        while (published := self._published_by_this_run()) is None:
-            if self._clock() > deadline:
-                raise OSError(f"{self.output}: another rank sees the finished checkpoint there, this one does not")
-            time.sleep(0.5)
-        return published
 
     # ---------------------------------------------------------------- parts
 

@@ -3,15 +3,17 @@
 A parameter's key is its name in the transformers model; the optimizer's state lies beside it as `name#moment`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
+from moe_core.contract.expert_map import EMPTY_SLOT
 from moe_core.contract.runtime_config import TrainingConfig
 from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.experts.routed import PREFIX
 from moe_runtime.train.optim import Optimizer, Trained, rule_for
+from moe_runtime.train.snapshot import SnapshotReader
 
 
 def optimizer_for(epm: ExpertParallelModel, config: TrainingConfig) -> Optimizer:
@@ -49,3 +51,27 @@ def keyed(name: str, parameter: torch.Tensor, optimizer: Optimizer) -> Iterator[
     yield name, parameter.detach()
     for moment, tensor in optimizer.state.get(name, {}).items():
         yield f"{name}#{moment}", tensor
+
+
+def slot_tensors(
+    epm: ExpertParallelModel, optimizer: Optimizer, slots_of_layer: Sequence[Sequence[int]]
+) -> dict[str, torch.Tensor]:
+    """Copies of these local slots by MoE layer, with their optimizer state, by key: [slots, ...]."""
+    return {
+        key: stack[list(slots_of_layer[item.layer_idx])]
+        for item in epm.expert_parameters()
+        for key, stack in keyed(item.name, item.parameter, optimizer)
+    }
+
+
+@torch.no_grad()
+def restore_tensors(reader: SnapshotReader, epm: ExpertParallelModel, optimizer: Optimizer) -> None:
+    """Everything of this rank becomes what the snapshot holds. Raises SnapshotDamaged."""
+    dense = reader.dense()
+    for key, tensor in dense_tensors(epm, optimizer).items():
+        tensor.copy_(dense[key])
+    for item in epm.expert_parameters():
+        for key, stack in keyed(item.name, item.parameter, optimizer):
+            for slot, logical_id in enumerate(item.logical_of_slot):
+                if logical_id != EMPTY_SLOT:
+                    stack[slot].copy_(reader.expert(key, layer_idx=item.layer_idx, logical_id=logical_id))
