@@ -3,20 +3,18 @@ trainer.
 
     epm = ExpertParallelModel.load(source, expert_map=emap, rank=2)         # weights of this rank's slots only
     epm.bind(group, expert_map=emap)                                        # at each new epoch; group None: alone
-    logits_BV = epm.forward_tokens(ids_BQ, positions_BQ, rows_B, cache)     # serving; GroupFault -> rollback, rebind,
-    again epm.commit()                                                            # counters of the step count, cache
-    grows loss = epm.module(input_ids=ids, labels=ids).loss; loss.backward()      # training goes through the same
-    dispatch
+    logits_BV = epm.forward_tokens(ids_BQ, positions_BQ, rows_B, cache)     # GroupFault: rollback, bind, once more
+    epm.commit()                                                            # the step counts, its cache grows
+    loss = epm.module(input_ids=ids, labels=ids).loss; loss.backward()      # training: through the same dispatch
 
 Suffixes: B rows of a batch, Q query tokens per row, T = B*Q tokens, V vocabulary, L MoE layers, E logical experts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 
 from moe_core.contract.dispatch import goes_by_node, row_bytes
@@ -24,12 +22,12 @@ from moe_core.contract.expert_map import EMPTY_SLOT, ExpertMap
 from moe_core.contract.packing import FULL
 from moe_core.contract.router import LocalityConfig
 from moe_core.contract.runtime_config import DispatchConfig, ModelSource
-from moe_core.experts.degrade import Answer, degrade
 from moe_core.outcome import InvalidInput
 from moe_runtime.dispatch.by_node import Relay
 from moe_runtime.dispatch.group_face import Group
-from moe_runtime.dispatch.plan import LOST, DispatchPlan, logical_of_local_slot, make_plan
+from moe_runtime.dispatch.plan import logical_of_local_slot, make_plan
 from moe_runtime.dispatch.step import StepContext
+from moe_runtime.engine.answers import Fallback, PickCounts, settle_answers
 from moe_runtime.engine.cache import StepCache
 from moe_runtime.engine.forward import BatchedForward, RowForward, Step, choose_forward
 from moe_runtime.experts.build import BuiltModel, build, open_weights
@@ -39,7 +37,6 @@ from moe_runtime.experts.generalists import Generalists, read_generalists
 from moe_runtime.experts.layout import layouts
 from moe_runtime.experts.routed import RouterRequest
 
-Fallback = Literal["Generalist", "Drop", "Refuse"]
 TakeRouted = Callable[[Sequence[tuple[int, torch.Tensor]]], None]
 """Gets (MoE layer, expert_TK) of a step, a layer perhaps in several parts."""
 
@@ -98,8 +95,7 @@ class ExpertParallelModel:
             f"{layer.entry.name}.{name}" for layer in built.layers for name in layer.entry.parameter_names
         )
         self._generalists = read_generalists(Path(source.path)) if source.path is not None else None
-        self._load_LE = torch.zeros(self.facts.num_layers, self.facts.num_experts, dtype=torch.int64)
-        self._degraded = {"generalist": 0, "drop": 0}
+        self._counts = PickCounts(self.facts.num_layers, self.facts.num_experts)
         self._slot_digests: tuple[tuple[int, ...], ...] | None = None
         self._last_cache: StepCache | None = None
         self._take_routed: TakeRouted | None = None
@@ -178,7 +174,15 @@ class ExpertParallelModel:
         plan = make_plan(
             new_map, ranks, rank=self.rank, domains=domains, group_ranks=self._group_ranks, device=self._device
         )
-        self._context.plan = self._set_answers(plan)
+        self._context.plan, self._answers = settle_answers(
+            plan,
+            self._layers,
+            self._generalists if self._fallback == "Generalist" else None,
+            expert_map=new_map,
+            fallback=self._fallback,
+            num_experts=self.num_experts,
+            device=self._device,
+        )
         self._context.group = group if group is not None and group.size > 1 else None
         self._context.relay = None
         if domains is not None and goes_by_node(
@@ -193,31 +197,6 @@ class ExpertParallelModel:
         """Answer for lost experts with these from now on (None: drop)."""
         self._generalists = generalists
         self.bind(self._context.group)
-
-    def _set_answers(self, plan: DispatchPlan) -> DispatchPlan:
-        """Settle who answers for lost experts; those whose stand-in lives send their picks there."""
-        fitted = self._generalists if self._fallback == "Generalist" else None
-        has_generalist_LE = np.zeros((self.num_layers, self.num_experts), dtype=np.bool_)
-        planned = list(plan.layers)
-        for layer in self._layers:
-            i = layer.layer_idx
-            lost = plan.layers[i].lost
-            generalists = fitted.layers[i] if fitted is not None else None
-            layer.ladder.set_lost(lost, generalists, num_experts=self.num_experts, device=self._device)
-            if generalists is None or not lost:
-                continue
-            address_WE = plan.layers[i].address_WE.clone()
-            for logical_id in lost:
-                stand_in = generalists.stand_in[logical_id]
-                if stand_in >= 0:
-                    address_WE[:, logical_id] = plan.layers[i].address_WE[:, stand_in]
-                answers = int(address_WE[0, logical_id]) != LOST
-                has_generalist_LE[i, logical_id] = generalists.has_map[logical_id] or answers
-            planned[i] = replace(plan.layers[i], address_WE=address_WE)
-        self._answers = degrade(
-            self.expert_map, plan.ranks, fallback=self._fallback, has_generalist_LE=has_generalist_LE
-        )
-        return replace(plan, layers=tuple(planned))
 
     def lost_experts(self) -> list[tuple[int, ...]]:
         """[L] logical experts without a live copy under the bound group."""
@@ -261,13 +240,7 @@ class ExpertParallelModel:
 
     def commit(self) -> None:
         """The step counts: pending load and degraded counters are added, the cache of the last step grows."""
-        pending_LE = self._context.pending_LE.cpu()
-        self._load_LE += pending_LE
-        if self._answers.num_lost:
-            by_generalist_LE = self._answers.answer_LE == Answer.GENERALIST
-            by_nobody_LE = (self._answers.answer_LE == Answer.DROP) | (self._answers.answer_LE == Answer.REFUSE)
-            self._degraded["generalist"] += int(pending_LE[torch.from_numpy(by_generalist_LE)].sum())
-            self._degraded["drop"] += int(pending_LE[torch.from_numpy(by_nobody_LE)].sum())
+        self._counts.add(self._context.pending_LE.cpu(), self._answers)
         if self._last_cache is not None:
             self._last_cache.commit()
         if self._take_routed is not None and self._context.routed is not None:
@@ -301,10 +274,7 @@ class ExpertParallelModel:
 
     def load_window(self, *, reset: bool = False) -> list[list[int]]:
         """[L][E] committed picks of this rank's own tokens per logical expert since the last reset."""
-        window: list[list[int]] = self._load_LE.tolist()
-        if reset:
-            self._load_LE.zero_()
-        return window
+        return self._counts.window(reset=reset)
 
     def expert_work(self) -> tuple[float, int]:
         """(seconds, rows) of this rank's experts in all steps so far, committed or not."""
@@ -327,7 +297,7 @@ class ExpertParallelModel:
 
     def degraded_tokens(self) -> dict[str, int]:
         """Committed picks answered otherwise than by a live copy, by reason: generalist, drop. Cumulative."""
-        return dict(self._degraded)
+        return dict(self._counts.degraded)
 
     # ---------------------------------------------------------------- parameters and moves
 
