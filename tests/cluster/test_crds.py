@@ -193,7 +193,7 @@ FROZEN = [
     ("MoEService", {"template": {"spec": {"image": "other"}}}, "template cannot be changed"),
     ("MoEService", {"experts": {"fallback": "Drop"}}, "experts.fallback cannot be changed"),
     ("MoEService", {"experts": {"minCopies": 5}}, "experts.minCopies must not exceed parallelism.expert"),
-    ("MoEService", {"parallelism": {"data": 2}}, "parallelism.data cannot be changed"),
+    ("MoEService", {"parallelism": {"data": 2}}, "nor parallelism.data to or from 1"),
     ("MoEService", {"dispatch": {"combineWire": "Int8"}}, "of dispatch only probe can be changed"),
     ("MoEJob", {"dispatch": {"overlap": "TwoBatch"}}, "of dispatch only probe can be changed"),
     ("MoEService", {"gateway": {"port": 9000}}, "gateway.port cannot be changed"),
@@ -227,6 +227,18 @@ async def test_what_may_change_may_change(api: Api, service: str) -> None:
     assert widened["spec"]["gateway"] == {"port": 8000, "replicas": 3}
     probed = await api.patch(service, {"spec": {"dispatch": {"probe": 1}}})
     assert probed["spec"]["dispatch"]["probe"] == 1
+
+
+async def test_ep_groups_of_one_size_may_become_more_and_not_larger(api: Api, namespace: str) -> None:
+    path = collection(GOOD["MoEService"], namespace)
+    spec = {**GOOD["MoEService"]["spec"], "parallelism": {"expert": 2, "data": 2}}
+    created = await api.create(path, {**GOOD["MoEService"], "spec": spec})
+    service = f"{path}/{created['metadata']['name']}"
+    more = await api.patch(service, {"spec": {"parallelism": {"data": 3}}})
+    assert more["spec"]["parallelism"] == {"expert": 2, "data": 3}
+    for change in ({"expert": 3}, {"data": 1}):
+        with pytest.raises(ApiError, match=r"parallelism.expert of several EP groups cannot be changed"):
+            await api.patch(service, {"spec": {"parallelism": change}})
 
 
 async def test_status_is_a_subresource_of_its_own(api: Api, service: str) -> None:

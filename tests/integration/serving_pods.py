@@ -20,7 +20,14 @@ from typing import Any, TypeVar
 
 from moe_core.contract.exchange import RuntimeState, RuntimeWish
 from moe_core.contract.expert_map import ExpertMap
-from moe_core.contract.runtime_config import ModelSource, RuntimeConfig, ServingConfig, TraceConfig, TrainingConfig
+from moe_core.contract.runtime_config import (
+    DispatchConfig,
+    ModelSource,
+    RuntimeConfig,
+    ServingConfig,
+    TraceConfig,
+    TrainingConfig,
+)
 from moe_runtime.host import processes
 from tiny_checkpoint import NUM_EXPERTS, NUM_LAYERS
 
@@ -107,6 +114,7 @@ class Pods:
     source: ModelSource | None = None
     training: TrainingConfig | None = None
     trace: TraceConfig | None = None
+    dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     max_sequences: int = 8
     faults_enabled: bool = True
     shared_ray: bool = True
@@ -131,6 +139,7 @@ class Pods:
             faults_enabled=self.faults_enabled,
             training=self.training,
             trace=self.trace,
+            dispatch=self.dispatch,
             serving=None
             if self.training
             else ServingConfig(

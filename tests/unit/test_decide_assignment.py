@@ -170,6 +170,20 @@ def test_a_resize_keeps_what_ranks_hold_and_follows_the_load() -> None:
     assert balance(after, SKEWED).balancedness > 0.9
 
 
+def test_a_map_is_written_once_while_ranks_are_awaited_that_more_copies_need() -> None:
+    sim = make("MoEService", service_spec(template=gpu_template()), gpu_nodes(6))
+    edit(sim, parallelism={"expert": 2}, experts={"redundantPerRank": 2})
+    sim.settle()
+    edit(sim, parallelism={"expert": 4}, experts={"redundantPerRank": 12, "minCopies": 4})
+    generations = []
+    for _ in range(3):
+        sim.step()
+        generations.append(sim.map_spec["tiny-svc-map"]["generation"])
+    assert len(set(generations)) == 1
+    sim.settle()
+    assert copies_of_logical(told_map(sim)).min() == 4
+
+
 def test_a_resize_does_not_follow_a_handful_of_tokens() -> None:
     maps = []
     for load in ((), [[3 if expert == 5 else 0 for expert in range(EXPERTS)]] * LAYERS):

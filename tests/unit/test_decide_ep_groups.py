@@ -8,7 +8,8 @@ import pytest
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.links import Links, LinkSpeed
 from moe_core.decide.accept import Accepted, Refusal, accept
-from moe_core.experts.measure import load_of_ranks
+from moe_core.experts.measure import copies_of_logical, load_of_ranks
+from moe_core.experts.tiers import first_group, side_by_side
 from moe_core.experts.traffic import StepShape, picks_between
 from moe_core.facts import Facts, Wish
 from moe_core.preview.outlook import Outlook, look_ahead
@@ -134,11 +135,76 @@ def test_copies_that_are_promised_are_counted_over_all_groups() -> None:
     assert isinstance(accept(Wish("MoEService", "d", "tiny", "u", 1, spec), Facts()), Refusal)
 
 
-@pytest.mark.parametrize("parallelism", [{"expert": 2, "data": 3}, {"expert": 3, "data": 2}])
-def test_groups_are_neither_added_nor_resized(parallelism: dict[str, int]) -> None:
-    before = {**service_spec(), "parallelism": TWO_GROUPS}
-    [problem] = broken_changes(MoEServiceSpec, before, {**before, "parallelism": parallelism})
-    assert problem.message.startswith("parallelism.data cannot be changed, nor parallelism.expert")
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"expert": 2, "data": 2}, {"expert": 3, "data": 2}),
+        ({"expert": 2, "data": 2}, {"expert": 2}),
+        ({"expert": 2, "data": 2}, {"expert": 4}),
+        ({"expert": 2}, {"expert": 2, "data": 2}),
+    ],
+)
+def test_groups_are_not_resized_and_one_group_stays_one(before: dict[str, int], after: dict[str, int]) -> None:
+    specs = [{**service_spec(), "parallelism": parallelism} for parallelism in (before, after)]
+    [problem] = broken_changes(MoEServiceSpec, *specs)
+    assert problem.message.startswith("parallelism.expert of several EP groups cannot be changed, nor parallelism.data")
+
+
+def with_learned_map(num_groups: int) -> tuple[Sim, ExpertMap]:
+    sim = in_groups()
+    edit(
+        sim,
+        experts={"redundantPerRank": 2, "rebalance": {"maxMovedPercent": 100}},
+        parallelism={"expert": 2, "data": num_groups},
+    )
+    sim.settle()
+    sim.now += 60
+    sim.load, sim.load_window_s = SKEWED, 60.0
+    sim.settle()
+    assert sim.told is not None and sim.told.expert_map.share_of_slot
+    return sim, sim.told.expert_map
+
+
+def test_a_group_more_gets_the_layout_of_the_others_and_moves_nothing_of_theirs() -> None:
+    sim, before = with_learned_map(2)
+    edit(sim, parallelism={"expert": 2, "data": 3})
+    sim.step()
+    assert sim.told is not None and sim.told.ranks == (0, 1, 2, 3)  # until every joiner is ready
+    assert sim.told.expert_map == before
+    sim.settle()
+    after = sim.told.expert_map
+    assert len(sim.told.ranks) == 6
+    assert after == side_by_side(first_group(before, 2), 3).model_copy(update={"generation": after.generation})
+    assert sim.condition("Ready") == ("True", "AllActive")
+
+
+def test_a_group_less_leaves_the_others_as_they_were() -> None:
+    sim, before = with_learned_map(3)
+    edit(sim, parallelism={"expert": 2, "data": 2})
+    sim.settle()
+    assert sim.told is not None and sim.told.ranks == (0, 1, 2, 3)
+    after = sim.told.expert_map
+    assert after == first_group(before, 4).model_copy(update={"generation": after.generation})
+    assert sorted(pod.index for pod in sim.pods if pod.role == "rank") == [0, 1, 2, 3]
+
+
+def test_a_group_less_still_has_the_copies_that_were_promised() -> None:
+    sim = in_groups()
+    edit(sim, experts={"redundantPerRank": 8, "minCopies": 3}, parallelism={"expert": 2, "data": 3})
+    sim.settle()
+    edit(sim, experts={"redundantPerRank": 8, "minCopies": 3}, parallelism={"expert": 2, "data": 2})
+    sim.settle()
+    assert sim.told is not None and sim.told.expert_map.num_ranks == 4
+    assert copies_of_logical(sim.told.expert_map).min() == 4  # two in each group
+
+
+def test_a_service_of_groups_whose_new_size_is_refused_goes_on_as_it_ran() -> None:
+    sim, before = with_learned_map(2)
+    edit(sim, parallelism={"expert": 2, "data": 3}, experts={"redundantPerRank": 4096})
+    sim.settle()
+    assert sim.condition("Accepted") == ("False", "InvalidSpec")
+    assert sim.told is not None and sim.told.expert_map == before
+    assert sim.condition("Ready") == ("True", "AllActive")
 
 
 def test_groups_on_their_own_nodes_send_nothing_between_nodes_where_one_group_does() -> None:

@@ -83,15 +83,20 @@ def _as_it_was(wish: Wish, memory: Memory) -> Iterator[Wish]:
         spec["model"] = {**spec["model"], "numExperts": memory.num_experts, "numMoeLayers": memory.num_layers}
     yield replace(wish, spec=spec)
     if memory.wish_ranks:
-        asked = spec.get("parallelism")
-        groups = asked.get("data", 1) if isinstance(asked, Mapping) else 1
-        groups = groups if isinstance(groups, int) and groups > 0 else 1
-        spec["parallelism"] = {"expert": memory.wish_ranks // groups, "data": groups}
+        spec["parallelism"] = _size_that_runs(spec.get("parallelism"), memory.wish_ranks)
     if wish.kind == "MoEService":
         experts = spec.get("experts")
         ran = {"redundantPerRank": memory.redundant_per_rank, "minCopies": 1}
         spec["experts"] = {**experts, **ran} if isinstance(experts, Mapping) else ran
     yield replace(wish, spec=spec)
+
+
+def _size_that_runs(asked: object, num_ranks: int) -> dict[str, int]:
+    """Several EP groups keep their size and not their number, one group has no number to keep."""
+    expert, data = (asked.get("expert"), asked.get("data", 1)) if isinstance(asked, Mapping) else (None, 1)
+    if isinstance(expert, int) and isinstance(data, int) and data > 1 and expert > 0 and num_ranks % expert == 0:
+        return {"expert": expert, "data": num_ranks // expert}
+    return {"expert": num_ranks, "data": 1}
 
 
 def _as_they_were(wish: Wish, facts: Facts, memory: Memory) -> Facts:

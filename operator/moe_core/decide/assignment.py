@@ -25,6 +25,7 @@ from moe_core.experts.groups import replan_groups
 from moe_core.experts.links import seconds_per_byte
 from moe_core.experts.measure import balancedness_of, copies_of_logical
 from moe_core.experts.replan import Prices, Replan, Rows, replan
+from moe_core.experts.tiers import first_group, side_by_side
 from moe_core.facts import Condition, Facts, ObjectFact, Wish
 from moe_core.manifests.map_slices import map_of_mixed_slices, map_of_slices
 from moe_core.manifests.plan import Plan
@@ -77,7 +78,7 @@ def assigned(
     found = _found(facts.objects)
     current = found.current
     slots = plan.slots(num_ranks)
-    if current is None or not _suits(current, plan, slots):
+    if current is None or not _suits(current, plan, slots, num_ranks):
         anew = _anew(plan, current, facts, _fleet(slots, ranks), num_ranks)
         return Assigned(anew, _of_new_map(found.problem, "in order again" if current is None else "planned anew"))
     if found.problem:
@@ -167,10 +168,13 @@ def _counted(expert_map: ExpertMap) -> _Current:
     return _Current(expert_map, int(copies_of_logical(expert_map).min(initial=expert_map.num_ranks)))
 
 
-def _suits(current: _Current, plan: Plan, slots: tuple[int, ...]) -> bool:
-    """Made for this model and these slots, with the copies that every expert was promised."""
+def _suits(current: _Current, plan: Plan, slots: tuple[int, ...], num_ranks: int) -> bool:
+    """Made for this model and these slots, with the copies that every expert was promised: as far as so many ranks can
+    have them, while a group that is to have more grows.
+    """
+    promised = min(plan.min_copies, plan.least_copies(num_ranks))
     shape = (current.expert_map.num_logical_experts, current.expert_map.num_layers, current.expert_map.slots_of_rank)
-    return shape == (plan.num_experts, plan.num_layers, slots) and current.least_copies >= plan.min_copies
+    return shape == (plan.num_experts, plan.num_layers, slots) and current.least_copies >= promised
 
 
 def _fleet(slots: tuple[int, ...], ranks: Mapping[int, Seat]) -> Fleet:
@@ -185,13 +189,25 @@ def _anew(plan: Plan, current: _Current | None, facts: Facts, fleet: Fleet, num_
     known = current.expert_map if current is not None else None
     if known is None or (known.num_logical_experts, known.num_layers) != (plan.num_experts, plan.num_layers):
         return plan.expert_map(num_ranks)
-    if plan.num_groups > 1:
-        return _next_map(known, fleet.slots_of_rank, plan.expert_map(num_ranks).logical_of_slot)
     load_LE = _load(plan, facts.runtime)
     if load_LE is None or load_LE.sum() < _needed_picks(plan):
         load_LE = np.ones((plan.num_layers, plan.num_experts))
+    if plan.group_ranks:
+        group = _group_anew(plan, known, load_LE, fleet, num_ranks)
+        whole = side_by_side(group, plan.groups(num_ranks))
+        return _next_map(known, fleet.slots_of_rank, whole.logical_of_slot, whole.share_of_slot)
     rows = carry_over(known, load_LE, fleet, least_copies=plan.min_copies)
     return _next_map(known, fleet.slots_of_rank, rows)
+
+
+def _group_anew(plan: Plan, known: ExpertMap, load_LE: FloatArray, fleet: Fleet, num_ranks: int) -> ExpertMap:
+    """The layout of every EP group: the one there is where it will do, so that a group more or less moves nothing."""
+    size, copies = plan.group_ranks, plan.copies_in_group(num_ranks)
+    group, slots = first_group(known, size), fleet.slots_of_rank[:size]
+    if group.slots_of_rank == slots and copies_of_logical(group).min(initial=size) >= copies:
+        return group
+    members = Fleet(slots, domain_of_rank=fleet.domain_of_rank[:size])
+    return _next_map(group, slots, carry_over(group, load_LE, members, least_copies=copies))
 
 
 def _next_map(before: ExpertMap, slots: tuple[int, ...], rows: Rows, shares: Rows = ()) -> ExpertMap:
@@ -253,7 +269,7 @@ def _weighed(  # noqa: PLR0917
     found = next_assignment(plan, load_LE, fleet, current, prices=prices, links_RR=links_RR)
     stays = _why_stay(found, pick_bytes=0 if links_RR is None else runtime.pick_bytes)
     is_new = not stays
-    bound_L = bound_of_slots(load_LE, fleet, group_ranks=plan.config.dispatch.group_ranks)
+    bound_L = bound_of_slots(load_LE, fleet, group_ranks=plan.group_ranks)
     told, is_even = _said(load_LE.sum(1) / fleet.ranks_with_slots, bound_L, found, stays)
     if unlike := told_speeds(fleet.speed_of_rank):
         told = f"{told}; {unlike}"
@@ -287,7 +303,7 @@ def next_assignment(
         current_shares=shares,
         least_copies=max(plan.min_copies, plan.num_groups),
         links_RR=links_RR,
-        group_ranks=plan.config.dispatch.group_ranks,
+        group_ranks=plan.group_ranks,
     )
 
 

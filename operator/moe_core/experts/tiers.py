@@ -33,6 +33,18 @@ def side_by_side(group: ExpertMap, num_groups: int) -> ExpertMap:
     )
 
 
+def first_group(expert_map: ExpertMap, group_ranks: int) -> ExpertMap:
+    """The layout of the first EP group alone."""
+    slots = expert_map.slots_of_rank[:group_ranks]
+    return ExpertMap(
+        generation=expert_map.generation,
+        num_logical_experts=expert_map.num_logical_experts,
+        slots_of_rank=slots,
+        logical_of_slot=tuple(row[: sum(slots)] for row in expert_map.logical_of_slot),
+        share_of_slot=tuple(row[: sum(slots)] for row in expert_map.share_of_slot),
+    )
+
+
 class Tiers:
     """What every source chooses while `live_ranks` live; made once for all of them. Raises InvalidInput."""
 

@@ -63,25 +63,39 @@ class Plan:
 
         Where every expert is to have several copies and the load will be followed, they lie on fixed groups of ranks.
         """
-        slots = self._slots_of_group(num_ranks)
-        copies = -(-self.min_copies // self.num_groups)
+        slots, groups = self._slots_of_group(num_ranks), self.groups(num_ranks)
+        copies = self.copies_in_group(num_ranks)
         if self.rebalance is not None and copies > 1:
             group = _in_groups(self.num_layers, self.num_experts, slots, copies, self.generation)
         else:
             group = _assigned(self.policy, self.num_layers, self.num_experts, slots, self.generation)
-        return group if self.num_groups == 1 else _side_by_side(group, self.num_groups)
+        return group if groups == 1 else _side_by_side(group, groups)
+
+    @property
+    def group_ranks(self) -> int:
+        """Of each of several EP groups, whose number changes and whose size does not; 0 for one group of all ranks."""
+        return self.num_ranks // self.num_groups if self.num_groups > 1 else 0
+
+    def groups(self, num_ranks: int) -> int:
+        """EP groups of a group of this many ranks: another number than wished for while it grows."""
+        return num_ranks // self.group_ranks if self.group_ranks else 1
+
+    def copies_in_group(self, num_ranks: int) -> int:
+        """Of every expert, so that it has the copies that were promised over all groups."""
+        return -(-self.min_copies // self.groups(num_ranks))
 
     def slots(self, num_ranks: int) -> tuple[int, ...]:
         """Of each rank."""
-        return self._slots_of_group(num_ranks) * self.num_groups
+        return self._slots_of_group(num_ranks) * self.groups(num_ranks)
 
     def _slots_of_group(self, num_ranks: int) -> tuple[int, ...]:
-        return even_slots(self.num_experts, num_ranks // self.num_groups, redundant_per_rank=self.redundant_per_rank)
+        size = num_ranks // self.groups(num_ranks)
+        return even_slots(self.num_experts, size, redundant_per_rank=self.redundant_per_rank)
 
     def least_copies(self, num_ranks: int) -> int:
         """Copies that the worst off expert has by this plan."""
         slots = self._slots_of_group(num_ranks)
-        return self.num_groups * _least_copies(self.policy, self.num_layers, self.num_experts, slots)
+        return self.groups(num_ranks) * _least_copies(self.policy, self.num_layers, self.num_experts, slots)
 
     @property
     def in_mirrors(self) -> bool:

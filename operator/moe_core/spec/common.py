@@ -111,12 +111,13 @@ WHOLE_NODES = Rule(
 
 
 GROUPS_STAY = Rule(
-    "self.parallelism.data == oldSelf.parallelism.data && "
+    "(self.parallelism.data == 1) == (oldSelf.parallelism.data == 1) && "
     "(self.parallelism.data == 1 || self.parallelism.expert == oldSelf.parallelism.expert)",
-    "parallelism.data cannot be changed, nor parallelism.expert of several EP groups; create another MoEService",
-    keeps=lambda spec: (spec.parallelism.data, spec.parallelism.group_ranks),
+    "parallelism.expert of several EP groups cannot be changed, nor parallelism.data to or from 1; "
+    "create another MoEService",
+    keeps=lambda spec: spec.parallelism.group_ranks,
 )
-"""Of the spec of a service: with another size every rank would be in another group."""
+"""Of the spec of a service: with groups of another size every rank would be in another group."""
 
 
 class FailurePolicy(SpecModel):
