@@ -125,10 +125,15 @@ class NoFit:
     relaxations: tuple[Relaxation, ...] = ()
     terms: str = ""
     """What was asked beside the level: subgroups, ranks per node, spares."""
+    beside: str = ""
+    """What has no room beside the ranks, where they themselves have."""
 
     def __str__(self) -> str:
         where = f"in one {self.level}" if self.level else "in the cluster"
         where += f" {self.terms}" if self.terms else ""
+        if self.beside:
+            ranks = "rank has" if self.wanted == 1 else "ranks have"
+            return f"its {self.wanted} {ranks} room {where}, but {self.beside}"
         best = f"best is {self.best_domain} with {self.best}" if self.best_domain else f"best is {self.best}"
         excluded = ", ".join(f"{cause} {count}" for cause, count in sorted(self.excluded.items()))
         text = f"needs room for {self.wanted} {'rank' if self.wanted == 1 else 'ranks'} {where}; {best}"

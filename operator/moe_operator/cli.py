@@ -155,17 +155,20 @@ def convert_quantise(  # noqa: PLR0917  typer's way
         str | None,
         typer.Option(metavar="TEXT", help="Choose codes by what experts give on text: stdlib, or a folder of text."),
     ] = None,
-    rows: Annotated[int, typer.Option(min=8, help="Rows that every expert is to be asked, with --calibrate.")] = 1024,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of text to read for that at most.")] = 2048,
+    rows: Annotated[
+        int | None,
+        typer.Option(min=8, help="With --calibrate: rows that every expert is to be asked. 1024 by default."),
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="With --calibrate: windows of text to read at most. 2048 by default.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
 ) -> None:
     """Pack routed experts into fewer bits; everything else stays as it is. A MoEService serves the result."""
-    from moe_operator.cli_convert import quantise
+    from moe_operator.cli_convert import Text, quantise
 
-    text = [] if calibrate is None else ["--calibrate", calibrate, "--rows", str(rows), "--windows", str(windows)]
-    raise typer.Exit(
-        quantise(source, destination, experts=experts, group_size=group_size, calibrate=text, as_json=as_json)
-    )
+    text = Text(calibrate, rows, windows)
+    raise typer.Exit(quantise(source, destination, experts=experts, group_size=group_size, text=text, as_json=as_json))
 
 
 @app.command()

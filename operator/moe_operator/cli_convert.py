@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,27 @@ EXIT_MISSING = 3
 MEBI = 1 << 20
 
 
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Options of the command, None where not given: what codes are chosen by."""
+
+    calibrate: str | None
+    rows: int | None
+    windows: int | None
+
+
 def quantise(
-    source: Path,
-    destination: Path,
-    *,
-    experts: str,
-    group_size: int | None,
-    calibrate: Sequence[str],
-    as_json: bool,
+    source: Path, destination: Path, *, experts: str, group_size: int | None, text: Text, as_json: bool
 ) -> int:
-    """Run the converter and say what became of it. calibrate: its options. Returns the exit code."""
-    refused = _refused(experts, group_size)
+    """Run the converter and say what became of it. Returns the exit code."""
+    refused = _refused(experts, group_size) or _refused_text(text) or _refused_folders(source, destination)
     if refused:
         typer.echo(refused, err=True)
         return EXIT_INVALID
     program = [sys.executable, "-m", "moe_runtime.convert.quantise", str(source), str(destination)]
-    program += ["--experts", experts, *calibrate]
-    program += ["--group-size", str(group_size)] if group_size is not None else []
+    program += ["--experts", experts]
+    for name, value in {**asdict(text), "group-size": group_size}.items():
+        program += [f"--{name}", str(value)] if value is not None else []
     try:
         done = subprocess.run(program, capture_output=True, text=True, check=False)
     except OSError as error:
@@ -59,6 +63,24 @@ def _refused(experts: str, group_size: int | None) -> str:
         return f"--experts must be BFloat16, Float8, Int8 or Int4 (got {experts})"
     if group_size is not None and experts not in SCALED:
         return f"--group-size: {experts} has no scales (got {group_size})"
+    return ""
+
+
+def _refused_text(text: Text) -> str:
+    """Before the model is loaded and minutes of text are read."""
+    for name, value in {"--rows": text.rows, "--windows": text.windows}.items():
+        if value is not None and text.calibrate is None:
+            return f"{name} {value} means nothing without --calibrate"
+    if text.calibrate not in {None, "stdlib"} and not Path(text.calibrate or "").is_dir():
+        return f"--calibrate must be stdlib or a folder of text (got {text.calibrate})"
+    return ""
+
+
+def _refused_folders(source: Path, destination: Path) -> str:
+    if not (source / "config.json").is_file():
+        return f"source must be the folder of a checkpoint: {source} holds no config.json"
+    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+        return f"destination must be an empty folder or not there (got {destination})"
     return ""
 
 

@@ -67,6 +67,9 @@ def _print(console: Console, name: str, found: Explained | Refusal) -> None:
 
 
 def _print_no_fit(console: Console, name: str, found: Explained, why: NoFit) -> None:
+    if why.beside:
+        console.print(f"[bold]{name}[/] does not fit: {escape(str(why))}.")
+        return
     console.print(f"[bold]{name}[/] does not fit: {escape(_asked(why))}.")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(found.level or "cluster")
@@ -83,7 +86,8 @@ def _print_no_fit(console: Console, name: str, found: Explained, why: NoFit) -> 
         table.add_row(
             f"{len(others)} more", str(nodes), f"<= {others[0].room}", "", escape(_counted(_together(others)))
         )
-    console.print(table)
+    if found.domains:
+        console.print(table)
     for label, count in found.outside.items():
         console.print(f"Outside the topology: {_several(count, 'node')} without the label {label}.", markup=False)
     if not why.relaxations:

@@ -64,7 +64,9 @@ def read_cluster(name: str) -> Cluster:
     except InvalidInput as error:
         raise InvalidInput(f"--nodes: {where}: {error}") from error
     except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        told = f"is not what `kubectl get nodes -o yaml` prints: {error!r:.200}"
+        mark = getattr(error, "problem_mark", None)
+        why = f"{error!r:.200}" if mark is None else f"line {mark.line + 1}: {getattr(error, 'problem', error)}"
+        told = f"is not what `kubectl get nodes -o yaml` prints: {why}"
         raise InvalidInput(f"--nodes: {where} {told}") from error
     if not counts["Node"]:
         raise InvalidInput(f"--nodes: {name}: must hold nodes, got none")

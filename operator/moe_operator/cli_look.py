@@ -99,8 +99,7 @@ def run_drill(names: Sequence[str], *, run: Path | None) -> int:
         return 2
     folder = _find_run(run)
     if folder is None:
-        command = [_need_kubectl(), "apply", "-f", "-"]
-        if code := subprocess.run(command, input=_as_text(documents), text=True, check=False).returncode:
+        if code := _kubectl("apply", "-f", "-", given=_as_text(documents)):
             return code
     elif over := [document.name for document in documents if outcome_of(_drill_of_run(folder, document)) is not None]:
         typer.echo(
@@ -255,15 +254,24 @@ def _need_run(run: Path | None) -> Path:
     return found
 
 
-def _kubectl(*arguments: str) -> int:
-    return subprocess.run([_need_kubectl(), *arguments], check=False).returncode
+def _kubectl(*arguments: str, given: str | None = None) -> int:
+    done = subprocess.run([_need_kubectl(), *arguments], check=False, input=given, text=True)
+    _tell_failure(done.returncode)
+    return done.returncode
 
 
 def _kubectl_output(*arguments: str) -> str:
     done = subprocess.run([_need_kubectl(), *arguments], check=False, stdout=subprocess.PIPE, text=True)
+    _tell_failure(done.returncode)
     if done.returncode:
         raise typer.Exit(done.returncode)
     return done.stdout
+
+
+def _tell_failure(code: int) -> None:
+    """kubectl has said what is wrong, but not why it was asked."""
+    if code and not living_runs():
+        typer.echo("no local run goes on (`moerator run -f FILE` starts one), so kubectl was asked", err=True)
 
 
 def _need_kubectl() -> str:

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,13 @@ CONVERTED = {
 }
 
 
+@pytest.fixture(autouse=True)
+def in_a_folder_with_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+
+
 def answer(monkeypatch: pytest.MonkeyPatch, *, returncode: int = 0, stdout: str = "", stderr: str = "") -> list[Any]:
     asked: list[Any] = []
 
@@ -38,8 +46,8 @@ def answer(monkeypatch: pytest.MonkeyPatch, *, returncode: int = 0, stdout: str 
     return asked
 
 
-def convert(*arguments: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["convert", "quantise", "a", "b", *arguments])
+def convert(*arguments: str, source: str = "a", destination: str = "b") -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["convert", "quantise", source, destination, *arguments])
     return result.exit_code, result.output
 
 
@@ -49,7 +57,7 @@ def test_what_came_of_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert code == 0
     assert asked[:4] == ["-m", "moe_runtime.convert.quantise", "a", "b"]
     assert asked[4:] == [
-        *("--experts", "Int4", "--calibrate", "stdlib", "--rows", "512", "--windows", "2048"),
+        *("--experts", "Int4", "--calibrate", "stdlib", "--rows", "512"),
         *("--group-size", "64"),
     ]
     assert "b: experts as Int4 in groups of 64, 2048 tokens of text" in told
@@ -80,6 +88,9 @@ def test_a_machine_without_the_runtime_says_what_to_install(monkeypatch: pytest.
         (["--experts", "Int3"], "must be BFloat16, Float8, Int8 or Int4 (got Int3)"),
         (["--experts", "Float32"], "must be BFloat16, Float8, Int8 or Int4 (got Float32)"),
         (["--experts", "BFloat16", "--group-size", "8"], "BFloat16 has no scales (got 8)"),
+        (["--experts", "Int4", "--rows", "512"], "--rows 512 means nothing without --calibrate"),
+        (["--experts", "Int4", "--windows", "9"], "--windows 9 means nothing without --calibrate"),
+        (["--experts", "Int4", "--calibrate", "c"], "--calibrate must be stdlib or a folder of text (got c)"),
     ],
 )
 def test_what_is_no_packing_is_refused_before_anything_is_started(
@@ -89,3 +100,19 @@ def test_what_is_no_packing_is_refused_before_anything_is_started(
     code, told = convert(*given)
     assert (code, asked) == (2, [])
     assert why in told
+
+
+@pytest.mark.parametrize(
+    ("source", "destination", "why"),
+    [
+        ("c", "b", "source must be the folder of a checkpoint: c holds no config.json"),
+        ("a", "a", "destination must be an empty folder or not there (got a)"),
+        ("a", "a/config.json", "destination must be an empty folder or not there (got a/config.json)"),
+    ],
+)
+def test_a_folder_that_is_not_as_it_should_be_is_refused_before_anything_is_started(
+    source: str, destination: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = answer(monkeypatch)
+    assert convert("--experts", "Int4", source=source, destination=destination) == (2, f"{why}\n")
+    assert asked == []

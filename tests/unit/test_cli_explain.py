@@ -107,6 +107,18 @@ def test_what_does_not_fit_is_told_by_domain_with_what_takes_the_rest_and_what_w
     ]
 
 
+def test_what_is_in_the_way_beside_ranks_that_fit_is_told_instead_of_their_room(tmp_path: Path) -> None:
+    nodes = [node(name, "b1/r1") for name in "ab"]
+    for one in nodes:
+        one["status"]["allocatable"]["pods"] = "4"
+    code, text = explain(tmp_path, service(8), nodes)
+    assert code == 1
+    assert " ".join(text.split()).startswith(
+        "MoEService/big does not fit: its 8 ranks have room in one rack, but beside them 3 pods of coordinator and "
+        "gateways need cpu 100m, memory 768Mi each, and there is room for 0. The file holds no pods"
+    )
+
+
 def test_the_same_as_json_names_every_domain_and_every_change_that_helps(tmp_path: Path) -> None:
     code, answer = explained(tmp_path, service(8), NODES[2:6])
     assert (code, answer["accepted"], answer["fits"], answer["ranks"]) == (1, True, False, 8)

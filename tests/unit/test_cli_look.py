@@ -159,6 +159,17 @@ def test_a_drill_on_a_cluster_is_applied_waited_for_and_judged(
     assert asked == ["apply -f -", "get moedrills.moerator.dev ouch -n team-a -o json"]
 
 
+@pytest.mark.parametrize("verb", [("get",), ("status", "moej", "a")], ids=lambda verb: verb[0])
+def test_a_cluster_that_does_not_answer_was_asked_because_no_local_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: tuple[str, ...]
+) -> None:
+    (tmp_path / "kubectl").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(cli_look, "living_runs", list)
+    assert run(*verb) == (1, "no local run goes on (`moerator run -f FILE` starts one), so kubectl was asked\n")
+
+
 @pytest.mark.parametrize(("generation", "outcome"), [(1, False), (2, None)])
 def test_a_refused_edit_ends_no_run_and_a_resource_that_was_never_accepted_does(
     generation: int, outcome: bool | None

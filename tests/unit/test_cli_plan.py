@@ -191,6 +191,7 @@ def test_the_picture_has_a_square_for_every_slot(tmp_path: Path) -> None:
         (("--nodes", "/nowhere"), "--nodes: /nowhere: No such file"),
         (("--nodes", JOB), "must hold nodes and pods, got MoEJob"),
         (("--nodes", EXAMPLES.parent / "LICENSE"), "is not what `kubectl get nodes -o yaml` prints"),
+        (("--nodes", EXAMPLES.parent / "README.md"), ": did not find expected alphabetic"),
         (("--load", JOB), "line 1: not JSON"),
         (("--plot", "plan.png"), "must end in .svg, got plan.png"),
         (("--plot", EXAMPLES / "gone" / "plan.svg"), "plan.svg: No such file"),

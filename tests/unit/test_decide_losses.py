@@ -42,7 +42,10 @@ def test_a_gang_that_would_take_the_last_room_of_its_own_coordinator_is_not_star
     )
     sim.settle()
     assert sim.ever_bound == []
-    assert "beside them 3 pods of coordinator and gateways need cpu 100m, memory 768Mi each" in sim.message("Placed")
+    assert sim.message("Placed") == (
+        "its 4 ranks have room in the cluster, but beside them 3 pods of coordinator and gateways need cpu 100m, "
+        "memory 768Mi each, and there is room for 0"
+    )
     sim.nodes = (NodeFact("n0", allocatable={"cpu": 4300, "memory": 2**35}),)
     sim.settle()
     assert sim.condition("Ready") == ("True", "AllActive")

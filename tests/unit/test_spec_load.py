@@ -93,6 +93,41 @@ def test_hostile_yaml_ends_at_once_in_one_sentence(text: str, words: str) -> Non
     assert "\n" not in str(problem)
 
 
+HEAD = "apiVersion: moerator.dev/v1alpha1\nkind: MoEService\nmetadata: {name: tiny}\nspec:\n"
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        (
+            "  model: {path: m}\n  parallelism: {expert: 4}\n  experts:\n    policy: Linear\n    minCopies: 9\n",
+            "line 9: spec.experts.minCopies: experts.minCopies must not exceed parallelism.expert (times data): copies "
+            "live on distinct ranks (got {'experts.minCopies': 9, 'parallelism.expert': 4, 'parallelism.data': 1})",
+        ),
+        (
+            "  parallelism: {expert: 4}\n  model:\n    path: m\n    expertPacking:\n"
+            "      precision: BFloat16\n      groupSize: 64\n",
+            "line 10: spec.model.expertPacking.groupSize: BFloat16 has no scales: leave groupSize out "
+            "(got {'groupSize': 64, 'precision': 'BFloat16'})",
+        ),
+        (
+            "  model: {path: m}\n  parallelism: {expert: 4}\n  dispatch:\n    wire: int8\n",
+            "line 8: spec.dispatch.wire: must be one of 'Float32', 'BFloat16', 'Float8' or 'Int8' (got 'int8'); "
+            "did you mean Int8?",
+        ),
+        (
+            "  parallelism: {expert: 4}\n  model: {path: 7}\n",
+            "line 6: spec.model.path: must be a string (got 7); write it in quotes",
+        ),
+    ],
+    ids=["values of two parts", "values of one part", "near miss", "number for text"],
+)
+def test_a_problem_names_the_line_and_the_values_that_it_is_about(spec: str, told: str) -> None:
+    with pytest.raises(InvalidSpec) as refused:
+        read_documents(HEAD + spec)
+    assert [str(problem) for problem in refused.value.problems] == [told]
+
+
 def test_a_wrong_head_hides_nothing_that_is_wrong_below() -> None:
     wrong = {**SERVICE, "metadata": {"name": "A"}, "spec": {**SERVICE["spec"], "gatway": {}}}
     with pytest.raises(InvalidSpec) as refused:

@@ -7,7 +7,7 @@ import pytest
 from moe_core.facts import NodeFact, Taint
 from moe_core.outcome import InvalidInput, NoFit
 from moe_core.topology.fit import Fit, fit
-from moe_core.topology.quantity import base_units, request_of
+from moe_core.topology.quantity import base_units, listed, request_of
 from moe_core.topology.room import Needs, Tolerated
 from moe_core.topology.shape import Pack
 
@@ -186,6 +186,12 @@ def test_no_nodes_at_all_is_said() -> None:
 )
 def test_quantities_are_read_in_base_units(resource: str, text: object, units: int) -> None:
     assert base_units(resource, text) == units
+
+
+def test_a_request_is_listed_in_the_units_that_people_write() -> None:
+    request = {"nvidia.com/gpu": 1024, "memory": 768 << 20, "cpu": 100, "ephemeral-storage": 1000}
+    assert listed(request) == "cpu 100m, ephemeral-storage 1000, memory 768Mi, nvidia.com/gpu 1024"
+    assert listed({"cpu": 2000, "memory": 3 << 30}) == "cpu 2, memory 3Gi"
 
 
 def test_a_bad_quantity_is_refused_by_name() -> None:

@@ -20,7 +20,7 @@ from moe_core.manifests.plan import Plan
 from moe_core.manifests.pods import HELPER_REQUEST
 from moe_core.outcome import NoFit
 from moe_core.topology.fit import Fit, fit, tree_of
-from moe_core.topology.quantity import request_of
+from moe_core.topology.quantity import listed, request_of
 from moe_core.topology.room import rooms
 from moe_core.topology.tree import Tree, build_tree
 
@@ -156,14 +156,15 @@ def _with_helpers(ground: Ground, found: Fit, own: Use) -> Fit | NoFit:
     room = len(helper_places(ground, own, homeless))
     if room >= homeless:
         return found
-    asks = ", ".join(f"{resource} {quantity}" for resource, quantity in sorted(HELPER_REQUEST.items()))
+    pods = "1 pod" if homeless == 1 else f"{homeless} pods"
     return NoFit(
         wanted=len(found.node_of_rank),
         level=ground.plan.pack.required,
         best=len(found.node_of_rank),
         best_domain="",
         excluded={},
-        lever=f"beside them {homeless} pods of coordinator and gateways need {asks} each, and {room} have room",
+        beside=f"beside them {pods} of coordinator and gateways need {listed(request_of(HELPER_REQUEST, {}))} each, "
+        f"and there is room for {room}",
     )
 
 

@@ -7,6 +7,7 @@
 import difflib
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,13 +19,15 @@ from pydantic_core import ErrorDetails
 from moe_core.contract.names import API_VERSION
 from moe_core.outcome import InvalidSpec, Problem
 from moe_core.spec import yaml_text
-from moe_core.spec.base import SpecModel
+from moe_core.spec.base import Rule, SpecModel
 from moe_core.spec.crd import schema_of
 from moe_core.spec.kinds import KIND_OF_NAME, ResourceKind
 from moe_core.spec.metadata import Metadata
 
 Model = TypeVar("Model", bound=SpecModel)
 _schema = functools.cache(schema_of)
+_READ = re.compile(r"\bself\.([a-zA-Z]\w*(?:\.[a-zA-Z]\w*)*)(?![\w(])")
+"""Fields that a CEL expression reads; the methods it calls on them are none."""
 _TOP_LEVEL = ("apiVersion", "kind", "metadata", "spec", "status")
 
 
@@ -55,14 +58,10 @@ def broken_changes(model: type[SpecModel], old: Mapping[str, Any], new: Mapping[
     """What of a change the API server would refuse (`oldSelf`). Raises InvalidSpec when one of the two is none."""
     before, after = parse_spec(model, old), parse_spec(model, new)
     return [
-        Problem("spec", _as_written(rule.keeps(after)), rule.message)
+        _broken_rule(after, "spec", rule)
         for rule in model.rules
         if rule.keeps is not None and rule.keeps(before) != rule.keeps(after)
     ]
-
-
-def _as_written(value: object) -> object:
-    return value.model_dump(by_alias=True, exclude_defaults=True) if isinstance(value, SpecModel) else value
 
 
 def _without_nulls(value: Any) -> Any:
@@ -167,7 +166,11 @@ def _problem(model: type[SpecModel], where: str, detail: ErrorDetails) -> Proble
         case "missing":
             return Problem(path, None, "is required")
         case "literal_error":
-            return Problem(path, detail["input"], f"must be one of {detail['ctx']['expected']}")
+            expected = detail["ctx"]["expected"]
+            hint = _did_you_mean(str(detail["input"]), tuple(re.findall(r"'([^']*)'", expected)))
+            return Problem(path, detail["input"], f"must be one of {expected}", hint)
+        case "string_type" if isinstance(detail["input"], int | float):
+            return Problem(path, detail["input"], "must be a string", "write it in quotes")
         case "string_pattern_mismatch":
             return Problem(path, detail["input"], f"must match {detail['ctx']['pattern']}")
     message = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
@@ -200,13 +203,29 @@ def _broken_rules(part: Any, path: str) -> list[Problem]:
     if not isinstance(part, SpecModel):
         return []
     problems = [
-        Problem(path, part.model_dump(by_alias=True, exclude_none=True, exclude_defaults=True), rule.message)
-        for rule in part.rules
-        if rule.holds is not None and not rule.holds(part)
+        _broken_rule(part, path, rule) for rule in part.rules if rule.holds is not None and not rule.holds(part)
     ]
     for name, info in type(part).model_fields.items():
         problems.extend(_broken_rules(getattr(part, name), f"{path}.{info.alias or name}"))
     return problems
+
+
+def _broken_rule(part: SpecModel, path: str, rule: Rule) -> Problem:
+    """At the field that the rule's message names first, with the values of all fields that the rule reads."""
+    written = part.model_dump(by_alias=True, exclude_none=True, mode="json")
+    values = {name: found for name in _READ.findall(rule.cel) if (found := _value_at(written, name)) is not None}
+    told = [name for name in values if not any(other.startswith(f"{name}.") for other in values)]
+    told.sort(key=lambda name: (name not in rule.message, rule.message.find(name)))
+    if not told:
+        return Problem(path, None, rule.message)
+    value = values[told[0]] if len(told) == 1 else {name: values[name] for name in told}
+    return Problem(f"{path}.{told[0]}", value, rule.message)
+
+
+def _value_at(written: Any, path: str) -> Any:
+    for name in path.split("."):
+        written = written.get(name) if isinstance(written, dict) else None
+    return written
 
 
 def _lines_of(node: yaml.Node, path: str = "") -> dict[str, int]:

@@ -37,3 +37,20 @@ def request_of(requests: Mapping[str, str], limits: Mapping[str, str]) -> dict[s
     merged = {**limits, **requests}
     in_units = {resource: base_units(resource, merged[resource]) for resource in sorted(merged)}
     return {resource: amount for resource, amount in in_units.items() if amount}
+
+
+def listed(request: Mapping[str, int]) -> str:
+    """A request in base units as people write it.
+
+    >>> listed({"cpu": 1500, "memory": 768 << 20, "nvidia.com/gpu": 1024})
+    'cpu 1500m, memory 768Mi, nvidia.com/gpu 1024'
+    """
+    return ", ".join(f"{resource} {_written(resource, amount)}" for resource, amount in sorted(request.items()))
+
+
+def _written(resource: str, amount: int) -> str:
+    if resource == "cpu":
+        return f"{amount}m" if amount % 1000 else str(amount // 1000)
+    in_bytes = resource in {"memory", "ephemeral-storage"} or resource.startswith("hugepages-")
+    powers = [power for power in range(4, 0, -1) if in_bytes and amount and amount % (1 << 10 * power) == 0]
+    return f"{amount >> 10 * powers[0]}{' KMGT'[powers[0]]}i" if powers else str(amount)

@@ -13,6 +13,7 @@ import numpy as np
 from moe_core.outcome import NoFit, Relaxation
 from moe_core.topology.attempt import Ask, Stuck
 from moe_core.topology.least import fewest_nodes, fewest_places, fits
+from moe_core.topology.quantity import listed
 from moe_core.topology.room import CORDONED, IN_USE, NOT_READY, Rooms
 from moe_core.topology.shape import Pack, Subgroups
 from moe_core.topology.tree import IntArray
@@ -73,7 +74,7 @@ def _relaxations(
     can_shrink = best > 0 and not ask.kept
     if can_shrink and best * FEW >= stuck.wanted * (FEW - 1):
         yield fewer
-    asks = ", ".join(f"{resource} {amount}" for resource, amount in sorted(ask.needs.request.items()))
+    asks = listed(ask.needs.request)
     missing = fewest_places(ask, stuck, free, None) or stuck.wanted - best
     text = f"add nodes with room for {missing} more" + (f" (each asks for {asks})" if asks else "")
     yield Relaxation("add nodes", missing, text)
