@@ -1,5 +1,6 @@
 """Parts of a rank around its steps: what a checkpoint can be wrong in, a map that cannot be staged, losses in a row."""
 
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -10,7 +11,10 @@ from moe_core.outcome import InvalidInput
 from moe_runtime.engine.model import ExpertParallelModel, StagedSlots
 from moe_runtime.rank.recovery import Recovering
 from moe_runtime.rank.staging import FIRST_RETRY_S, Staging
+from moe_runtime.rank.train import TrainWork
 from moe_runtime.rank.work import ModelUnusable, loading
+from serving_config import serving_config
+from train_tasks import config_for
 
 
 def map_of(*logical_of_slot: int) -> ExpertMap:
@@ -87,6 +91,14 @@ def test_what_another_try_may_mend_is_not_held_against_the_model(error: Exceptio
 def test_whatever_is_wrong_in_a_checkpoint_names_it(error: Exception) -> None:
     with pytest.raises(ModelUnusable, match=r"^/models/m: .*" + str(error.args[0])), loading("/models/m"):
         raise error
+
+
+def test_a_folder_that_cannot_be_made_ends_a_run_before_its_first_step(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    training = config_for(tmp_path / "taken" / "model", tmp_path / "no text", num_ranks=1)
+    config = serving_config(mode="train", serving=None, training=training)
+    with pytest.raises(NotADirectoryError, match=rf"Not a directory: output\.path {tmp_path}/taken/model"):
+        TrainWork(config, rank=0).load(map_of(0, 1))
 
 
 def test_a_second_loss_on_the_way_is_part_of_the_same_recovery() -> None:

@@ -125,7 +125,8 @@ def test_an_answer_that_is_none_is_refused(wrong: str, text: str) -> None:
 
 
 def test_an_expert_that_is_not_there_is_refused() -> None:
-    with pytest.raises(InvalidInput, match=r"ids from 0 to 7, or -1 \(got 8\)"):
+    named = "router router_cases:Mine of layer 0: expert_TK"
+    with pytest.raises(InvalidInput, match=named + r" holds ids from 0 to 7, or -1 \(got 8\)"):
         custom(expert="8")(make_tokens(4, 8), SERVING)
 
 
@@ -136,7 +137,7 @@ def test_an_expert_that_is_not_there_is_refused() -> None:
         ("router_cases:NoSuchClass", "NoSuchClass: cannot be imported"),
         ("router_cases:make_router", "is no class but a function"),
         ("router_cases:NoRouter", r"is a torch\.nn\.Module with looks_ahead"),
-        ("torch.nn:Linear", "cannot be built"),
+        ("torch.nn:Linear", r"classPath torch\.nn:Linear: cannot be built with options \{'expert': '5'\}: TypeError"),
     ],
 )
 def test_a_class_that_is_no_router_is_refused_by_name(class_path: str, text: str) -> None:

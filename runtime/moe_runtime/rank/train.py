@@ -4,7 +4,9 @@ With an expert lost the run waits for the rank's replacement: a step without it 
 joined, all ranks restore the newest snapshot that they can read, unless all still stand at the same step.
 """
 
+import errno
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -47,6 +49,7 @@ class TrainWork:
         self._router_counts: Counter[str] = Counter()
 
     def load(self, expert_map: ExpertMap) -> None:
+        _make_output(Path(self._training.output_path))
         with loading("the training text"):
             corpus = load_corpus(self._training.data)
         with loading(self._config.model.path or "the configured shape"):
@@ -165,3 +168,13 @@ class TrainWork:
     def idle(self, seconds: float) -> None:
         if not (self._is_whole and not self._is_done):
             time.sleep(max(seconds, _WAITING_S) if self._is_done else seconds)
+
+
+def _make_output(folder: Path) -> None:
+    """Before any step is taken, lest a run of days find out at its end. Raises OSError, which another pod may mend."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}: output.path {folder}") from error
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, f"{os.strerror(errno.EACCES)}: output.path {folder} cannot be written")

@@ -26,14 +26,17 @@ class CustomRouter(torch.nn.Module):
         self, class_path: str, *, num_experts: int, top_k: int, dim: int, layer_idx: int, options: Mapping[str, str]
     ) -> None:
         super().__init__()
-        self.num_experts = num_experts
+        self.num_experts, self._told = num_experts, f"router {class_path} of layer {layer_idx}"
         made = _load(class_path)
         try:
             router = made(num_experts=num_experts, top_k=top_k, dim=dim, layer_idx=layer_idx, options=options)
-        except TypeError as error:
-            raise InvalidInput(f"class_path {class_path}: cannot be built: {error}") from error
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise InvalidInput(
+                f"classPath {class_path}: cannot be built with options {dict(options)}: {why}"
+            ) from error
         if not isinstance(router, torch.nn.Module) or not isinstance(getattr(router, "looks_ahead", None), bool):
-            raise InvalidInput(f"class_path {class_path}: a router is a torch.nn.Module with looks_ahead True or False")
+            raise InvalidInput(f"classPath {class_path}: a router is a torch.nn.Module with looks_ahead True or False")
         self.router: Any = router
         self.looks_ahead = bool(router.looks_ahead)
 
@@ -42,11 +45,15 @@ class CustomRouter(torch.nn.Module):
             return x_TD
         seen_TD = self.router.before_gate(x_TD, moment)
         if not isinstance(seen_TD, torch.Tensor) or (seen_TD.shape, seen_TD.dtype) != (x_TD.shape, x_TD.dtype):
-            raise InvalidInput(f"before_gate gives a tensor like its input, {x_TD.dtype} {list(x_TD.shape)}")
+            raise InvalidInput(f"{self._told}: before_gate gives a tensor like its input, {x_TD.dtype} {[*x_TD.shape]}")
         return seen_TD
 
     def forward(self, tokens: Tokens, moment: Moment) -> Routing:
-        return checked(self.router(tokens, moment), tokens, num_experts=self.num_experts)
+        answer = self.router(tokens, moment)
+        try:
+            return checked(answer, tokens, num_experts=self.num_experts)
+        except InvalidInput as error:
+            raise InvalidInput(f"{self._told}: {error}") from error
 
     def use_layout(self, layout: Layout) -> None:
         if hasattr(self.router, "use_layout"):
@@ -63,7 +70,7 @@ def _load(class_path: str) -> type:
     try:
         found = getattr(import_module(module_name), name)
     except (ImportError, AttributeError) as error:
-        raise InvalidInput(f"class_path {class_path}: cannot be imported: {error}") from error
+        raise InvalidInput(f"classPath {class_path}: cannot be imported: {error}") from error
     if not isinstance(found, type):
-        raise InvalidInput(f"class_path {class_path}: is no class but a {type(found).__name__}")
+        raise InvalidInput(f"classPath {class_path}: is no class but a {type(found).__name__}")
     return found
