@@ -1,9 +1,10 @@
 """What rank processes do in the tests of rows that go through memory."""
 
 import os
+import random
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from moe_runtime.membership.near_words import NearWords, Word
 
 ROWS = 2000
 """To each member: of 16 floats."""
+STEPS = 150
 
 
 def exchange_often(
@@ -51,6 +53,65 @@ def _wrong(group: EpochGroup, rank: int, turn: int) -> int:
         assert heard.told_GC.view(-1).tolist() == list(group.ranks)
     senders = torch.tensor(group.ranks).repeat_interleave(ROWS)
     return int((came[:, 0] != senders).sum() + (came[:, 1] != turn).sum())
+
+
+def exchange_anything(rank: int, store_path: str, *, size: int, seed: int, far: Sequence[tuple[int, int]] = ()) -> int:
+    """Any exchanges of any numbers of rows, several under way and ended in any order, gathers and sums between them.
+
+    Exchanges made. Raises AssertionError where anything comes wrong.
+    """
+    _part(rank, far)
+    numbers, waits = random.Random(seed), list[Callable[[], None]]()
+    with join_group(store_path, ranks=range(size), rank=rank) as group:
+        for step in range(STEPS):
+            kind = numbers.choice(("now", "later", "told", "end", "sum", "gather"))
+            counts = [[numbers.choice((0, 0, 1, 3, numbers.randrange(2000))) for _ in range(size)] for _ in range(size)]
+            if kind in {"now", "later", "told"} and len(waits) < 5:
+                waits.append(_begun(group, kind, counts, step))
+                if kind == "now":
+                    waits.pop()()
+            elif kind == "end" and waits:
+                waits.pop(numbers.randrange(len(waits)))()
+            elif kind == "sum":
+                total = torch.full((numbers.randrange(1, 2000),), float(rank + step))
+                group.all_reduce_sum(total)
+                assert (total == sum(range(size)) + size * step).all()
+            elif kind == "gather":
+                assert group.all_gather_ints([rank, step]) == [[p, step] for p in range(size)]
+        for wait in waits:
+            wait()
+    return STEPS
+
+
+def _begun(group: EpochGroup, kind: str, counts: list[list[int]], step: int) -> Callable[[], None]:
+    """An exchange; what ends it checks what came."""
+    me, size = group.position, group.size
+
+    def rows_of(pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Every row says who sent it, to whom, in which step and as what."""
+        rows = [(p, q, step, i) for p, q in pairs for i in range(counts[p][q])]
+        return torch.tensor(rows, dtype=torch.float32).view(-1, 4)
+
+    sent, column = rows_of([(me, q) for q in range(size)]), [counts[p][me] for p in range(size)]
+    expected = rows_of([(p, me) for p in range(size)])
+    if kind == "told" and group.tells:
+        told = group.post_telling(sent, counts[me], torch.tensor([[me, q, step] for q in range(size)]))
+
+        def wait_told() -> None:
+            heard = told.wait()
+            assert torch.equal(heard.rows, expected)
+            assert (heard.counts, heard.told_GC.tolist()) == (column, [[p, me, step] for p in range(size)])
+
+        return wait_told
+    if kind == "now":
+        came = group.all_to_all(sent, counts[me], column)
+        return lambda: _same(came, expected)
+    posted = group.post_all_to_all(sent, counts[me], column)
+    return lambda: _same(posted.wait(), expected)
+
+
+def _same(came: torch.Tensor, expected: torch.Tensor) -> None:
+    assert torch.equal(came, expected)
 
 
 def meet_a_silent_one(

@@ -25,6 +25,18 @@ def test_ranks_that_do_not_see_each_other_send_by_the_backend(tmp_path: Path, fa
     assert {rank: wrong for rank, (wrong, _) in results.items()} == {0: 0, 1: 0, 2: 0}
 
 
+@pytest.mark.parametrize("far", [(), ((0, 2),)], ids=["all_near", "a_pair_is_far"])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_any_exchanges_come_right_in_whatever_order_they_end(
+    tmp_path: Path, seed: int, far: tuple[tuple[int, int], ...]
+) -> None:
+    results = run_ranks(
+        tasks.exchange_anything, num_ranks=3, store_path=str(tmp_path / "store"), size=3, seed=seed, far=far
+    )
+
+    assert results == dict.fromkeys(range(3), tasks.STEPS)
+
+
 @pytest.mark.parametrize("after_words", [0, 1, 3, 6, 8], ids="after_{}_words".format)
 @pytest.mark.parametrize(
     ("number", "within_s", "names"),
