@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from moe_core.contract.router import RouterConfig
+from moe_runtime.errors import GroupFault
 from moe_runtime.router.check import checked
 from moe_runtime.router.face import Moment, Routing, SoftRows, Tokens
 from moe_runtime.router.layer import LayerRouter
@@ -117,6 +118,10 @@ def dense(routing: Routing, num_experts: int) -> torch.Tensor:
     return weight_TE.scatter_add(1, routing.expert_TK.clamp_min(0), routing.weight_TK.detach())
 
 
+def fail(error: Exception) -> None:
+    raise error
+
+
 class Mine(torch.nn.Module):
     """A user's router: everybody takes the expert that the options name; `wrong` spoils the answer."""
 
@@ -139,6 +144,8 @@ class Mine(torch.nn.Module):
             "twice": lambda: Routing(expert_TK.repeat(1, 2), weight_TK.repeat(1, 2)),
             "nobody": lambda: Routing(expert_TK * 0 - 1, weight_TK),
             "loss": lambda: Routing(expert_TK, weight_TK, losses={"mine": torch.ones(2)}),
+            "mistake": lambda: fail(KeyError("an expert")),
+            "gone": lambda: fail(GroupFault("a peer is gone")),
             "count": lambda: Routing(expert_TK, weight_TK, counts={"mine": 0.5}),  # type: ignore[dict-item]
             "passes": lambda: Routing(expert_TK, weight_TK, pass_TK=expert_TK * 0, passes=0),
             "soft": lambda: Routing(expert_TK, weight_TK, soft=SoftRows(torch.ones(4, 8), torch.ones(4, 8))),

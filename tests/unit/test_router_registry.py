@@ -13,6 +13,7 @@ import moe_runtime.router as router_package
 from moe_core.contract.router import RouterConfig
 from moe_core.contract.router_rules import RouterType
 from moe_core.outcome import InvalidInput
+from moe_runtime.errors import GroupFault
 from moe_runtime.router.check import checked
 from moe_runtime.router.face import Routing, Tokens
 from moe_runtime.router.registry import KINDS, build_router
@@ -116,12 +117,18 @@ def test_a_users_own_router_routes_and_is_told_of_steps() -> None:
         ("loss", r"losses\['mine'\] must be torch.float32 of shape \[\]"),
         ("soft", "without picks beside them"),
         ("count", r"counts\['mine'\] must be an int \(got float\)"),
+        ("mistake", "router router_cases:Mine of layer 0: KeyError: 'an expert'"),
         ("passes", r"passes must be at least 1 \(got 0\)"),
     ],
 )
 def test_an_answer_that_is_none_is_refused(wrong: str, text: str) -> None:
     with pytest.raises(InvalidInput, match=text):
         custom(wrong=wrong)(make_tokens(4, 8), SERVING)
+
+
+def test_a_peer_that_is_gone_is_no_mistake_of_the_routers() -> None:
+    with pytest.raises(GroupFault):
+        custom(wrong="gone")(make_tokens(4, 8), SERVING)
 
 
 def test_an_expert_that_is_not_there_is_refused() -> None:

@@ -57,8 +57,8 @@ class NoRankLeft(Exception):
 
 
 class RequestRefused(Exception):
-    """The request itself cannot be served: `too_long` or `refused` (an expert is lost and fallback is Refuse, or the
-    model's logits are no numbers).
+    """The request itself cannot be served: `too_long` or `refused` (an expert is lost and fallback is Refuse, the
+    model's logits are no numbers, or its router cannot route).
     """
 
     def __init__(self, kind: str, message: str) -> None:

@@ -7,10 +7,12 @@ import torch
 
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.runtime_config import RuntimeConfig
+from moe_core.outcome import InvalidInput
 from moe_runtime.engine.cache import StepCache
 from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.engine.sampling import NoNumbers, sample
 from moe_runtime.engine.scheduler import Chunk, Overloaded, Scheduler, TooLong
+from moe_runtime.errors import GroupFault
 from moe_runtime.membership.group import EpochGroup
 from moe_runtime.rank.desk import Desk
 from moe_runtime.rank.work import WorkReport, loading
@@ -89,7 +91,12 @@ class ServeWork:
         if chunks:
             ids_BQ, positions_BQ = _batch(chunks, device=self._config.device)
             rows_B = [chunk.row for chunk in chunks]
-            logits_BV = epm.forward_tokens(ids_BQ, positions_BQ, rows_B, cache, tokens_of_rank=tokens_of_rank)
+            try:
+                logits_BV = epm.forward_tokens(ids_BQ, positions_BQ, rows_B, cache, tokens_of_rank=tokens_of_rank)
+            except InvalidInput as error:
+                self._refuse(chunks, str(error), cache)
+                # the others wait in the middle of this step: they are told, and all go on without these requests
+                raise GroupFault(f"refused {len(chunks)} requests: {error}") from error
         else:
             logits_BV = epm.forward_tokens(None, None, (), cache, tokens_of_rank=tokens_of_rank)
         before = epm.degraded_tokens()
@@ -135,6 +142,15 @@ class ServeWork:
         self._desk.publish([p for p in progress if p.request_id not in refused], degraded)
         for row in freed:
             cache.free(row)
+
+    def _refuse(self, chunks: Sequence[Chunk], why: str, cache: StepCache) -> None:
+        """What a user's own router cannot route would end one rank after the other, were it replayed."""
+        for chunk in chunks:
+            self._desk.end(chunk.request_id, "refused", why)
+            row = self._scheduler.cancel(chunk.request_id)
+            if row is not None:
+                cache.free(row)
+        self._chunks = ()
 
     def _sample(self, chunk: Chunk, logits_V: torch.Tensor) -> int:
         request = self._scheduler.request(chunk.request_id)

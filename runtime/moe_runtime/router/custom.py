@@ -15,8 +15,11 @@ from typing import Any
 import torch
 
 from moe_core.outcome import InvalidInput
+from moe_runtime.errors import RuntimeFault
 from moe_runtime.router.check import checked
 from moe_runtime.router.face import Layout, Moment, Routing, Tokens
+
+_MISTAKES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class CustomRouter(torch.nn.Module):
@@ -49,11 +52,14 @@ class CustomRouter(torch.nn.Module):
         return seen_TD
 
     def forward(self, tokens: Tokens, moment: Moment) -> Routing:
-        answer = self.router(tokens, moment)
         try:
-            return checked(answer, tokens, num_experts=self.num_experts)
+            return checked(self.router(tokens, moment), tokens, num_experts=self.num_experts)
         except InvalidInput as error:
             raise InvalidInput(f"{self._told}: {error}") from error
+        except (RuntimeFault, torch.OutOfMemoryError, torch.AcceleratorError):
+            raise  # none of its own: a peer is gone, or the device is full
+        except _MISTAKES as error:
+            raise InvalidInput(f"{self._told}: {type(error).__name__}: {error}") from error
 
     def use_layout(self, layout: Layout) -> None:
         if hasattr(self.router, "use_layout"):
