@@ -42,6 +42,14 @@ def test_a_checkpoint_nobody_can_read_is_asked_for() -> None:
     assert "give model.numExperts and model.numMoeLayers" in message
 
 
+def test_on_one_machine_a_checkpoint_that_is_not_there_is_waited_for() -> None:
+    spec = service_spec()
+    spec["model"] = {"path": ".moerator/tiny"}
+    reason, message = refused("MoEService", spec, Facts(nodes=gpu_nodes(4), local=True))
+    assert reason == "ModelNotFound"
+    assert message == "there is no checkpoint at .moerator/tiny yet; it is served once there is one"
+
+
 def test_an_unsupported_model_says_what_the_shell_found() -> None:
     facts = Facts(model=ModelFact(0, 0, "llama", problem="llama is a dense family: it has no experts"))
     assert refused("MoEService", service_spec(), facts) == (

@@ -100,7 +100,9 @@ def _experts_of(spec: MoEJobSpec | MoEServiceSpec, facts: Facts) -> tuple[int, i
     if facts.model is None:
         if model.num_experts is None or model.num_moe_layers is None:
             told = (
-                f"no checkpoint can be read at {model.path} from here; "
+                f"there is no checkpoint at {model.path} yet; it is served once there is one"
+                if facts.local  # the pods see what we see, and whoever runs them looks for it again
+                else f"no checkpoint can be read at {model.path} from here; "
                 "if only the pods can reach it, give model.numExperts and model.numMoeLayers"
             )
             return Refusal(Reason.MODEL_NOT_FOUND, told)
