@@ -10,7 +10,7 @@ from moe_core.contract.dispatch import Wire
 from moe_runtime.dispatch.all_to_all import run_by_token
 from moe_runtime.dispatch.by_node import Relay
 from moe_runtime.dispatch.mixture import mix
-from moe_runtime.dispatch.plan import DispatchPlan
+from moe_runtime.dispatch.plan import LOST, DispatchPlan
 from moe_runtime.dispatch.reference import RunSlots
 from moe_runtime.dispatch.step import StepContext
 from moe_runtime.dispatch.wire import Legs
@@ -89,6 +89,31 @@ def test_without_gradients_values_are_the_same(name: str, scene: Scene) -> None:
     expected, found = references(scene), answers(scene, way_of(name), with_gradients=False)
     for mine, its in zip(found, expected, strict=True):
         torch.testing.assert_close(mine.output, its.output)
+
+
+@pytest.mark.parametrize("name", [*WAYS, "token"])
+@settings(max_examples=20)
+@given(scene=scenes())
+def test_experts_compute_a_row_for_every_pick_and_none_for_a_pick_of_nobody(name: str, scene: Scene) -> None:
+    """Routers whose tokens take few of all experts answer as wide as all of them."""
+    way, num_rows = way_of(name), []
+
+    def counting(  # noqa: PLR0917
+        x_TD: torch.Tensor,
+        address_TK: torch.Tensor,
+        weight_TK: torch.Tensor,
+        plan: DispatchPlan,
+        group: MemoryGroup,
+        run_slots: RunSlots,
+    ) -> torch.Tensor:
+        def counted(rows_RD: torch.Tensor, slot_R: torch.Tensor) -> torch.Tensor:
+            num_rows.append(len(rows_RD))
+            return run_slots(rows_RD, slot_R)
+
+        return way(x_TD, address_TK, weight_TK, plan, group, counted)
+
+    answers(scene, counting, with_gradients=False)
+    assert sum(num_rows) == sum(int((address_TK != LOST).sum()) for address_TK in scene.address)
 
 
 @settings(max_examples=60)
