@@ -116,7 +116,8 @@ def _look(
     wish, checkpoint, size, no_size = wish_of_document(doc), read_model_of(doc), None, ""
     try:
         if isinstance(doc.spec, MoEJobSpec):
-            size = size_of_shape(doc.spec.model.shape)
+            router = doc.spec.model.router
+            size = size_of_shape(doc.spec.model.shape, None if router is None else router.config())
         elif checkpoint is None:
             no_size = f"no checkpoint can be read at {doc.raw['spec']['model']['path']} from here"
         elif not checkpoint.fact.problem:
@@ -171,6 +172,10 @@ def _cells(found: Outlook | Refusal, no_size: str) -> dict[str, str]:
         cells["bytes of a step"] = (
             f"{_bytes(found.traffic.sent_bytes)} sent ({sent}), {stays} stay on their rank; {_way(found.step)}"
         )
+        if found.size is not None and found.size.uncounted:
+            cells["bytes of a step"] += (
+                f"; with {found.size.top_k} experts a token, of which {found.size.uncounted} takes another number"
+            )
     if told := found.measured.told():
         cells["measured"] = told
         if found.links_s is not None:
@@ -257,6 +262,7 @@ def _plan_as_json(found: Outlook | Refusal) -> dict[str, Any]:
             "wire": found.step.dispatch.wire,
             "combineWire": found.step.dispatch.combine_wire,
             "eachRankItsOwnLoad": found.step.each_rank_its_own_load,
+            "picksPerToken": None if found.size is None or found.size.uncounted else found.size.top_k,
         },
         "bytesByScope": dict(found.bytes_by_scope),
         "bytesBetweenRanks": None if found.traffic is None else found.traffic.total_RR.tolist(),

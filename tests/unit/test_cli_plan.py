@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -131,6 +132,7 @@ def test_a_small_step_of_a_service_goes_by_token_as_the_data_plane_has_it(
         "wire": "Float32",
         "combineWire": "Float32",
         "eachRankItsOwnLoad": False,
+        "picksPerToken": 2,
     }
     row, layers, others = 64 * 4, 2, 2 * 1
     if way == "ByToken":
@@ -160,6 +162,36 @@ def test_a_trace_of_as_many_ranks_is_counted_rank_by_rank(tmp_path: Path) -> Non
 def test_a_training_step_goes_by_pick_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     assert "training 512 tokens a rank goes by pick" in run("-f", JOB)[1]
+
+
+@pytest.mark.parametrize(
+    ("router", "picks", "words"),
+    [
+        ({"type": "TopK"}, 2, "goes by pick"),
+        ({"type": "Switch"}, 1, "goes by pick"),
+        (
+            {"type": "ExpertChoice", "expertCapacityFactor": "1.25"},
+            None,
+            "of which ExpertChoice takes",
+        ),
+        ({"type": "TopP"}, None, "with 2 experts a token, of which TopP takes another number"),
+    ],
+    ids=lambda given: given["type"] if isinstance(given, dict) else "",
+)
+def test_a_steps_bytes_are_of_as_many_picks_as_the_router_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, router: dict[str, Any], picks: int | None, words: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    job = yaml.safe_load(Path(JOB).read_text())
+    del job["spec"]["training"]["auxLossCoefficient"]
+    job["spec"]["model"]["router"] = router
+    (tmp_path / "job.yaml").write_text(json.dumps(job))
+    (plan,) = json.loads(run("-f", tmp_path / "job.yaml", "--json")[1])[0]["plans"]
+    (family,) = json.loads(run("-f", JOB, "--json")[1])[0]["plans"]
+    assert plan["step"]["picksPerToken"] == picks
+    share = plan["bytesByScope"]["across"] / family["bytesByScope"]["across"]
+    assert share == pytest.approx(0.5 if picks == 1 else 1, rel=0.001)  # a few counts travel whatever is picked
+    assert words in run("-f", tmp_path / "job.yaml")[1]
 
 
 def test_numbers_of_ranks_stand_side_by_side(tmp_path: Path) -> None:

@@ -218,6 +218,19 @@ class LocalityConfig(WireModel):
     by: Literal["Pick", "Domain"] = "Pick"
 
 
+def picks_of_token(config: RouterConfig, top_k: int) -> int | None:
+    """How many experts a token takes at the end of training, where nothing is dropped; `top_k`: the model's own number.
+
+    None where that depends on the tokens, or is the router's own secret.
+    """
+    if config.type in {"Switch", "Base"}:
+        return 1
+    own = config.type in {"TopP", "SoftMoE", "Custom"}
+    return (
+        None if own or (config.type == "ExpertChoice" and config.expert_capacity_factor not in {None, 1.0}) else top_k
+    )
+
+
 def why_misfit(config: RouterConfig, *, num_experts: int, top_k: int) -> list[str]:
     """Every reason why a model with so many experts, of which a token takes `top_k`, cannot have this router."""
     problems: list[str] = []
@@ -236,9 +249,10 @@ def why_misfit(config: RouterConfig, *, num_experts: int, top_k: int) -> list[st
     if config.type == "Heuristic" and config.heuristic == "Class" and num_experts // config.classes < top_k:
         problems.append(f"num_classes {config.classes} leaves a class fewer than {top_k} of {num_experts} experts")
     for name in ("max_k", "start_k"):
-        value = getattr(config, name)
-        if value is not None and not (top_k if name == "start_k" else 1) <= value <= num_experts:
-            problems.append(f"{name} must lie between a token's {top_k} experts and all {num_experts} (got {value})")
+        value, least = getattr(config, name), top_k if name == "start_k" else 1
+        if value is not None and not least <= value <= num_experts:
+            of_token = f"a token's {top_k} experts" if name == "start_k" else "1"
+            problems.append(f"{name} must lie between {of_token} and all {num_experts} (got {value})")
     over_chosen = config.score_function in (None, "Softmax") and not config.pre_softmax
     if top_k == 1 and config.type in ("TopK", "AnnealedTopK") and (over_chosen or config.renormalises):
         problems.append(

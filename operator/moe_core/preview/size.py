@@ -6,6 +6,7 @@ from typing import Any
 
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.packing import FULL, Packing
+from moe_core.contract.router import RouterConfig, picks_of_token
 from moe_core.outcome import InvalidInput
 from moe_core.spec.common import ModelShapeSpec
 
@@ -24,6 +25,8 @@ class ModelSize:
     top_k: int
     dense_numbers: int
     packing: Packing = FULL
+    uncounted: str = ""
+    """A type of router that takes another number of experts than `top_k`, by the tokens that it meets."""
 
     @property
     def expert_bytes(self) -> int:
@@ -37,12 +40,14 @@ class ModelSize:
         return tuple(dense + slots * expert_map.num_layers * self.expert_bytes for slots in expert_map.slots_of_rank)
 
 
-def size_of_shape(shape: ModelShapeSpec) -> ModelSize:
-    """A model that a job builds."""
+def size_of_shape(shape: ModelShapeSpec, router: RouterConfig | None = None) -> ModelSize:
+    """A model that a job builds; router: where it is not the family's."""
+    picks = shape.num_experts_per_tok if router is None else picks_of_token(router, shape.num_experts_per_tok)
     return ModelSize(
         hidden_size=shape.hidden_size,
         moe_intermediate_size=shape.moe_intermediate_size,
-        top_k=shape.num_experts_per_tok,
+        top_k=shape.num_experts_per_tok if picks is None else picks,
+        uncounted=router.type if router is not None and picks is None else "",
         dense_numbers=_dense_numbers(
             hidden=shape.hidden_size,
             layers=shape.num_hidden_layers,
