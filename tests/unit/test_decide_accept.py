@@ -65,6 +65,7 @@ def test_an_unsupported_model_says_what_the_shell_found() -> None:
             "llama",
             "model family llama is not supported: transformers 5.23 has no text model with an expert-parallel plan",
         ),
+        ("qwen3moe", "with an expert-parallel plan for it; did you mean qwen3_moe?"),
         ("deepseek_v3", "model family deepseek_v3 is not supported: it needs more numbers than a shape has"),
     ],
 )

@@ -3,6 +3,8 @@
 A test asks the runtime about every family of the installed transformers and holds these tables against its answers.
 """
 
+import difflib
+
 TRANSFORMERS = "5.23"
 _SERVED = """
     afmoe aria aria_text axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_ocr2 deepseek_v2 deepseek_v3 deepseek_v32
@@ -41,6 +43,8 @@ def why_refused(family: str, *, from_shape: bool = False) -> str | None:
         why = "its attention treats a prompt otherwise than the tokens generated after it: no request could be replayed"
     elif family not in SERVED:
         why = f"transformers {TRANSFORMERS} has no text model with an expert-parallel plan for it"
+        close = difflib.get_close_matches(family, sorted(SERVED), n=1, cutoff=0.8)
+        why += f"; did you mean {close[0]}?" if close else ""
     elif from_shape and family in NEEDS_CHECKPOINT:
         why = "it needs more numbers than a shape has"
     else:
