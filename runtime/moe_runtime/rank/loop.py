@@ -9,6 +9,7 @@ the control exchange (what all ranks see at the same boundary), never from a mes
 import threading
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from moe_core.contract.base import digest_of
 from moe_core.contract.exchange import Coverage, RankPhase, Recovery
@@ -26,7 +27,7 @@ from moe_runtime.rank.recorder import Recorder
 from moe_runtime.rank.recovery import Recovering
 from moe_runtime.rank.slot_check import SlotCheck
 from moe_runtime.rank.staging import Staging
-from moe_runtime.rank.stalls import TOLD, Stalls
+from moe_runtime.rank.stalls import Stalls
 from moe_runtime.rank.traffic import Traffic
 from moe_runtime.rank.work import ModelUnusable, Work, coverage
 from moe_runtime.registration import Directive, RankReport
@@ -38,6 +39,18 @@ _LONG_IDLE_AFTER = 100
 _FORM_MS = 1500
 _JOIN_MS = 300
 _KEPT_RECOVERIES = 16
+
+
+class _Told(NamedTuple):
+    """What every rank tells the others in the control exchange before each step."""
+
+    tokens: int
+    plan: int
+    """`_key` of the plan that this rank could go along with now."""
+    next_step: int
+    probe: int
+    computed_us: int
+    blocked_us: int
 
 
 class StepLoop:
@@ -262,16 +275,17 @@ class StepLoop:
         self._follow_map(directive, outside=False)
         plan = self._ready_plan(directive, current)
         asks = self._links.asks(current, probe=directive.probe)
-        rows = group.all_gather_ints((self._work.prepare(), _key(plan), self._next_step, asks, *self._stalls.own))
-        self._stalls.account(group.ranks, [row[-TOLD:] for row in rows])
-        if self._links.follow(current, group, [row[3] for row in rows]):
+        mine = _Told(self._work.prepare(), _key(plan), self._next_step, asks, *self._stalls.own)
+        told = [_Told(*row) for row in group.all_gather_ints(mine)]
+        self._stalls.account(group.ranks, [(one.computed_us, one.blocked_us) for one in told])
+        if self._links.follow(current, group, [one.probe for one in told]):
             self._say(f"measured its links to {len(self._links.links) - 1} ranks")
-        if plan is not None and all(row[1] == _key(plan) for row in rows):
+        if plan is not None and all(one.plan == mine.plan for one in told):
             if self._may_change(plan):
                 return self._change(plan)
             return True
-        tokens = [row[0] for row in rows]
-        step = max(row[2] for row in rows)
+        tokens = [one.tokens for one in told]
+        step = max(one.next_step for one in told)
         if self._recorder is not None:
             self._recorder.step = step
         began, blocked_s = time.monotonic(), group.blocked_s

@@ -15,9 +15,7 @@ from moe_runtime.engine.scheduler import Chunk, Overloaded, Scheduler, TooLong
 from moe_runtime.errors import GroupFault
 from moe_runtime.membership.group import EpochGroup
 from moe_runtime.rank.desk import Desk
-from moe_runtime.rank.work import WorkReport, loading
-
-_LOAD_EVERY_STEPS = 20
+from moe_runtime.rank.work import LOOK_EVERY_STEPS, WorkReport, loading, looked_at
 
 
 class ServeWork:
@@ -33,7 +31,7 @@ class ServeWork:
         self._scheduler = self._new_scheduler()
         self._chunks: tuple[Chunk, ...] = ()
         self._steps = 0
-        self._load_of_step = 0
+        self._looked_at_step = 0
         self._had_work = False
 
     def _new_scheduler(self) -> Scheduler:
@@ -84,8 +82,9 @@ class ServeWork:
         epm, cache = self._parts()
         self._had_work = any(tokens_of_rank)
         if not self._had_work:
-            if self._load_of_step < self._steps:  # what is told at rest is what was served
-                self.report = replace(self.report, load=self._load(epm))
+            if self._looked_at_step < self._steps:  # what is told at rest is what was served
+                self.report = looked_at(epm, self.report)
+                self._looked_at_step = self._steps
             return
         chunks = self._chunks
         if chunks:
@@ -165,19 +164,10 @@ class ServeWork:
     def _note(self, tokens: int, degraded: dict[str, int]) -> None:
         epm, _ = self._parts()
         self._steps += 1
-        due = self._steps % _LOAD_EVERY_STEPS == 1
-        last = self.report
-        self.report = WorkReport(
-            tokens=last.tokens + tokens,
-            degraded_tokens=degraded,
-            load=self._load(epm) if due else last.load,
-            expert_work=epm.expert_work() if due else last.expert_work,
-            wire_error=(epm.wire_error() or last.wire_error) if due else last.wire_error,
-        )
-
-    def _load(self, epm: ExpertParallelModel) -> tuple[tuple[int, ...], ...]:
-        self._load_of_step = self._steps
-        return tuple(tuple(row) for row in epm.load_window())
+        report = replace(self.report, tokens=self.report.tokens + tokens, degraded_tokens=degraded)
+        if self._steps % LOOK_EVERY_STEPS == 1:
+            report, self._looked_at_step = looked_at(epm, report), self._steps
+        self.report = report
 
     def rollback(self) -> None:
         if self.epm is not None:

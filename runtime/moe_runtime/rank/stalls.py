@@ -16,8 +16,6 @@ from moe_core.contract.step_time import StepTime, in_sum
 
 RECENT_STEPS = 64
 """What `recent` says follows a change within so many steps."""
-TOLD = 2
-"""Numbers of a rank in the control exchange."""
 
 
 class Stalls:

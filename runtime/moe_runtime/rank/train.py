@@ -19,7 +19,7 @@ from moe_core.contract.runtime_config import RuntimeConfig
 from moe_core.outcome import InvalidInput
 from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.membership.group import EpochGroup
-from moe_runtime.rank.work import ModelUnusable, WorkReport, loading
+from moe_runtime.rank.work import LOOK_EVERY_STEPS, ModelUnusable, WorkReport, loading, looked_at
 from moe_runtime.train.data import asked_router, load_corpus
 from moe_runtime.train.loop import Diverged, OutOfStep, StepReport, Trainer
 from moe_runtime.train.snapshot import SnapshotDamaged
@@ -128,7 +128,8 @@ class TrainWork:
             done=True,
             checkpoint_path=str(Path(self._training.output_path)),
         )
-        self.report = replace(self.report, load=self._load(), training=progress)
+        epm, _, _ = self._parts()
+        self.report = looked_at(epm, replace(self.report, training=progress))
 
     def _tell(self, report: StepReport, *, tokens_per_s: float) -> None:
         epm, trainer, _ = self._parts()
@@ -144,18 +145,8 @@ class TrainWork:
             router_counts=dict(self._router_counts),
             balancedness=report.balancedness,
         )
-        due = report.step % 20 == 1
-        self.report = WorkReport(
-            tokens=trainer.state.tokens,
-            load=self._load() if due else self.report.load,
-            expert_work=epm.expert_work() if due else self.report.expert_work,
-            wire_error=(epm.wire_error() or self.report.wire_error) if due else self.report.wire_error,
-            training=progress,
-        )
-
-    def _load(self) -> tuple[tuple[int, ...], ...]:
-        epm, _, _ = self._parts()
-        return tuple(tuple(row) for row in epm.load_window())
+        told = replace(self.report, tokens=trainer.state.tokens, training=progress)
+        self.report = looked_at(epm, told) if report.step % LOOK_EVERY_STEPS == 1 else told
 
     def rollback(self) -> None:
         """The trainer's own steps leave nothing behind; the model's counters do."""

@@ -6,7 +6,7 @@ A step is a transaction: `run` either finishes, or raises GroupFault and `rollba
 import contextlib
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -84,6 +84,20 @@ class Work(Protocol):
 
     def idle(self, seconds: float) -> None:
         """Wait for work of this rank's own, at most so long."""
+
+
+LOOK_EVERY_STEPS = 20
+"""What is `looked_at` is told so often: reading it waits for the device."""
+
+
+def looked_at(epm: ExpertParallelModel, report: WorkReport) -> WorkReport:
+    """The same with load, expert work and wire error as they are now."""
+    return replace(
+        report,
+        load=tuple(map(tuple, epm.load_window())),
+        expert_work=epm.expert_work(),
+        wire_error=epm.wire_error() or report.wire_error,
+    )
 
 
 def coverage(epm: ExpertParallelModel) -> Coverage:
