@@ -27,7 +27,7 @@ from moe_runtime.convert.sample import LayerSample, Rows
 from moe_runtime.experts.build import BuiltModel
 from moe_runtime.experts.slots import SlottedExperts
 from moe_runtime.experts.store import parameters_of
-from moe_runtime.kernels.quantise import Packed, best_scales, pack, unpack
+from moe_runtime.kernels.quantise import Packed, best_scales, pack, pack_best, unpack
 
 WINDOWS_PER_BATCH = 16
 HELD_BACK = 5
@@ -62,12 +62,11 @@ class LayerFigures:
 class Calibration:
     """Samples a whole model on text, then chooses codes. `built` holds all experts on one rank, in order, in full."""
 
-    def __init__(self, built: BuiltModel, *, rows_per_expert: int, seed: int = 0) -> None:
+    def __init__(self, built: BuiltModel, *, rows_per_expert: int) -> None:
         self._built = built
         num_experts = built.facts.num_experts
         self._samples = [
-            LayerSample(num_experts, rows_per_expert=rows_per_expert, seed=seed + layer.layer_idx)
-            for layer in built.layers
+            LayerSample(num_experts, rows_per_expert=rows_per_expert, seed=layer.layer_idx) for layer in built.layers
         ]
         self._rows = rows_per_expert
         self.figures: list[LayerFigures] = []
@@ -106,7 +105,7 @@ class Calibration:
     def choose(self, packing: Packing, layer_idx: int, name: str, logical_id: int, weight_OM: torch.Tensor) -> Packed:
         """The way that errs least."""
         figures = self.figures[layer_idx]
-        nearest = pack(weight_OM, packing, scales_XNG=best_scales(weight_OM, packing) if packing.is_scaled else None)
+        nearest = pack_best(weight_OM, packing)
         rows = self._samples[layer_idx].rows_of(logical_id)
         inputs_NM = self._inputs(self._built.layers[layer_idx], name, logical_id, rows)
         if inputs_NM is None or not packing.is_scaled or len(inputs_NM) < HELD_BACK:

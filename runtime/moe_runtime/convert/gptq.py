@@ -14,25 +14,18 @@ from moe_runtime.kernels.quantise import SCALE_DTYPES, Packed, encode, per_colum
 
 BLOCK = 128
 """Columns after which the rest of the matrix is brought up to date, in one product."""
+DAMPING = 0.01
+"""Of the diagonal's mean, added to it (the paper's own): the inverse exists then."""
 
 
-def gptq(
-    weight_NM: torch.Tensor,
-    moment_MM: torch.Tensor,
-    packing: Packing,
-    *,
-    scales_NG: torch.Tensor,
-    damping: float = 0.01,
-) -> Packed:
-    """moment_MM: mean of x x^T over what the matrix is multiplied with, symmetric; a column that saw nothing is zero.
-    damping: of the diagonal's mean, added to it.
-    """
+def gptq(weight_NM: torch.Tensor, moment_MM: torch.Tensor, packing: Packing, *, scales_NG: torch.Tensor) -> Packed:
+    """moment_MM: symmetric mean of x x^T over what the matrix is multiplied with; a column that saw nothing is zero."""
     num_columns = weight_NM.shape[-1]
     kept_NG = scales_NG.to(SCALE_DTYPES[packing.precision])
     scale_NM = per_column(kept_NG, packing, num_columns=num_columns).expand_as(weight_NM)
     order_M = moment_MM.diagonal().argsort(descending=True, stable=True)
     left_NM, scale_NM = weight_NM[:, order_M].double(), scale_NM[:, order_M].double()
-    upper_MM = _upper(moment_MM.double()[order_M][:, order_M], damping)
+    upper_MM = _upper(moment_MM.double()[order_M][:, order_M])
     alone = packing.model_copy(update={"group_size": 0})
     taken_NM = torch.zeros_like(weight_NM)
     for first in range(0, num_columns, BLOCK):
@@ -49,11 +42,11 @@ def gptq(
     return Packed(encode(taken_NM, packing), kept_NG)
 
 
-def _upper(moment_MM: torch.Tensor, damping: float) -> torch.Tensor:
+def _upper(moment_MM: torch.Tensor) -> torch.Tensor:
     """The upper Cholesky factor of the damped moment's inverse: row m says how later columns answer for column m."""
     diagonal_M = moment_MM.diagonal()
     mean = float(diagonal_M.mean()) or 1.0
-    damped_MM = moment_MM + torch.diag(torch.where(diagonal_M == 0, mean, damping * mean))
+    damped_MM = moment_MM + torch.diag(torch.where(diagonal_M == 0, mean, DAMPING * mean))
     inverse_MM = torch.cholesky_inverse(torch.linalg.cholesky(damped_MM))
     upper_MM: torch.Tensor = torch.linalg.cholesky(inverse_MM).T.contiguous()
     return upper_MM

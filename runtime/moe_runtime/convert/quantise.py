@@ -32,7 +32,7 @@ from moe_runtime.experts.packed_config import read_packed
 from moe_runtime.experts.packed_files import INDEX, PackedWriter
 from moe_runtime.experts.packing import LayerPacking, Stacks
 from moe_runtime.experts.weights import CheckpointWeights
-from moe_runtime.kernels.quantise import Packed, best_scales, pack, unpack
+from moe_runtime.kernels.quantise import Packed, pack_best, unpack
 from moe_runtime.train.checkpoint import read_summary
 from moe_runtime.train.evaluate import DEFAULT_WINDOW, map_without
 
@@ -63,8 +63,7 @@ def quantise(source: Path, destination: Path, packing: Packing, *, calibration: 
     """
     if packing.precision == "Float32":
         raise InvalidInput("experts are packed as BFloat16, Float8, Int8 or Int4; Float32 is what they are")
-    if read_packed(source) is not None:
-        raise InvalidInput(f"{source} is packed already; give the checkpoint that it was packed from")
+    _must_be_full(source)
     if destination.exists() and any(destination.iterdir()):
         raise InvalidInput(f"{destination} is not empty")
     model, entries, facts = describe(ModelSource(path=str(source)))
@@ -100,17 +99,14 @@ def quantise(source: Path, destination: Path, packing: Packing, *, calibration: 
     return Converted(str(packing), told, full_bytes, packed_bytes, tuple(errors), layers)
 
 
-def calibrated(
-    source: Path, *, data: str, rows_per_expert: int, max_windows: int, length: int | None = None
-) -> Calibration:
-    """Has read held-in text. length: of a window, None: as trained.
+def calibrated(source: Path, *, data: str, rows_per_expert: int, max_windows: int) -> Calibration:
+    """Has read held-in text, in windows as long as the model was trained with.
 
     Raises InvalidInput, UnsupportedModel, DataError, OSError.
     """
-    if read_packed(source) is not None:
-        raise InvalidInput(f"{source} is packed already; give the checkpoint that it was packed from")
+    _must_be_full(source)
     trained = read_summary(source)
-    length = length or (trained.window if trained is not None else DEFAULT_WINDOW)
+    length = trained.window if trained is not None else DEFAULT_WINDOW
     ids_WQ = heldin_windows(source, data, count=max_windows, length=length)
     model, expert_map = ModelSource(path=str(source)), map_without(source, frozenset())
     built = build(model, expert_map=expert_map, rank=0, device="cpu", seed=0, dispatch=DispatchConfig())
@@ -119,8 +115,13 @@ def calibrated(
     return calibration
 
 
+def _must_be_full(source: Path) -> None:
+    if read_packed(source) is not None:
+        raise InvalidInput(f"{source} is packed already; give the checkpoint that it was packed from")
+
+
 def _by_itself(packing: Packing, _layer_idx: int, _name: str, _logical_id: int, weight_NM: torch.Tensor) -> Packed:
-    return pack(weight_NM, packing, scales_XNG=best_scales(weight_NM, packing) if packing.is_scaled else None)
+    return pack_best(weight_NM, packing)
 
 
 def _pack_layer(

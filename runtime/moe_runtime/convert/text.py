@@ -14,19 +14,19 @@ BYTES_PER_TOKEN = 8
 """Text that is read for one token of a tokenizer's: more than any language takes."""
 
 
-def heldin_windows(checkpoint: Path, data: str, *, count: int, length: int, seed: int = 0) -> torch.Tensor:
+def heldin_windows(checkpoint: Path, data: str, *, count: int, length: int) -> torch.Tensor:
     """[count, length] token ids, from all over the text. Raises DataError, InvalidInput, OSError."""
     corpus = load_corpus(data)
     summary = read_summary(checkpoint)
     if summary is not None and summary.tokenizer == "bytes":
-        return torch.from_numpy(WindowOrder(corpus.training_N, length=length, seed=seed).take(0, count=count))
+        return torch.from_numpy(WindowOrder(corpus.training_N, length=length, seed=0).take(0, count=count))
     file = checkpoint / "tokenizer.json"
     if not file.is_file():
         raise InvalidInput(f"{checkpoint} holds no tokenizer.json, nor a moerator.json that says bytes")
     from tokenizers import Tokenizer
 
     tokenizer: Any = Tokenizer.from_file(str(file))
-    order = WindowOrder(corpus.training_N, length=length * BYTES_PER_TOKEN, seed=seed)
+    order = WindowOrder(corpus.training_N, length=length * BYTES_PER_TOKEN, seed=0)
     rows: list[Ids_BQ] = []
     for row in order.take(0, count=count):
         ids = tokenizer.encode(bytes(row.astype(np.uint8)).decode(errors="ignore"), add_special_tokens=False).ids

@@ -62,6 +62,11 @@ def pack(weight_XNM: torch.Tensor, packing: Packing, *, scales_XNG: torch.Tensor
     return Packed(encode(steps(weight_XNM, kept_XNG, packing), packing), kept_XNG)
 
 
+def pack_best(weight_XNM: torch.Tensor, packing: Packing) -> Packed:
+    """Each number as its nearest code under the scales of least squared error. Raises InvalidInput (not a number)."""
+    return pack(weight_XNM, packing, scales_XNG=best_scales(weight_XNM, packing) if packing.is_scaled else None)
+
+
 def unpack(packed: Packed, packing: Packing, *, num_columns: int) -> torch.Tensor:
     """[.., N, M] float32."""
     if not packing.is_scaled:
