@@ -12,8 +12,8 @@ from gloo_ranks import run_ranks
 from moe_core.contract.expert_map import EMPTY_SLOT, ExpertMap
 from moe_core.contract.runtime_config import ModelSource
 from moe_runtime.engine.model import ExpertParallelModel
-from moe_runtime.experts.calibrate import calibrate_checkpoint
-from moe_runtime.experts.generalists import read_generalists
+from moe_runtime.experts.calibrate import calibrate
+from moe_runtime.experts.generalists import read_generalists, write_generalists
 from numerics_reference import Reference
 
 pytestmark = pytest.mark.integration
@@ -49,7 +49,7 @@ def calibrated(
     folder = tmp_path_factory.mktemp("calibrated") / "model"
     shutil.copytree(reference.folder, folder)
     torch.manual_seed(1)
-    calibrate_checkpoint(folder, torch.randint(0, 64, (96, 16)), map_rank=8)
+    write_generalists(calibrate(reference.model, torch.randint(0, 64, (96, 16)), map_rank=8), folder)
     return reference, folder
 
 

@@ -174,9 +174,8 @@ def _check_mixture(facts: ModelFacts, layers: tuple[SlottedExperts, ...]) -> Non
     if layer is None:
         return
     module: Any = layer.entry.module
-    dim = module.down_proj.shape[
-        2 if getattr(module, "is_transposed", False) else 1
-    ]  # [S, D, F] or [S, F, D]; not always hidden_size
+    # [S, D, F] or [S, F, D]; D is not always hidden_size
+    dim = module.down_proj.shape[2 if getattr(module, "is_transposed", False) else 1]
     device = module.down_proj.device
     x_TD = torch.linspace(-1, 1, 2 * dim, device=device).view(2, dim)
     slot_TK = torch.zeros(2, 2, dtype=torch.long, device=device)

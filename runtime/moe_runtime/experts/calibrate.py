@@ -10,25 +10,29 @@ pick, the square of what it shifts in the residual stream. Candidates, all score
     stand_in    the other expert that is nearest on e's own tokens
 
 Only second moments are kept, so that memory does not grow with the text; error is a quadratic form in them. Runs in one
-process on the whole model, in passes over groups of layers that fit `memory_bytes`.
+process on the whole model, in passes over groups of layers that fit MEMORY_BYTES.
 
 N picks of one expert, D model, A = D + 1 (x and a one for the intercept), E logical experts, r rank of the map.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from moe_runtime.experts.families import ExpertsModule, facts_of, find_experts, shared_expert_of
-from moe_runtime.experts.generalists import Generalists, LayerGeneralists, write_generalists
+from moe_runtime.experts.generalists import Generalists, LayerGeneralists
 from moe_runtime.experts.ladder import SharedExpert
 from moe_runtime.experts.routed import RoutedLayer, restored
-from moe_runtime.experts.router_files import SavedRouter, read_router
+from moe_runtime.experts.router_files import SavedRouter
 
+HELDOUT_SHARE = 0.3
+WINDOWS_PER_BATCH = 16
+MEMORY_BYTES = 1 << 30
+"""Of the second moments of one pass; one layer's always fit."""
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 """Relative to the mean variance of x."""
 PROBES = 128
@@ -175,12 +179,9 @@ def calibrate(
     ids_NQ: torch.Tensor,
     *,
     map_rank: int = 16,
-    heldout_share: float = 0.3,
-    windows_per_batch: int = 16,
-    memory_bytes: int = 1 << 30,
     router: SavedRouter | None = None,
 ) -> Generalists:
-    """Fit every (layer, expert) of a whole transformers model on windows of tokens [N, Q]; the last `heldout_share` of
+    """Fit every (layer, expert) of a whole transformers model on windows of tokens [N, Q]; the last HELDOUT_SHARE of
     the windows only scores. Raises UnsupportedModel. CPU, float32.
 
     router: what routes instead of the family's own.
@@ -193,9 +194,9 @@ def calibrate(
         layers_of = routed.layers
     num_experts, dim = entries[0].module.num_experts, int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
     assert isinstance(num_experts, int)
-    num_fit = max(1, round(len(ids_NQ) * (1 - heldout_share)))
+    num_fit = max(1, round(len(ids_NQ) * (1 - HELDOUT_SHARE)))
     per_layer = 2 * 8 * num_experts * (dim + 1) * (2 * dim + 1)
-    per_pass = max(1, memory_bytes // per_layer)
+    per_pass = max(1, MEMORY_BYTES // per_layer)
     layers: list[LayerGeneralists] = []
     errors: list[dict[str, list[float]]] = []
     for first in range(0, len(entries), per_pass):
@@ -203,7 +204,7 @@ def calibrate(
             _Watcher(entry, num_experts, dim, shared_expert_of(model, entry), layer_router)
             for entry, layer_router in list(zip(entries, layers_of, strict=True))[first : first + per_pass]
         ]
-        for ids_BQ, is_heldout in _batches(ids_NQ, num_fit, windows_per_batch):
+        for ids_BQ, is_heldout in _batches(ids_NQ, num_fit):
             _watch(model, ids_BQ, watchers, is_heldout=is_heldout)
         for watcher in watchers:
             layer, layer_errors = _choose(watcher, map_rank=min(map_rank, dim))
@@ -213,37 +214,19 @@ def calibrate(
     return Generalists(tuple(layers), report)
 
 
-def calibrate_checkpoint(
-    folder: Path, ids_NQ: torch.Tensor, *, map_rank: int = 16, router_class: str | None = None
-) -> Generalists:
-    """Calibrate the checkpoint in `folder` on these windows and write the generalists beside it.
-
-    Raises UnsupportedModel, OSError.
-    """
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
-    generalists = calibrate(model, ids_NQ, map_rank=map_rank, router=read_router(folder, router_class=router_class))
-    write_generalists(generalists, folder)
-    return generalists
-
-
-def _batches(ids_NQ: torch.Tensor, num_fit: int, size: int) -> Iterator[tuple[torch.Tensor, bool]]:
+def _batches(ids_NQ: torch.Tensor, num_fit: int) -> Iterator[tuple[torch.Tensor, bool]]:
     for part, is_heldout in ((ids_NQ[:num_fit], False), (ids_NQ[num_fit:], True)):
-        for batch in torch.split(part, size):
+        for batch in torch.split(part, WINDOWS_PER_BATCH):
             if len(batch):
                 yield batch, is_heldout
 
 
 def _watch(model: Any, ids_BQ: torch.Tensor, watchers: list[_Watcher], *, is_heldout: bool) -> None:
-    for watcher in watchers:
-        watcher.is_heldout = is_heldout
-        watcher.__enter__()
-    try:
-        model(input_ids=ids_BQ, use_cache=False, logits_to_keep=1)
-    finally:
+    with contextlib.ExitStack() as stack:
         for watcher in watchers:
-            watcher.__exit__()
+            watcher.is_heldout = is_heldout
+            stack.enter_context(watcher)
+        model(input_ids=ids_BQ, use_cache=False, logits_to_keep=1)
 
 
 def _choose(watcher: _Watcher, *, map_rank: int) -> tuple[LayerGeneralists, dict[str, list[float]]]:

@@ -18,8 +18,8 @@ from moe_runtime.engine.model import ExpertParallelModel
 
 @dataclass(frozen=True, slots=True)
 class Complete:
-    """`of`: gradient per parameter name, not yet clipped; `norm` over all logical experts and dense
-    tensors.
+    """`of`: gradient per parameter name, not yet clipped by the whole's norm; `norm` over all logical experts and dense
+    tensors; `sums` of the numbers that rode along.
     """
 
     of: dict[str, torch.Tensor]
@@ -86,9 +86,10 @@ def complete_gradients(
     for name, pairs, stack in stacks:
         for slot, row in pairs:
             of[name][slot] = stack[row]
-    shared_square = sum(float(tensor.double().square().sum()) for tensor in shared)
-    # device sync: the norm decides on the host
-    return Complete(of, (float(numbers[0]) + shared_square) ** 0.5, tuple(numbers[1:].tolist()))
+    shared_square = torch.stack([tensor.double().square().sum() for tensor in shared]).sum()
+    numbers[0] += shared_square
+    square, *sums = numbers.tolist()  # device sync: the norm decides on the host
+    return Complete(of, square**0.5, tuple(sums))
 
 
 def _clip_rows(stacks: Sequence[torch.Tensor], max_norm: float, *, only: Sequence[bool] | None = None) -> None:
@@ -102,5 +103,5 @@ def _clip_rows(stacks: Sequence[torch.Tensor], max_norm: float, *, only: Sequenc
 
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """A tensor of our own: the step may be thrown away, and a parameter without tokens has no gradient at all."""
+    """The parameter's own, which is changed in place here; zeros where no token came, and so none was made."""
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach()
