@@ -47,9 +47,9 @@ class TrainingData(SpecModel):
 
 class Training(SpecModel):
     data: TrainingData
-    sequence_length: int = Field(default=128, ge=8, le=1048576)
-    sequences_per_rank: int = Field(default=8, ge=1, le=65536)
-    max_steps: int | None = Field(default=None, ge=1, le=100000000)
+    sequence_length: int = Field(default=128, ge=8, le=1048576, description="Tokens of one sequence.")
+    sequences_per_rank: int = Field(default=8, ge=1, le=65536, description="Sequences that each rank reads in a step.")
+    max_steps: int | None = Field(default=None, ge=1, le=100000000, description="Optimizer steps.")
     max_seconds: int | None = Field(
         default=None,
         ge=1,
@@ -60,9 +60,17 @@ class Training(SpecModel):
         default="AdamW",
         description="Muon orthogonalises the updates of weight matrices; embeddings, norms and routers stay on AdamW.",
     )
-    learning_rate: Decimal = "3e-3"
-    warmup_steps: int = Field(default=20, ge=0, le=1000000)
-    weight_decay: Decimal = "0.1"
+    learning_rate: Decimal = Field(
+        default="3e-3",
+        description="The highest: it rises over warmupSteps, and falls to 0 over the last 70 % of the run.",
+    )
+    warmup_steps: int = Field(
+        default=20, ge=0, le=1000000, description="Steps over which the learning rate rises in a straight line."
+    )
+    weight_decay: Decimal = Field(
+        default="0.1",
+        description="Times the learning rate, the part that weights lose in a step; norms and biases lose none.",
+    )
     aux_loss_coefficient: Decimal | None = Field(
         default=None,
         description="Of the load-balancing loss where the model's family routes; 0.01 by default. model.router has "
@@ -73,7 +81,12 @@ class Training(SpecModel):
         description="The gradient of each expert of a layer is scaled down to this norm. Without it only the norm of "
         "all gradients together is bounded.",
     )
-    seed: int = Field(default=0, ge=0, le=2147483647)
+    seed: int = Field(
+        default=0,
+        ge=0,
+        le=2147483647,
+        description="Of what weights and routers begin with, of routers' noise, and of the order of the text.",
+    )
     matmul_precision: Literal["Highest", "Medium"] = Field(
         default="Highest",
         description="Medium lets the hardware multiply float32 matrices through bfloat16 where it can.",
