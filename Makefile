@@ -91,7 +91,7 @@ gpu: $(VENV)/.dev  ## kernels on a real GPU, equal to plain torch (skipped witho
 
 .PHONY: bench
 bench: $(VENV)/.dev  ## measure against raw limits, as ratios in one run (figures, no verdicts)
-	for bench in recovery planner topology growth experts_cpu ep_layer exchange training families gpu_moe; do PYTHONPATH=tests $(BIN)/python tests/bench/$$bench.py || exit 1; done
+	for bench in recovery planner topology growth experts_cpu ep_layer exchange training families gpu_moe gpu_gate; do PYTHONPATH=tests $(BIN)/python tests/bench/$$bench.py || exit 1; done
 
 .PHONY: crds
 crds: $(VENV)/.dev  ## write crds/ and the chart's copy from the models

@@ -30,6 +30,7 @@ from gloo_ranks import join_group
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.runtime_config import ModelShape, ModelSource
 from moe_core.experts.anew import pack_anew
+from moe_core.experts.assign import assign
 from moe_core.experts.fleet import Fleet
 from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.host.memory import keep_freed_memory
@@ -119,13 +120,7 @@ class Scene:
 
 def plain_map(case: Case) -> ExpertMap:
     """Equal shares in order."""
-    each = case.E // NUM_RANKS
-    return ExpertMap(
-        generation=0,
-        num_logical_experts=case.E,
-        slots_of_rank=(each,) * NUM_RANKS,
-        logical_of_slot=(tuple(range(case.E)),),
-    )
+    return assign("linear", num_layers=1, num_logical_experts=case.E, slots_of_rank=(case.E // NUM_RANKS,) * NUM_RANKS)
 
 
 def model(case: Case, expert_map: ExpertMap, rank: int) -> ExpertParallelModel:

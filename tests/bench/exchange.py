@@ -21,7 +21,7 @@ import torch
 
 from crew import Crew, Ways, shown
 from gloo_ranks import join_group
-from moe_core.contract.expert_map import ExpertMap
+from moe_core.experts.assign import assign
 from moe_runtime.dispatch.all_to_all import run_by_pick
 from moe_runtime.dispatch.mixture import in_turn
 from moe_runtime.dispatch.plan import make_plan
@@ -58,13 +58,8 @@ def raw(rank: int, store_path: str) -> Ways:
 
 def moerator(rank: int, store_path: str) -> Ways:
     each = NUM_EXPERTS // NUM_RANKS
-    expert_map = ExpertMap(
-        generation=0,
-        num_logical_experts=NUM_EXPERTS,
-        slots_of_rank=(each,) * NUM_RANKS,
-        logical_of_slot=(tuple(range(NUM_EXPERTS)),),
-    )
-    plan = make_plan(expert_map, range(NUM_RANKS), rank=rank)
+    in_order = assign("linear", num_layers=1, num_logical_experts=NUM_EXPERTS, slots_of_rank=(each,) * NUM_RANKS)
+    plan = make_plan(in_order, range(NUM_RANKS), rank=rank)
     keep_freed_memory()
     group = join_group(store_path, ranks=range(NUM_RANKS), rank=rank)
 

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from crew import shown
-from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.runtime_config import ModelShape, ModelSource
+from moe_core.experts.assign import assign
 from moe_runtime.engine.model import ExpertParallelModel
 
 PEERS = ("grouped_mm", "batched_mm", "eager")
@@ -89,12 +89,7 @@ def ways_of(case: Case) -> dict[str, Way]:
         vocab_size=16,
         max_position_embeddings=16,
     )
-    every = ExpertMap(
-        generation=0,
-        num_logical_experts=case.S,
-        slots_of_rank=(case.S,),
-        logical_of_slot=(tuple(range(case.S)),),
-    )
+    every = assign("linear", num_layers=1, num_logical_experts=case.S, slots_of_rank=(case.S,))
     layer = ExpertParallelModel.load(ModelSource(shape=shape), expert_map=every, rank=0)._layers[0]
     torch.manual_seed(0)
     rows_RD, slot_R, grad_RD = torch.randn(case.R, case.D), slots_of(case), torch.randn(case.R, case.D)

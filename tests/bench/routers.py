@@ -22,22 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from demo_job import demo_job
 from gloo_ranks import join_group, run_ranks
-from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.router import RouterConfig
-from moe_core.contract.runtime_config import ModelShape, ModelSource, TrainingConfig
-from moe_core.facts import Facts, Wish
-from moe_core.manifests.config import job_config
-from moe_core.spec.job import MoEJobSpec
-from moe_core.spec.load import parse_spec
+from moe_core.contract.runtime_config import ModelSource
+from moe_core.experts.assign import assign
 from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.train.data import asked_router, load_corpus
 from moe_runtime.train.evaluate import heldout_bits, sample
 from moe_runtime.train.loop import Trainer
 
-JOB = Path(__file__).parents[2] / "examples/job-tiny.yaml"
 OUTPUT = Path(".moerator/bench/routers.jsonl")
 DOMAINS = ("a", "b")
 STEPS, SCORED_BYTES = 100, 32_768
@@ -115,28 +110,17 @@ class Row:
     seconds: float
 
 
-def demo(seed: int, steps: int, output: Path) -> tuple[ModelShape, TrainingConfig]:
-    """examples/job-tiny.yaml, bounded by steps: each of the two ranks reads as much a step as one of its four."""
-    document = yaml.safe_load(JOB.read_text())
-    spec = parse_spec(MoEJobSpec, document["spec"])
-    config = job_config(Wish("MoEJob", "d", "tiny", "u", 1, document["spec"]), spec, Facts())
-    assert config.training is not None and config.model.shape is not None
-    changed = {"max_steps": steps, "max_seconds": None, "seed": seed, "output_path": str(output)}
-    training = config.training.model_copy(update={**changed, "snapshot_every_steps": 10**6})
-    return config.model.shape, training
-
-
 def train(rank: int, store_path: str, *, name: str, seed: int, steps: int, output: str) -> dict[str, Any]:
-    shape, config = demo(seed, steps, Path(output))
+    # each of the two ranks reads as much a step as one of the job's four
+    shape, config = demo_job(output_path=output, max_steps=steps, seed=seed)
     options, corpus = ROUTERS[name], load_corpus(config.data)
     asked = None if options is None else asked_router(RouterConfig(**options), corpus)
-    experts = tuple(range(shape.num_experts))
     each = shape.num_experts // len(DOMAINS)
-    linear = ExpertMap(
-        generation=0,
+    linear = assign(
+        "linear",
+        num_layers=shape.num_hidden_layers,
         num_logical_experts=shape.num_experts,
         slots_of_rank=(each,) * len(DOMAINS),
-        logical_of_slot=(experts,) * shape.num_hidden_layers,
     )
     epm = ExpertParallelModel.load(ModelSource(shape=shape), expert_map=linear, rank=rank, seed=seed, router=asked)
     trainer = Trainer(config, epm, corpus=corpus)

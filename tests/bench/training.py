@@ -17,58 +17,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from crew import Crew, Timing, Ways, shown
+from demo_job import demo_job
 from gloo_ranks import join_group
 from moe_core.contract.expert_map import ExpertMap
-from moe_core.contract.runtime_config import ModelShape, ModelSource, TrainingConfig
+from moe_core.contract.runtime_config import ModelShape, ModelSource
+from moe_core.experts.assign import assign, even_slots
 from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.train.data import WindowOrder, load_corpus
-from moe_runtime.train.loop import MAX_GRADIENT_NORM, Trainer
+from moe_runtime.train.loop import BITS, MAX_GRADIENT_NORM, Trainer
 from moe_runtime.train.losses import balance_loss
 from moe_runtime.train.optim import Optimizer, Trained, rule_for
 from moe_runtime.train.schedule import rate_share
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "job-tiny.yaml"
 IMPLEMENTATIONS = ("grouped_mm", "eager")
 
 
-def of_example(output: str) -> tuple[ModelShape, TrainingConfig]:
-    spec = yaml.safe_load(EXAMPLE.read_text())["spec"]
-    shape, training = spec["model"]["shape"], spec["training"]
-    snake = {"".join(f"_{c.lower()}" if c.isupper() else c for c in key): value for key, value in shape.items()}
-    return ModelShape(**snake), TrainingConfig(
-        data="stdlib",
-        sequence_length=training["sequenceLength"],
-        sequences_per_rank=training["sequencesPerRank"],
-        max_steps=100_000,
-        max_seconds=None,
-        learning_rate=float(training["learningRate"]),
-        warmup_steps=training["warmupSteps"],
-        weight_decay=float(training["weightDecay"]),
-        aux_loss_coefficient=float(training["auxLossCoefficient"]),
-        seed=0,
-        snapshot_every_steps=100_000,
-        output_path=output,
-        optimizer=training["optimizer"],
-        matmul_precision=training["matmulPrecision"],
-    )
-
-
-def even_map(shape: ModelShape, num_ranks: int) -> ExpertMap:
-    each = shape.num_experts // num_ranks
-    return ExpertMap(
-        generation=0,
+def in_order(shape: ModelShape, num_ranks: int) -> ExpertMap:
+    return assign(
+        "linear",
+        num_layers=shape.num_hidden_layers,
         num_logical_experts=shape.num_experts,
-        slots_of_rank=(each,) * num_ranks,
-        logical_of_slot=(tuple(range(shape.num_experts)),) * shape.num_hidden_layers,
+        slots_of_rank=even_slots(shape.num_experts, num_ranks, redundant_per_rank=0),
     )
 
 
 def ranks(rank: int, store_path: str, *, size: int, output: str) -> Ways:
-    shape, config = of_example(output)
-    expert_map = even_map(shape, size)
+    shape, config = demo_job(output_path=output)
+    expert_map = in_order(shape, size)
     epm = ExpertParallelModel.load(ModelSource(shape=shape), expert_map=expert_map, rank=rank, seed=config.seed)
     epm.module.train()
     trainer = Trainer(config, epm, run_id="bench")
@@ -85,8 +62,8 @@ def one_process(rank: int, store_path: str, *, size: int, output: str) -> Ways:
 
 def plain_step(implementation: str, *, size: int, output: str) -> Callable[[], float]:
     """A training step as one would write it without us."""
-    shape, config = of_example(output)
-    whole = ExpertParallelModel.load(ModelSource(shape=shape), expert_map=even_map(shape, 1), rank=0, seed=config.seed)
+    shape, config = demo_job(output_path=output)
+    whole = ExpertParallelModel.load(ModelSource(shape=shape), expert_map=in_order(shape, 1), rank=0, seed=config.seed)
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_config(whole.module.config, experts_implementation=implementation)
@@ -129,7 +106,7 @@ def plain_step(implementation: str, *, size: int, output: str) -> Callable[[], f
         }
         optimizer.apply(gradients, rate_share=rate_share(config, step=taken, done=0.0), step=taken)
         taken += 1
-        return float(loss.detach()) * 1.4427
+        return float(loss.detach()) * BITS
 
     return step
 
@@ -142,7 +119,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path(".moerator/bench/training.json"))
     options = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
-    _, config = of_example("")
+    _, config = demo_job(output_path="")
     tokens = options.ranks * config.sequences_per_rank * config.sequence_length
 
     turns: dict[str, list[Timing]] = {}
