@@ -50,7 +50,7 @@ def over_ranks(name: str, world: int, reference: Reference, tmp_path: Path, **ar
 
 
 @pytest.mark.parametrize("world", LAYOUTS)
-def test_logits_and_gradients(reference: Reference, world: int, tmp_path: Path) -> None:
+def test_logits_and_gradients_are_those_of_transformers(reference: Reference, world: int, tmp_path: Path) -> None:
     results = over_ranks("forward_and_gradients", world, reference, tmp_path)
     logits, gradients = reference.logits_and_gradients(world)
     for rank in range(world):
@@ -71,11 +71,12 @@ def assert_close(ours: Any, theirs: torch.Tensor) -> None:
     assert np.abs(np.asarray(ours) - theirs.numpy()).max() <= TOLERANCE * scale
 
 
-@pytest.mark.parametrize("by_pick", [False, True], ids=["by_token", "by_pick"])
-@pytest.mark.parametrize("world", LAYOUTS)
-def test_cached_decoding(reference: Reference, world: int, by_pick: bool, tmp_path: Path) -> None:
-    if world == 1 and by_pick:
-        pytest.skip("one rank sends nothing")
+@pytest.mark.parametrize(
+    ("world", "by_pick"), [(1, False), (2, False), (2, True)], ids=["alone", "by_token", "by_pick"]
+)
+def test_decoding_with_a_cache_gives_the_logits_of_transformers(
+    reference: Reference, world: int, by_pick: bool, tmp_path: Path
+) -> None:
     expected = reference.generated()
     results = over_ranks("serve", world, reference, tmp_path, forced=reference.forced(), by_pick=by_pick)
     for rank in range(world):
@@ -96,6 +97,6 @@ def test_the_stopwatch_counts_what_the_device_did() -> None:
     assert watch.read() == (seconds, rows)
 
 
-def test_a_group_of_one_over_nccl_itself(tmp_path: Path) -> None:
+def test_a_group_of_one_exchanges_over_nccl_itself(tmp_path: Path) -> None:
     results = run_ranks(tasks.alone_over_nccl, num_ranks=1, store_path=str(tmp_path / "store"), timeout_s=60)
     assert results == {0: {"rows": [3.0, 4.0], "ints": [[5, -6]], "sum": [7.0], "after": "destroyed"}}

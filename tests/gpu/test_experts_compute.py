@@ -36,7 +36,7 @@ def slots(family: str) -> tuple[ExpertsModule, SlotCompute]:
 
 
 @pytest.mark.parametrize(("family", "way"), [("qwen3_moe", TRITON), ("mixtral", TRITON), ("gpt_oss", FAMILY)])
-def test_slots_run_by(family: str, way: str) -> None:
+def test_slots_run_by_the_code_that_is_told_and_give_transformers_numbers(family: str, way: str) -> None:
     entry, compute = slots(family)
     rows_RD = torch.randn(37, 96, device="cuda", requires_grad=True)
     slot_R = torch.randint(0, NUM_SLOTS, (37,), device="cuda")

@@ -18,7 +18,9 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("spread", ["even", "skewed", "some without a slot"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_mixture_and_gradients(shape: tuple[int, ...], dtype: torch.dtype, spread: str) -> None:
+def test_a_mixture_and_its_gradients_equal_plain_torchs(
+    shape: tuple[int, ...], dtype: torch.dtype, spread: str
+) -> None:
     num_tokens, top_k, num_slots, d, f = shape
     torch.manual_seed(0)
     score_TS = torch.rand(num_tokens, num_slots, device="cuda")

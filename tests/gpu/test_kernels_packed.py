@@ -17,7 +17,9 @@ SHAPES = [(1, 1, 4, 64, 32), (300, 4, 16, 512, 384), (4096, 8, 16, 1024, 256)]
 @pytest.mark.parametrize("packing", [Packing.of("Int8", 0), Packing.of("Float8", 0), Packing.of("Int4", 32)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_mixture_of_packed_experts(shape: tuple[int, ...], dtype: torch.dtype, packing: Packing) -> None:
+def test_a_mixture_of_packed_experts_is_that_of_unpacked_ones(
+    shape: tuple[int, ...], dtype: torch.dtype, packing: Packing
+) -> None:
     num_tokens, top_k, num_slots, d, f = shape
     torch.manual_seed(0)
     x_TD = torch.randn(num_tokens, d, device="cuda", dtype=dtype)
@@ -33,7 +35,7 @@ def test_mixture_of_packed_experts(shape: tuple[int, ...], dtype: torch.dtype, p
     assert float((out_TD.double() - expected_TD).norm() / expected_TD.norm()) < tolerance
 
 
-def test_rows_as_float8() -> None:
+def test_rows_become_the_references_codes_and_scales() -> None:
     torch.manual_seed(0)
     x_RM = torch.randn(300, 2100, device="cuda") * torch.logspace(-6, 6, 300, device="cuda").unsqueeze(1)
     codes_RM, scale_R = float8_rows(x_RM)

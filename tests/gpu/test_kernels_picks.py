@@ -40,7 +40,7 @@ def moved(rows: SlotRows) -> SlotRows:
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("num_tokens", TOKENS)
 @pytest.mark.parametrize("name", RULES)
-def test_gate_and_its_gradient(name: str, num_tokens: int, with_bias: bool) -> None:
+def test_the_gate_and_its_gradient_equal_plain_torchs(name: str, num_tokens: int, with_bias: bool) -> None:
     num_experts, rule = RULES[name]
     logits_TE = (drawn(num_tokens, num_experts, seed=1) * 2).requires_grad_()
     bias_E = drawn(num_experts, seed=2) * 0.1 if with_bias else None
@@ -62,7 +62,7 @@ def test_gate_and_its_gradient(name: str, num_tokens: int, with_bias: bool) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gate_of_logits_in_half_precision(dtype: torch.dtype) -> None:
+def test_logits_in_half_precision_choose_as_in_plain_torch(dtype: torch.dtype) -> None:
     logits_TE = drawn(500, 64, seed=4).to(dtype)  # many equal ones
     rule = GateRule(6, renormalise=True)
     expert_TK, weight_TK, _ = gate(logits_TE.cuda(), rule)
@@ -71,7 +71,7 @@ def test_gate_of_logits_in_half_precision(dtype: torch.dtype) -> None:
     torch.testing.assert_close(weight_TK.cpu(), wanted_weight_TK, rtol=1e-5, atol=1e-7)
 
 
-def test_gate_of_nan_gives_experts_that_exist() -> None:
+def test_logits_that_are_nan_choose_experts_that_exist() -> None:
     logits_TE = drawn(100, 60, seed=5)
     logits_TE[::2] = float("nan")
     expert_TK, _, count_E = gate(logits_TE.cuda(), GateRule(4, "Sigmoid", num_groups=6, group_topk=2))
@@ -82,7 +82,7 @@ def test_gate_of_nan_gives_experts_that_exist() -> None:
 @pytest.mark.parametrize("block_rows", [1, 16, 128])
 @pytest.mark.parametrize("num_slots", [1, 8, 60, 128, 512, 2048])
 @pytest.mark.parametrize("num_picks", [0, 1, 999, 70_000])
-def test_index_is_bit_for_bit_the_references(num_picks: int, num_slots: int, block_rows: int) -> None:
+def test_the_index_is_bit_for_bit_the_references(num_picks: int, num_slots: int, block_rows: int) -> None:
     share_N = torch.rand(num_picks, generator=torch.Generator().manual_seed(num_slots)) ** 2
     slot_N = (share_N * (num_slots + 1)).long() - 1
     got = index_rows(slot_N.cuda(), num_slots=num_slots, block_rows=block_rows)
@@ -96,7 +96,9 @@ def test_index_is_bit_for_bit_the_references(num_picks: int, num_slots: int, blo
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [33, 2048])
 @pytest.mark.parametrize("num_tokens", TOKENS)
-def test_permute_combine_and_their_gradients(num_tokens: int, dim: int, dtype: torch.dtype) -> None:
+def test_permute_and_combine_and_their_gradients_equal_plain_torchs(
+    num_tokens: int, dim: int, dtype: torch.dtype
+) -> None:
     top_k, num_slots = 3, 11
     slot_N = torch.randint(-1, num_slots, (num_tokens * top_k,), generator=torch.Generator().manual_seed(0))
     rows = index_rows_reference(slot_N, num_slots=num_slots, block_rows=16)
@@ -120,7 +122,7 @@ def test_permute_combine_and_their_gradients(num_tokens: int, dim: int, dtype: t
 
 @pytest.mark.parametrize("num_experts", [5, 128, 512])
 @pytest.mark.parametrize("num_tokens", TOKENS)
-def test_map_and_count(num_tokens: int, num_experts: int) -> None:
+def test_addresses_and_counts_equal_plain_torchs(num_tokens: int, num_experts: int) -> None:
     generator = torch.Generator().manual_seed(num_experts)
     expert_TK = torch.randint(-1, num_experts, (num_tokens, 8), generator=generator)
     address_WE = torch.randint(-1, 600, (16, num_experts), generator=generator)

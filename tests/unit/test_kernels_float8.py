@@ -19,7 +19,7 @@ T, K, S, D, F = 13, 2, 5, 48, 32
 
 
 @pytest.mark.parametrize("shape", [(1, 16), (3, 40), (5, 2100)], ids=str)
-def test_rows_as_float8(shape: tuple[int, int]) -> None:
+def test_rows_become_the_references_codes_and_scales(shape: tuple[int, int]) -> None:
     from moe_runtime.kernels.float8_triton import float8_rows_triton
 
     # numbers that are codes already: the interpreter loses a carry when it rounds up (tests/gpu has any numbers)
@@ -41,7 +41,7 @@ def test_what_float8_loses_is_a_step_of_its_codes() -> None:
 
 
 @pytest.mark.parametrize("gather", [True, False])
-def test_both_products_of_float8(gather: bool) -> None:
+def test_both_products_equal_those_of_the_numbers_that_codes_stand_for(gather: bool) -> None:
     from moe_runtime.kernels.grouped_triton import Scales, Tile, gate_up, rows_times_weights
 
     torch.manual_seed(0)

@@ -124,7 +124,7 @@ def test_rows_that_are_in_order_already_are_not_gathered(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_rows_times_transposed_weights(case: Case) -> None:
+def test_rows_are_multiplied_with_the_transpose_of_their_slots_weight(case: Case) -> None:
     from moe_runtime.kernels import grouped_triton
 
     draw = drawn(case)
@@ -135,7 +135,7 @@ def test_rows_times_transposed_weights(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_rows_times_weights_as_they_lie(case: Case) -> None:
+def test_rows_are_multiplied_with_their_slots_weight_as_it_lies(case: Case) -> None:
     from moe_runtime.kernels import grouped_triton
 
     draw = drawn(case)
@@ -156,7 +156,7 @@ def test_weights_gradient_is_zero_for_an_empty_slot_and_a_sum_elsewhere(case: Ca
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_swiglu_backward(case: Case) -> None:
+def test_gradients_through_swiglu_equal_the_references(case: Case) -> None:
     from moe_runtime.kernels import grouped_backward_triton
 
     draw = drawn(case)

@@ -47,7 +47,7 @@ def small_tile() -> Any:
 @pytest.mark.parametrize("gather", [True, False])
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gate_up_of_packed_weights(shape: tuple[int, ...], packing: Packing, gather: bool) -> None:
+def test_gate_and_up_equal_those_of_unpacked_weights(shape: tuple[int, ...], packing: Packing, gather: bool) -> None:
     from moe_runtime.kernels.grouped_packed_triton import gate_up_packed
 
     rows, x_TD, gate_up_S2FD, _ = drawn(shape)
@@ -62,7 +62,7 @@ def test_gate_up_of_packed_weights(shape: tuple[int, ...], packing: Packing, gat
 
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_rows_times_packed_weights(shape: tuple[int, ...], packing: Packing) -> None:
+def test_rows_are_multiplied_as_with_unpacked_weights(shape: tuple[int, ...], packing: Packing) -> None:
     from moe_runtime.kernels.grouped_packed_triton import rows_times_packed
 
     rows, _, _, down_SDF = drawn(shape)
@@ -74,7 +74,7 @@ def test_rows_times_packed_weights(shape: tuple[int, ...], packing: Packing) -> 
 
 
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
-def test_a_mixture_of_packed_experts(packing: Packing) -> None:
+def test_a_mixture_of_packed_experts_is_that_of_unpacked_ones(packing: Packing) -> None:
     _, x_TD, gate_up_S2FD, down_SDF = drawn(SHAPES[2])
     slot_TK, weight_TK = torch.randint(-1, 3, (20, 3)), torch.rand(20, 3)
     (gate_up, gate_up_numbers), (down, down_numbers) = packed(gate_up_S2FD, packing), packed(down_SDF, packing)
