@@ -93,11 +93,11 @@ class Capacity(torch.nn.Module):
         pass_TK = None
         if self.overflow == "Queue":
             pass_TK = (place_TK // room_TK.clamp_min(1)).masked_fill(~kept_TK, 0)
-            counts["queued"] = int((pass_TK > 0).sum())
+            counts["queued"] = int((pass_TK > 0).sum())  # device sync
         elif self.overflow == "Reroute":
             expert_TK = _reroute(expert_TK, wanted_TK, picks.score_TE, room_EC, class_T, first=self.first)
-            counts["rerouted"] = int(((expert_TK != wanted_TK) & (expert_TK != NO_EXPERT)).sum())
-        counts["dropped"] = num_wanted - int((expert_TK != NO_EXPERT).sum())
+            counts["rerouted"] = int(((expert_TK != wanted_TK) & (expert_TK != NO_EXPERT)).sum())  # device sync
+        counts["dropped"] = num_wanted - int((expert_TK != NO_EXPERT).sum())  # device sync
         return Placed(expert_TK, self._weights(picks, expert_TK), counts, pass_TK, self.passes)
 
     def after_step(self, load_E: torch.Tensor) -> None:  # noqa: ARG002  what was wanted counts

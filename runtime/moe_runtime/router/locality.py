@@ -34,6 +34,7 @@ class Locality(torch.nn.Module):
     def __init__(self, *, num_experts: int, bias: float, budget: float, by_domain: bool = False) -> None:
         super().__init__()
         self.bias, self.budget, self.by_domain = bias, budget, by_domain
+        self._is_all_here = True
         self.register_buffer("distance_E", torch.zeros(num_experts), persistent=False)
         self.register_buffer("holds_AE", torch.ones(1, num_experts, dtype=torch.bool), persistent=False)
         self.distance_E: torch.Tensor
@@ -42,6 +43,7 @@ class Locality(torch.nn.Module):
     def use_layout(self, layout: Layout) -> None:
         """Raises InvalidInput when domains are asked for and the layout does not tell them."""
         self.distance_E = layout.distance_E.to(self.distance_E)
+        self._is_all_here = not bool(layout.distance_E.any())  # device sync: once per epoch
         if self.by_domain:
             domain_G = layout.domain_G
             if domain_G is None:
@@ -54,7 +56,7 @@ class Locality(torch.nn.Module):
         plain_TK = choose(compete_TE)
         if self.by_domain:
             return self._fewer_domains(plain_TK, compete_TE, score_TE, choose)
-        return self._nearer_picks(plain_TK, compete_TE, score_TE, choose) if self.distance_E.any() else plain_TK
+        return plain_TK if self._is_all_here else self._nearer_picks(plain_TK, compete_TE, score_TE, choose)
 
     def _nearer_picks(
         self, plain_TK: torch.Tensor, compete_TE: torch.Tensor, score_TE: torch.Tensor, choose: Choose
