@@ -156,15 +156,17 @@ def _with_helpers(ground: Ground, found: Fit, own: Use) -> Fit | NoFit:
     room = len(helper_places(ground, own, homeless))
     if room >= homeless:
         return found
-    pods = "1 pod" if homeless == 1 else f"{homeless} pods"
+    asks = listed(request_of(HELPER_REQUEST, {}))
+    need = f"1 pod of coordinator and gateways needs {asks}"
+    if homeless > 1:
+        need = f"{homeless} pods of coordinator and gateways need {asks} each"
     return NoFit(
         wanted=len(found.node_of_rank),
         level=ground.plan.pack.required,
         best=len(found.node_of_rank),
         best_domain="",
         excluded={},
-        beside=f"beside them {pods} of coordinator and gateways need {listed(request_of(HELPER_REQUEST, {}))} each, "
-        f"and there is room for {room}",
+        beside=f"beside them {need}, and there is room for {room}",
     )
 
 
