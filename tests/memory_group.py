@@ -57,6 +57,12 @@ class MemoryGroup:
         assert [len(part) for part in mine] == list(receive_counts), f"{[len(p) for p in mine]} {receive_counts}"
         return torch.cat(mine)
 
+    def swap(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        parts = self._meeting.meet(self.position, ("swap", torch.split(rows.detach(), list(counts))))
+        mine = [sent[self.position] for what, sent in parts if what == "swap"]
+        assert [len(part) for part in mine] == list(counts), f"{[len(p) for p in mine]} {counts}"
+        return torch.cat(mine)
+
     def _exchange(self, name: str, rows: torch.Tensor, send_counts: Sequence[int]) -> list[torch.Tensor]:
         parts = self._meeting.meet(self.position, (name, torch.split(rows.detach(), list(send_counts))))
         assert {what for what, _ in parts} == {name}

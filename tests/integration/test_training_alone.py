@@ -67,6 +67,9 @@ class OtherRank:
     def all_to_all(self, rows: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> torch.Tensor:
         raise NotImplementedError
 
+    def swap(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        raise NotImplementedError
+
     def post_all_to_all(self, rows: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Any:
         raise NotImplementedError
 

@@ -58,6 +58,9 @@ class Group(Protocol):
         Returns the `sum(receive_counts)` rows received, in order of positions. No autograd. Raises GroupFault.
         """
 
+    def swap(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """The same of what is no dispatch: counts[p] rows go to each position p, and as many come from there."""
+
     def post_all_to_all(
         self, rows: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
     ) -> Posted[torch.Tensor]:

@@ -128,6 +128,12 @@ class EpochGroup:
         self.all_to_all_single(received, rows, receive_counts, send_counts, timeout_ms=timeout_ms)
         return received
 
+    def swap(self, rows: torch.Tensor, counts: Sequence[int], *, timeout_ms: int | None = None) -> torch.Tensor:
+        """`all_to_all` of what is no dispatch: as many rows come from each position as go there; none is counted."""
+        received = torch.empty_like(rows)
+        self._begin(received, rows.detach().contiguous(), counts, counts, timeout_ms, counted=False)()
+        return received
+
     def all_to_all_single(
         self,
         out: torch.Tensor,
@@ -193,10 +199,13 @@ class EpochGroup:
         receive_counts: Sequence[int],
         send_counts: Sequence[int],
         timeout_ms: int | None,
+        *,
+        counted: bool = True,
     ) -> Callable[[], None]:
         """What ends the exchange. Both raise GroupFault."""
         self._check("all_to_all")
-        self._count(rows, send_counts)
+        if counted:
+            self._count(rows, send_counts)
         if self._backend is None:
             out.copy_(rows)
             return lambda: None
