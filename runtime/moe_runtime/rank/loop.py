@@ -6,7 +6,6 @@ Every decision here follows from the directive (what the coordinator wants), the
 the control exchange (what all ranks see at the same boundary), never from a message that must not be lost.
 """
 
-import threading
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -54,8 +53,9 @@ class _Told(NamedTuple):
 
 
 class StepLoop:
-    """`run` is the thread's; it ends when halted or when the model is unusable. `directive()` gives the newest one,
-    `settled()` is called after every step."""
+    """`run` is the thread's; it ends with the process, or when the model is unusable. `directive()` gives the newest
+    one, `settled()` is called after every step.
+    """
 
     def __init__(
         self,
@@ -84,7 +84,6 @@ class StepLoop:
         """Number of the group's next step, as far as this rank knows; all take the highest that any of them knows."""
         self._moved_bytes = 0
         self._group: EpochGroup | None = None
-        self._halt = threading.Event()
         self._phase: RankPhase = "Starting"
         self._message = ""
         self._failure = ""
@@ -100,9 +99,6 @@ class StepLoop:
     def membership(self) -> Membership | None:
         """The committed epoch this rank takes part in; None while it is outside."""
         return self._keeper.current if self._phase in ("Active", "Draining") else None
-
-    def halt(self) -> None:
-        self._halt.set()
 
     def report(self) -> RankReport:
         """What the coordinator is told."""
@@ -141,7 +137,7 @@ class StepLoop:
     def run(self) -> None:
         try:
             self._load()
-            while not self._halt.is_set():
+            while True:
                 membership = self._await_epoch()
                 if membership is not None:
                     self._live(membership)
@@ -155,8 +151,7 @@ class StepLoop:
     def _load(self) -> None:
         # A rank that is to join a growing group waits for the map that has slots for it.
         while (wanted := self._directive().expert_map) is None or self._rank >= wanted.num_ranks:
-            if self._halt.wait(0.05):
-                return
+            time.sleep(_LONG_IDLE_S)
         self._phase = "Loading"
         began = time.monotonic()
         self._work.load(wanted)
@@ -213,7 +208,7 @@ class StepLoop:
         """From entering an epoch to being out of every epoch."""
         entered = False
         try:
-            while not self._halt.is_set():
+            while True:
                 try:
                     if not entered:
                         self._enter(membership)
@@ -356,8 +351,6 @@ class StepLoop:
                 self._message = str(stop)
                 if is_left_behind:
                     raise Fenced(f"epoch {directive.newest_epoch} was decided without this rank") from stop
-                if self._halt.is_set():
-                    raise Fenced("stopped while recovering") from stop
         lost = frozenset(before.ranks if before else ()) - frozenset(membership.ranks)
         self._recovering.agreed(lost, time.time())
         return membership
