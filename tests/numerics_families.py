@@ -161,6 +161,27 @@ FACTS: dict[str, dict[str, Any]] = {
 }
 """What a family insists on, and layer types of both kinds where four layers have but one by default."""
 
+NO_HEAD = "no causal language model"
+REFUSED = {
+    "deepseek_ocr2_text": NO_HEAD,
+    "diffusion_gemma": NO_HEAD,
+    "diffusion_gemma_text": NO_HEAD,
+    "dots3_note_vision_encoder": NO_HEAD,
+    "ernie4_5_vl_moe_text": NO_HEAD,
+    "glm4v_moe_text": NO_HEAD,
+    "glm5_next_text": NO_HEAD,
+    "mistral_large4_text": NO_HEAD,
+    "muse_spark_text": NO_HEAD,
+    "openai_privacy_filter": NO_HEAD,
+    "qwen3_omni_moe_talker_text": NO_HEAD,
+    "qwen3_omni_moe_text": NO_HEAD,
+    "qwen3_vl_moe_text": NO_HEAD,
+    "step3p5": NO_HEAD,
+    "unlimited_ocr": "reference_sliding_attention layers treat a prompt otherwise than the tokens generated after it",
+    "unlimited_ocr_text": NO_HEAD,
+}
+"""Family -> why it cannot run. Most are halves of composite models, which transformers only runs whole."""
+
 
 def tiny_config(family: str) -> Any:
     """The family's config with tiny numbers. Raises whatever the family's own validation raises."""
@@ -185,6 +206,11 @@ def moe_families() -> list[str]:
     from transformers import CONFIG_MAPPING
 
     return sorted(family for family in CONFIG_MAPPING if _dispatches(CONFIG_MAPPING[family]))
+
+
+def equal_families() -> list[str]:
+    """Those of them that run."""
+    return [family for family in moe_families() if family not in REFUSED]
 
 
 def _dispatches(config_class: Any) -> bool:

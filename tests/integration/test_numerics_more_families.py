@@ -15,32 +15,11 @@ from moe_core.facts import ModelFact
 from moe_operator.cluster.local_model import _shape
 from moe_runtime.engine.model import ExpertParallelModel
 from moe_runtime.experts.families import UnsupportedModel, build_meta_model, facts_of, find_experts, read_facts
-from numerics_families import moe_families, save_tiny, tiny_config
+from numerics_families import REFUSED, equal_families, save_tiny, tiny_config
 
 pytestmark = pytest.mark.integration
 
 TOLERANCE = 1e-4
-NO_HEAD = "no causal language model"
-REFUSED = {
-    "deepseek_ocr2_text": NO_HEAD,
-    "diffusion_gemma": NO_HEAD,
-    "diffusion_gemma_text": NO_HEAD,
-    "dots3_note_vision_encoder": NO_HEAD,
-    "ernie4_5_vl_moe_text": NO_HEAD,
-    "glm4v_moe_text": NO_HEAD,
-    "glm5_next_text": NO_HEAD,
-    "mistral_large4_text": NO_HEAD,
-    "muse_spark_text": NO_HEAD,
-    "openai_privacy_filter": NO_HEAD,
-    "qwen3_omni_moe_talker_text": NO_HEAD,
-    "qwen3_omni_moe_text": NO_HEAD,
-    "qwen3_vl_moe_text": NO_HEAD,
-    "step3p5": NO_HEAD,
-    "unlimited_ocr": "reference_sliding_attention layers treat a prompt otherwise than the tokens generated after it",
-    "unlimited_ocr_text": NO_HEAD,
-}
-"""Most are halves of composite models, which transformers only runs whole."""
-EQUAL = [family for family in moe_families() if family not in REFUSED]
 PROMPTS = [torch.randint(0, 60, (n,), generator=torch.Generator().manual_seed(n)) for n in (12, 7)]
 NEW_TOKENS = 4
 SHAPE = ModelShape(
@@ -71,7 +50,7 @@ def loaded(folder: Path) -> ExpertParallelModel:
     return ExpertParallelModel.load(source, expert_map=emap, rank=0)
 
 
-@pytest.mark.parametrize("family", EQUAL)
+@pytest.mark.parametrize("family", equal_families())
 def test_a_family_equals_its_single_process_in_logits_gradients_and_cached_steps(family: str, tmp_path: Path) -> None:
     model = save_tiny(family, tmp_path)
     epm = loaded(tmp_path)
@@ -160,8 +139,8 @@ def test_a_family_that_cannot_run_is_refused_from_its_config_alone(family: str) 
 
 def test_the_operator_knows_without_transformers_which_families_run_and_how_many_layers_have_experts() -> None:
     """What it refuses, it refuses before a pod is made; what it plans, the ranks can load."""
-    assert set(EQUAL) == SERVED
-    for family in EQUAL:
+    assert set(equal_families()) == SERVED
+    for family in equal_families():
         model: Any = build_meta_model(tiny_config(family))
         facts = facts_of(model.config, find_experts(model))
         config = model.config.to_dict()
@@ -173,7 +152,7 @@ def test_the_operator_knows_without_transformers_which_families_run_and_how_many
 
 
 def test_sixty_families_or_more_are_held_equal() -> None:
-    assert len(EQUAL) >= 60
+    assert len(equal_families()) >= 60
 
 
 @pytest.mark.parametrize("family", sorted(SERVED - NEEDS_CHECKPOINT - {"zaya"}))

@@ -75,7 +75,7 @@ def quantise(source: Path, destination: Path, packing: Packing, *, calibration: 
     try:
         writer = PackedWriter(staging)
         expert_names = frozenset(f"{entry.name}.{name}" for entry in entries for name in entry.parameter_names)
-        writer.write_dense((key, weights.tensor(key)) for key in weights.dense_keys(expert_names))
+        writer.write_dense(weights.dense_tensors(model, expert_names))
         errors: list[float] = []
         full_bytes = packed_bytes = 0
         for layer_idx, entry in enumerate(entries):

@@ -7,7 +7,7 @@ stacked tensor). transformers' own conversion mapping says how, and is applied h
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -139,14 +139,18 @@ class CheckpointWeights:
         converted = converter.convert(target, model=model, config=getattr(model, "config", None))
         return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
-    def dense_keys(self, expert_parameter_names: frozenset[str]) -> list[str]:
-        """Keys of the checkpoint that routed experts are not made of."""
-        return [
-            key
-            for target, sources in self._sources.items()
-            if expert_parameter_names.isdisjoint(self._made_with(target))
-            for _, key in sources
-        ]
+    def dense_tensors(
+        self, model: torch.nn.Module, expert_parameter_names: frozenset[str]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """(key, tensor) of all that is no routed expert: as it lies in the checkpoint, or by its name in the model
+        where the same keys make routed experts too (Ernie 4.5 VL keeps its vision experts among them).
+        """
+        for target, sources in self._sources.items():
+            if expert_parameter_names.isdisjoint(self._made_with(target)):
+                yield from ((key, self.tensor(key)) for _, key in sources)
+            elif not expert_parameter_names.issuperset(self._made_with(target)):
+                made = self._convert(target, sources, model)
+                yield from ((name, value) for name, value in made.items() if name not in expert_parameter_names)
 
     def tensor(self, key: str) -> torch.Tensor:
         """As it lies in the checkpoint."""
