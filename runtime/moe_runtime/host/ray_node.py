@@ -31,7 +31,7 @@ def _patient(ask: Callable[..., T]) -> Callable[..., T]:
             except RuntimeError:
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(0.05)
+                time.sleep(0.1)
 
     return answered
 
