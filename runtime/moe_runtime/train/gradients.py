@@ -82,8 +82,8 @@ def complete_gradients(
     if group is not None and group.size > 1:
         group.all_reduce_sum(numbers)
     numbers[0] += torch.stack([of[name].double().square().sum() for name, _ in dense]).sum()
-    square, *summed = numbers.tolist()  # device sync: the norm decides on the host
-    return Complete(of, square**0.5, tuple(summed))
+    square, *told = numbers.tolist()  # device sync: the norm decides on the host
+    return Complete(of, square**0.5, tuple(told))
 
 
 @dataclass(frozen=True, slots=True)
