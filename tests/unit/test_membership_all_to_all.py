@@ -111,7 +111,10 @@ def test_a_sum_is_the_same_bits_on_all_members(kind: torch.dtype, shape: tuple[i
 
     def task(group: MemoryGroup) -> torch.Tensor:
         member, total = Member(group), given[group.position].clone()
+        across = total.expand(2, *shape).transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
         member.exchanges.sum(total, until=time.monotonic() + WAIT_S)
+        member.exchanges.sum(across, until=time.monotonic() + WAIT_S)
+        assert torch.equal(across, total.expand(2, *shape))
         return total
 
     found = together(task, 3)

@@ -76,10 +76,7 @@ class AllToAll:
         far = None if near.is_all else self._far(parts, places, near)
 
         def end(until: float) -> None:
-            for p, laid in near.heard(number, until=until):
-                if len(laid) != len(places[p]):
-                    raise RuntimeError(f"position {p} sends {len(laid)} bytes, {len(places[p])} are expected")
-                places[p][:] = laid
+            _fetch(near, number, places, until)
             if far is not None:
                 for p, message in enumerate(_parts(far.received, far.receive_counts)):
                     if len(message):
@@ -126,8 +123,14 @@ class AllToAll:
         parts_N = flat_N.new_empty(sum(own))
         self.begin(parts_N, flat_N, own, counts).end(until)
         sums_N = parts_N.view(size, -1).sum(0, dtype=tensor.dtype)
-        self.begin(flat_N, sums_N.repeat(size), counts, own).end(until)
-        tensor.copy_(flat_N.view_as(tensor))
+        number, over = self._next()
+        [mine], places = _parts(sums_N, own[:1]), _parts(flat_N, counts)
+        self._near.lay_for_all(number, mine, over=over)
+        places[self._position][:] = mine
+        _fetch(self._near, number, places, until)
+        self._open.remove(number)
+        if not tensor.is_contiguous():  # else flat_N is its memory
+            tensor.detach().copy_(flat_N.view_as(tensor))
 
     def _next(self) -> tuple[int, int]:
         """Number of an exchange that begins, and below which all have ended here."""
@@ -149,6 +152,13 @@ class AllToAll:
         if self._near is not None:
             self._near.close()
             self._near = None
+
+
+def _fetch(near: NearMemory, number: int, places: Sequence[Bytes], until: float) -> None:
+    for p, laid in near.heard(number, until=until):
+        if len(laid) != len(places[p]):
+            raise RuntimeError(f"position {p} sends {len(laid)} bytes, {len(places[p])} are expected")
+        places[p][:] = laid
 
 
 def _row_bytes(rows: torch.Tensor) -> int:

@@ -101,6 +101,13 @@ class NearMemory:
             self._words.say(p, Word(number, begin, length, over))
             begin += size
 
+    def lay_for_all(self, number: int, rows: Bytes, *, over: int) -> None:
+        """The same bytes for every near member: copied once."""
+        place = self._own.take(number, len(rows))
+        self._own.bytes[place : place + len(rows)] = rows
+        for p in self.members:
+            self._words.say(p, Word(number, place, len(rows), over))
+
     def heard(self, number: int, *, until: float) -> Iterator[tuple[int, Bytes]]:
         """Each near member and the bytes [n] that it has laid for this one, to be read before this exchange ends.
 
