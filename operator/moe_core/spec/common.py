@@ -94,8 +94,10 @@ class Pack(SpecModel):
 
 
 class TopologyConstraint(SpecModel):
+    """Where in the cluster's network the gang lies."""
+
     topology_name: DnsLabel = Field(description="Name of the ClusterTopology whose levels are meant.")
-    pack: Pack
+    pack: Pack = Field(description="How close together.")
 
 
 WHOLE_NODES = Rule(
@@ -121,6 +123,8 @@ GROUPS_STAY = Rule(
 
 
 class FailurePolicy(SpecModel):
+    """When failures end the object."""
+
     max_restarts: int = Field(
         default=100, ge=0, le=10000, description="Rank pods that may be replaced before the object fails."
     )
@@ -237,6 +241,8 @@ def _distinct(names: Sequence[str], *, not_starting: str = "\n", none_of: Sequen
 
 
 class PodTemplate(SpecModel):
+    """What of the pods is the user's."""
+
     metadata: ObjectMeta = ObjectMeta()
     spec: PodSpec = PodSpec()
 
@@ -285,16 +291,20 @@ class ModelShapeSpec(SpecModel):
     """A model built from a config instead of a checkpoint."""
 
     family: str = Field(description="Model type of transformers, e.g. qwen3_moe.", min_length=1, max_length=63)
-    hidden_size: int = Field(ge=8, le=65536)
-    num_hidden_layers: int = Field(ge=1, le=512)
-    num_attention_heads: int = Field(ge=1, le=1024)
-    num_key_value_heads: int = Field(ge=1, le=1024)
-    head_dim: int = Field(ge=2, le=1024)
-    num_experts: int = Field(ge=2, le=4096)
-    num_experts_per_tok: int = Field(ge=1, le=256)
-    moe_intermediate_size: int = Field(ge=1, le=262144)
-    vocab_size: int = Field(default=256, ge=256, le=1048576)
-    max_position_embeddings: int = Field(default=2048, ge=16, le=16777216)
+    hidden_size: int = Field(ge=8, le=65536, description="Width D of a token between layers.")
+    num_hidden_layers: int = Field(ge=1, le=512, description="Layers, dense ones among them.")
+    num_attention_heads: int = Field(ge=1, le=1024, description="Query heads.")
+    num_key_value_heads: int = Field(
+        ge=1, le=1024, description="Heads of keys and values; query heads are a multiple of them."
+    )
+    head_dim: int = Field(ge=2, le=1024, description="Width of one head.")
+    num_experts: int = Field(ge=2, le=4096, description="Routed experts E of a layer.")
+    num_experts_per_tok: int = Field(ge=1, le=256, description="Experts K that a token goes to.")
+    moe_intermediate_size: int = Field(ge=1, le=262144, description="Width F inside one expert.")
+    vocab_size: int = Field(default=256, ge=256, le=1048576, description="Token ids; 256 is bytes.")
+    max_position_embeddings: int = Field(
+        default=2048, ge=16, le=16777216, description="Tokens of the longest sequence."
+    )
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(

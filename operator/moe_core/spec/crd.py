@@ -115,17 +115,22 @@ def _root_schema(kind: ResourceKind) -> dict[str, Any]:
 
 
 def _status_schema() -> dict[str, Any]:
-    text, number = {"type": "string"}, {"type": "integer"}
+    def text(description: str, **more: Any) -> dict[str, Any]:
+        return {"type": "string", "description": description, **more}
+
+    def number(description: str) -> dict[str, Any]:
+        return {"type": "integer", "description": description}
+
     condition = {
         "type": "object",
         "required": ["type", "status", "reason", "message", "lastTransitionTime"],
         "properties": {
-            "type": text,
-            "status": {"type": "string", "enum": ["True", "False", "Unknown"]},
-            "reason": text,
-            "message": text,
-            "observedGeneration": number,
-            "lastTransitionTime": {"type": "string", "format": "date-time"},
+            "type": text("What it is about."),
+            "status": text("Whether it holds.", enum=["True", "False", "Unknown"]),
+            "reason": text("Why, in one word for programs."),
+            "message": text("Why, for people."),
+            "observedGeneration": number("The spec's generation that this is said of."),
+            "lastTransitionTime": text("When status last changed.", format="date-time"),
         },
     }
     return {
@@ -135,13 +140,14 @@ def _status_schema() -> dict[str, Any]:
         "properties": {
             "conditions": {
                 "type": "array",
+                "description": "What holds of the object and why.",
                 "items": condition,
                 "x-kubernetes-list-type": "map",
                 "x-kubernetes-list-map-keys": ["type"],
             },
-            "observedGeneration": number,
-            "replicas": number,
-            "selector": text,
+            "observedGeneration": number("The spec's generation that the rest of status is of."),
+            "replicas": number("Rank pods, as the scale subresource counts them."),
+            "selector": text("Labels of the rank pods, for the scale subresource."),
         },
     }
 

@@ -7,6 +7,8 @@ from moe_core.spec.base import Rule, SpecModel
 
 
 class Dispatch(SpecModel):
+    """How tokens travel to experts and back."""
+
     wire: Wire = Field(
         default="Float32",
         description="What a token's numbers travel as on their way to its experts. Float8 (e4m3) and Int8 have a scale "

@@ -22,6 +22,8 @@ from moe_core.spec.router import RouterSpec
 
 
 class JobModel(SpecModel):
+    """The model that is trained."""
+
     shape: ModelShapeSpec = Field(description="Build the model from this shape.")
     router: RouterSpec | None = Field(default=None, description="How tokens are routed; by default as the family does.")
 
@@ -46,6 +48,8 @@ class TrainingData(SpecModel):
 
 
 class Training(SpecModel):
+    """What is learned from, for how long and how."""
+
     data: TrainingData
     sequence_length: int = Field(default=128, ge=8, le=1048576, description="Tokens of one sequence.")
     sequences_per_rank: int = Field(default=8, ge=1, le=65536, description="Sequences that each rank reads in a step.")
@@ -110,6 +114,8 @@ class Training(SpecModel):
 
 
 class JobOutput(SpecModel):
+    """Where the result goes."""
+
     path: str = Field(min_length=1, max_length=1024, description="Folder the safetensors checkpoint is written to.")
 
 
@@ -129,8 +135,12 @@ class MoEJobSpec(SpecModel):
     dispatch: Dispatch = Dispatch()
     topology_constraint: TopologyConstraint | None = None
     failure_policy: FailurePolicy = FailurePolicy()
-    active_deadline_seconds: int | None = Field(default=None, ge=1)
-    ttl_seconds_after_finished: int | None = Field(default=None, ge=0)
+    active_deadline_seconds: int | None = Field(
+        default=None, ge=1, description="Seconds after which an unfinished job fails; by default it may take for ever."
+    )
+    ttl_seconds_after_finished: int | None = Field(
+        default=None, ge=0, description="Seconds after which a finished job is deleted; by default it stays."
+    )
     drills: Literal["Allowed", "Forbidden"] = Field(
         default="Forbidden", description="Whether a MoEDrill may injure this object."
     )

@@ -34,18 +34,26 @@ class ClusterTopologySpec(SpecModel):
 
 
 class DrillTarget(SpecModel):
-    kind: Literal["MoEJob", "MoEService"]
-    name: DnsLabel
+    """Whose rank is injured; it must allow drills."""
+
+    kind: Literal["MoEJob", "MoEService"] = Field(description="What kind of object the rank belongs to.")
+    name: DnsLabel = Field(description="Its name, in the drill's namespace.")
     rank: int = Field(ge=0, le=1023, description="The rank that is injured.")
 
 
 class DrillFault(SpecModel):
+    """How it is injured."""
+
     type: Literal["KillRank", "HangRank"] = Field(description="KillRank: SIGKILL. HangRank: SIGSTOP.")
 
 
 class DrillSlo(SpecModel):
-    max_requests_failed: int = Field(default=0, ge=0)
-    restored_within_seconds: int = Field(default=120, ge=1, le=86400)
+    """What the recovery is held against."""
+
+    max_requests_failed: int = Field(default=0, ge=0, description="Requests that may fail while it lasts.")
+    restored_within_seconds: int = Field(
+        default=120, ge=1, le=86400, description="Until the rank's replacement is active."
+    )
 
 
 class MoEDrillSpec(SpecModel):
@@ -74,10 +82,10 @@ class MapLayer(SpecModel):
 class ExpertMapSpec(SpecModel):
     """The assignment in force, logical experts to slots; written by the operator only."""
 
-    generation: int = Field(ge=0)
-    digest: str = Field(max_length=128)
-    num_logical_experts: int = Field(ge=1)
-    slots_of_rank: tuple[int, ...] = Field(max_length=1024)
+    generation: int = Field(ge=0, description="Grows with every map of the group.")
+    digest: str = Field(max_length=128, description="Of the whole map, all its slices.")
+    num_logical_experts: int = Field(ge=1, description="Routed experts of a layer.")
+    slots_of_rank: tuple[int, ...] = Field(max_length=1024, description="Expert slots of each rank, per layer.")
     first_layer: int = Field(default=0, ge=0, description="Large maps are sliced by layer; this slice starts here.")
-    layers: tuple[MapLayer, ...] = Field(max_length=512)
-    policy: str = Field(default="", max_length=63)
+    layers: tuple[MapLayer, ...] = Field(max_length=512, description="MoE layers in order.")
+    policy: str = Field(default="", max_length=63, description="What made the map.")

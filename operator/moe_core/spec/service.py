@@ -23,6 +23,8 @@ from moe_core.spec.packing import ExpertPacking
 
 
 class ServiceModel(SpecModel):
+    """The checkpoint that is served."""
+
     path: str = Field(min_length=1, max_length=1024, description="Folder of a safetensors checkpoint inside the pod.")
     served_name: str | None = Field(
         default=None, min_length=1, max_length=253, description="Name in the OpenAI API; the object's name by default."
@@ -101,6 +103,8 @@ class Locality(SpecModel):
 
 
 class Experts(SpecModel):
+    """Copies of experts, where they lie and what answers for lost ones."""
+
     redundant_per_rank: int = Field(
         default=0, ge=0, le=4096, description="Slots per rank and layer beyond an even share."
     )
@@ -121,6 +125,8 @@ class Experts(SpecModel):
 
 
 class Serving(SpecModel):
+    """What one rank takes on."""
+
     max_sequences: int = Field(default=8, ge=1, le=4096, description="Sequences one rank decodes side by side.")
     max_context: int = Field(
         default=512, ge=16, le=16777216, description="Tokens of prompt and completion of one sequence."
@@ -128,8 +134,10 @@ class Serving(SpecModel):
 
 
 class Gateway(SpecModel):
-    replicas: int = Field(default=2, ge=1, le=64)
-    port: int = Field(default=8000, ge=1, le=65535)
+    """The pods that clients speak to."""
+
+    replicas: int = Field(default=2, ge=1, le=64, description="Gateway pods.")
+    port: int = Field(default=8000, ge=1, le=65535, description="Where they and their Service answer.")
 
 
 class Spares(SpecModel):
@@ -148,7 +156,7 @@ class Spares(SpecModel):
 class MoEServiceSpec(SpecModel):
     """Serve a Mixture-of-Experts checkpoint over ranks, behind the OpenAI API."""
 
-    suspend: bool = False
+    suspend: bool = Field(default=False, description="True removes the pods and keeps the object.")
     managed_by: str | None = Field(
         default=None,
         max_length=63,
