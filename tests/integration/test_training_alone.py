@@ -12,7 +12,7 @@ import torch
 import train_tasks
 from gloo_ranks import run_ranks
 from moe_runtime.errors import GroupFault
-from moe_runtime.train import checkpoint
+from moe_runtime.train import checkpoint, loop
 from moe_runtime.train.checkpoint import SUMMARY, read_summary
 from moe_runtime.train.evaluate import evaluate_checkpoint, parse_lost
 from moe_runtime.train.loop import MAX_SKIPPED, Diverged, Trainer
@@ -77,10 +77,15 @@ class OtherRank:
         raise NotImplementedError
 
 
+def told_by(trainer: Trainer) -> list[int]:
+    """What a rank of the same run tells that has just come: step, whether it is stale, the run."""
+    return [0, 1, loop._as_int(trainer._identity)]
+
+
 def test_a_rank_replaced_during_the_first_snapshot_does_not_end_the_run(begin: Callable[..., Trainer]) -> None:
     survivor = begin()
     survivor._stale = False  # it was in the run's first snapshot when the other one died
-    survivor.bind(OtherRank([0, 1]))
+    survivor.bind(OtherRank(told_by(survivor)))
     assert survivor.restore() == 0
     assert complete_steps(survivor.output, survivor._identity) == [0]
 
@@ -96,7 +101,7 @@ def test_a_fault_in_the_first_snapshot_leaves_the_rank_to_begin_again(begin: Cal
     survivor.bind(Dies())
     with pytest.raises(GroupFault):
         survivor.restore()
-    survivor.bind(OtherRank([0, 1]))
+    survivor.bind(OtherRank(told_by(survivor)))
     assert survivor.restore() == 0
 
 
@@ -108,7 +113,7 @@ def test_a_checkpoint_that_one_rank_sees_first_ends_the_run_for_all(
     _steps(first, 1)
     first.finish()
     late = begin(max_steps=1)
-    late.bind(OtherRank([0, 1], [1]))
+    late.bind(OtherRank(told_by(late), [1]))
     found, looks = read_summary(late.output), iter((None, None))
     monkeypatch.setattr(checkpoint, "read_summary", lambda _: next(looks, found))  # a cached directory
     assert late.restore() == 1
