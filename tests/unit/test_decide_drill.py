@@ -172,6 +172,15 @@ def test_a_target_that_forbids_drills_is_not_touched() -> None:
     assert found.condition("Accepted") == ("False", "DrillsForbidden")
 
 
+def test_a_rank_that_the_target_does_not_have_is_said_and_not_waited_for() -> None:
+    found = drill()
+    found.spec["target"]["rank"] = 9
+    assert found.step().actions == ()
+    assert found.condition("Accepted") == ("False", "TargetNotFound")
+    assert found.status["message"] == "nothing was injured: target.rank is 9; MoEService tiny has ranks 0 to 3"
+    assert found.status["verdict"] == "Failed"
+
+
 def test_a_target_that_does_not_exist_is_said() -> None:
     wish = Wish("MoEDrill", "default", "d", "drill", 1, drill().spec)
     decision = decide(wish, Facts(), 0.0)

@@ -72,6 +72,10 @@ def _arm(wish: Wish, spec: MoEDrillSpec, target: TargetFact | None, kept: Mappin
         return _refused(wish, kept, Reason.TARGET_NOT_FOUND, f"{name} does not exist in {wish.namespace}", now)
     if target.wish.spec.get("drills") != "Allowed":
         return _refused(wish, kept, Reason.DRILLS_FORBIDDEN, f"{name} does not say drills: Allowed", now)
+    num_ranks = _num_ranks(target)
+    if spec.target.rank >= num_ranks:
+        told = f"target.rank is {spec.target.rank}; {name} has ranks 0 to {num_ranks - 1}"
+        return _refused(wish, kept, Reason.TARGET_NOT_FOUND, told, now)
     pod = _pod(target, spec.target.rank)
     if pod is None or pod.uid not in active_uids(target.runtime):
         return _pending(wish, kept, Reason.TARGET_NOT_READY, f"{name} has no active rank {spec.target.rank}")
