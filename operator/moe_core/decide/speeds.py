@@ -6,9 +6,9 @@ from statistics import median
 from moe_core.contract.exchange import RuntimeState
 from moe_core.decide.crew import Seat
 
-SAME = 1.5
-"""Up to so many times as fast as another one is no difference: ranks that share a machine were seen to differ by a
-third, and a pick costs less where there are more of them at once."""
+SAME = 2.0
+"""Less than so many times as fast as another one is no difference: equal ranks that share two busy cores were seen to
+differ by a half, since a pick costs less where there are more of them at once."""
 _STEPS = 4
 """Speeds are told in quarters, so that a jitter does not make a new plan."""
 _FASTEST = 64.0
@@ -25,7 +25,11 @@ def seconds_of_ranks(runtime: RuntimeState, ranks: Mapping[int, Seat]) -> dict[i
 
 
 def speeds_of(known: Mapping[int, float], num_ranks: int) -> tuple[float, ...]:
-    """[R] in parts of the median rank's speed; 1 for one that is about as fast, or whose seconds are not known."""
+    """[R] in parts of the median rank's speed; 1 for one that is about as fast, or whose seconds are not known.
+
+    >>> speeds_of({0: 1.0, 1: 1.9, 2: 3.8}, 4)
+    (1.0, 1.0, 0.5, 1.0)
+    """
     if not known:
         return (1.0,) * num_ranks
     middle = median(known.values())
