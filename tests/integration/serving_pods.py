@@ -105,6 +105,11 @@ class Pod:
         self.process.wait(10)
 
 
+def in_force(generation: int, state: RuntimeState) -> bool:
+    """Whether this wish is followed and every expert has a live copy."""
+    return state.wish_generation == generation and state.coverage is not None and state.coverage.is_full
+
+
 @dataclass(slots=True)
 class Pods:
     """One object's pods. Use as a context manager."""

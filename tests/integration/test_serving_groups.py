@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from integration.serving_pods import Pods, spread_map, until
-from moe_core.contract.exchange import RuntimeState, RuntimeWish
+from integration.serving_pods import Pods, in_force, spread_map, until
+from moe_core.contract.exchange import RuntimeWish
 from moe_core.contract.runtime_config import DispatchConfig, ModelSource
 from moe_core.experts.tiers import side_by_side
 from tiny_checkpoint import write_checkpoint
@@ -19,10 +19,6 @@ def wish(generation: int, num_groups: int) -> RuntimeWish:
     """Groups of one rank, which hold every expert."""
     expert_map = side_by_side(spread_map(1, copies=1, generation=generation), num_groups)
     return RuntimeWish(generation=generation, ranks=tuple(range(num_groups)), expert_map=expert_map)
-
-
-def in_force(generation: int, state: RuntimeState) -> bool:
-    return state.wish_generation == generation and state.coverage is not None and state.coverage.is_full
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from integration.serving_pods import Pods, spread_map, until
-from moe_core.contract.exchange import RuntimeState, RuntimeWish
+from integration.serving_pods import Pods, in_force, spread_map, until
+from moe_core.contract.exchange import RuntimeWish
 from moe_core.contract.expert_map import ExpertMap
 from moe_core.contract.runtime_config import ModelSource
 from tiny_checkpoint import write_checkpoint
@@ -28,10 +28,6 @@ WISHES = {
     2: RuntimeWish(generation=2, ranks=(0, 1, 2), expert_map=spread_map(3, generation=2)),
     3: RuntimeWish(generation=3, ranks=(0, 1), expert_map=shrunk_map()),
 }
-
-
-def in_force(generation: int, state: RuntimeState) -> bool:
-    return state.wish_generation == generation and state.coverage is not None and state.coverage.is_full
 
 
 @pytest.fixture(scope="module")

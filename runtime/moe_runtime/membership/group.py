@@ -209,22 +209,22 @@ class EpochGroup:
         if self._backend is None:
             out.copy_(rows)
             return lambda: None
-        until = self._until(timeout_ms)
-        options = c10d.AllToAllOptions()
-        options.timeout = _timedelta(timeout_ms or self._timeout_ms)
+        until, deadline = self._until(timeout_ms), _timedelta(timeout_ms or self._timeout_ms)
         exchange = self._attempt("all_to_all", lambda: self._exchanges.begin(out, rows, receive_counts, send_counts))
         far = exchange.far
         if far is not None:
-            self._works[exchange.number] = self._attempt("all_to_all", lambda: self._start(far, options))
+            self._works[exchange.number] = self._attempt("all_to_all", lambda: self._start(far, deadline))
 
         def end() -> None:
             if far is not None:
-                self._await(self._works.pop(exchange.number), options.timeout)
+                self._await(self._works.pop(exchange.number), deadline)
             exchange.end(until)
 
         return lambda: self._attempt("all_to_all", end)
 
-    def _start(self, far: Far, options: Any) -> Any:
+    def _start(self, far: Far, deadline: datetime.timedelta) -> Any:
+        options = c10d.AllToAllOptions()
+        options.timeout = deadline
         return self._backend.alltoall_base(far.received, far.sent, far.receive_counts, far.send_counts, options)
 
     def _count(self, rows: torch.Tensor, in_splits: Sequence[int]) -> None:
